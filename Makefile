@@ -1,0 +1,51 @@
+# Every job in one or two visible commands. An active environment that already has torch is reused; else .venv is made.
+TORCH := torch==2.13.0
+PYTHON := $(shell python3 -c "import importlib.util as u, sys; \
+  print(sys.executable if u.find_spec('torch') else '.venv/bin/python')")
+STAMPS := build/stamps
+NATIVE := setup.py CMakeLists.txt $(wildcard cmake/*) $(shell find csrc -type f)
+
+.PHONY: venv build demo test test-cuda bench bench-diversity bench-tucker2 bench-cuda fmt lint clean
+.DEFAULT_GOAL := build
+
+venv: $(STAMPS)/venv
+build: $(STAMPS)/build
+
+$(STAMPS)/venv: pyproject.toml
+	test -x $(PYTHON) || python3 -m venv .venv
+	$(PYTHON) -c "import torch" 2>/dev/null || $(PYTHON) -m pip install $(TORCH)
+	$(PYTHON) -m pip install "cmake>=3.22" ninja "pybind11>=2.13" "setuptools>=77" wheel
+	mkdir -p $(STAMPS) && touch $@
+
+$(STAMPS)/build: $(STAMPS)/venv $(NATIVE)
+	$(PYTHON) -m pip install --no-build-isolation -e .
+	touch $@
+
+$(STAMPS)/dev: $(STAMPS)/build
+	$(PYTHON) -m pip install --no-build-isolation -e ".[dev,onnx]"
+	touch $@
+
+demo: build
+	$(PYTHON) -m kegfast demo
+
+test: $(STAMPS)/dev
+	$(PYTHON) -m pytest
+
+test-cuda: $(STAMPS)/dev
+	$(PYTHON) -m pytest tests/test_cuda.py
+
+bench: bench-diversity bench-tucker2
+
+bench-diversity bench-tucker2 bench-cuda: bench-%: $(STAMPS)/dev
+	$(PYTHON) -m benchmarks.bench_$*
+
+fmt: $(STAMPS)/dev
+	$(PYTHON) -m ruff check --fix . && $(PYTHON) -m ruff format .
+	git ls-files csrc tests | grep -E '\.(cpp|h|inl|cu|cuh)$$' | xargs $(dir $(PYTHON))clang-format -i
+
+lint: $(STAMPS)/dev
+	$(PYTHON) -m ruff check . && $(PYTHON) -m ruff format --check .
+	git ls-files csrc tests | grep -E '\.(cpp|h|inl|cu|cuh)$$' | xargs $(dir $(PYTHON))clang-format --dry-run -Werror
+
+clean:
+	rm -rf build dist .pytest_cache .ruff_cache kegfast/*.so

@@ -1,0 +1,63 @@
+#include "cpu/isa.h"
+
+#include <atomic>
+#include <cstdlib>
+#include <iterator>
+#include <stdexcept>
+
+namespace kegfast {
+namespace {
+
+#define KEGFAST_NAME(isa) #isa,
+constexpr const char* kNames[] = {KEGFAST_EACH_ISA(KEGFAST_NAME)};
+#undef KEGFAST_NAME
+
+Isa detect() {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
+    return Isa::avx512;
+  if (avx2) return Isa::avx2;
+#endif
+  return Isa::baseline;
+}
+
+Isa parse(const std::string& name) {
+  if (name == "auto" || name.empty()) return detected_isa();
+  for (int i = 0; i <= static_cast<int>(detected_isa()); ++i)
+    if (name == kNames[i]) return static_cast<Isa>(i);
+  std::string runnable = "auto";
+  for (int i = 0; i <= static_cast<int>(detected_isa()); ++i) runnable += std::string(", ") + kNames[i];
+  throw std::invalid_argument("instruction set must be one of " + runnable + ", got '" + name + "'");
+}
+
+std::atomic<Isa>& chosen() {
+  static std::atomic<Isa> isa = [] {
+    const char* name = std::getenv("KEGFAST_CPU_ISA");
+    return parse(name ? name : "auto");
+  }();
+  return isa;
+}
+
+}  // namespace
+
+Isa detected_isa() {
+  static const Isa isa = detect();
+  return isa;
+}
+
+Isa active_isa() { return chosen().load(std::memory_order_relaxed); }
+
+Isa set_isa(const std::string& name) {
+  const Isa isa = parse(name);
+  chosen().store(isa, std::memory_order_relaxed);
+  return isa;
+}
+
+std::vector<std::string> compiled_isas() { return {std::begin(kNames), std::end(kNames)}; }
+
+const char* isa_name(Isa isa) { return kNames[static_cast<int>(isa)]; }
+
+}  // namespace kegfast

@@ -1,0 +1,25 @@
+"""One voice for argument errors: the argument's name, what was expected, what came."""
+
+import torch
+
+
+def describe(value: object) -> str:
+    """A short picture of a value: shape, dtype and device for a tensor, type and repr otherwise."""
+    if isinstance(value, torch.Tensor):
+        dtype = str(value.dtype).removeprefix("torch.")
+        return f"a {dtype} tensor of shape {tuple(value.shape)} on {value.device}"
+    text = repr(value)
+    if len(text) > 80:
+        text = text[:77] + "..."
+    return f"{text} ({type(value).__name__})"
+
+
+def expected(argument: str, what: str, got: object) -> str:
+    """The message of a ValueError or TypeError about one argument.
+
+    Args:
+        argument: the argument's name as the caller wrote it.
+        what: what would have been right, as a noun phrase.
+        got: the value that came.
+    """
+    return f"{argument} must be {what}, got {describe(got)}"

@@ -1,0 +1,116 @@
+"""Loads the compiled part and chooses between it and the reference path."""
+
+import functools
+import logging
+import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import ModuleType
+from typing import Literal
+
+import torch
+
+from kegfast.check import expected
+from kegfast.version import __version__
+
+Backend = Literal["auto", "native", "reference"]
+
+_log = logging.getLogger(__name__)
+_backend: Backend = "auto"
+
+
+def _load() -> tuple[ModuleType | None, str]:
+    try:
+        from kegfast import _C
+    except ImportError as error:
+        return None, str(error)
+    return _C, ""
+
+
+# Loading _C registers torch.ops.kegfast; torch itself must be loaded first, as it is above.
+_C, _why_absent = _load()
+
+
+@functools.cache
+def _warn_reference() -> None:
+    _log.warning(
+        "kegfast runs without its compiled kernels (%s): results are right, speed is plain torch's",
+        _why_absent,
+    )
+
+
+def use_native() -> bool:
+    """Whether operators run the compiled kernels now (says once when they are missing)."""
+    if _backend == "reference":
+        return False
+    if _C is None:
+        _warn_reference()
+        return False
+    return True
+
+
+class backend:
+    """Chooses how operators run; a setter, or a context manager that restores what was.
+
+    Args:
+        name: "auto" takes compiled kernels where they exist (default), "native" insists on them,
+            "reference" runs the plain torch definitions of `kegfast.reference`.
+
+    Raises:
+        ValueError: for another name.
+        RuntimeError: for "native" where the compiled part is missing.
+
+    Example:
+        >>> with kegfast.backend("reference"):
+        ...     loss = kegfast.functional.diversity_loss(noises, samples)
+    """
+
+    def __init__(self, name: Backend):
+        global _backend
+        if name not in ("auto", "native", "reference"):
+            raise ValueError(expected("backend", "'auto', 'native' or 'reference'", name))
+        if name == "native" and _C is None:
+            raise RuntimeError(f"kegfast's compiled part is missing: {_why_absent}")
+        self._before = _backend
+        _backend = name
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, *exc_info: object) -> None:
+        global _backend
+        _backend = self._before
+
+
+@contextmanager
+def cpu_isa(name: str) -> Iterator[None]:
+    """Lowers the CPU kernels to one instruction set ("baseline", "avx2", "avx512", "auto")."""
+    if _C is None:
+        raise RuntimeError(f"kegfast's compiled part is missing: {_why_absent}")
+    before = _C.build_info()["isa_active"]
+    _C.set_isa(name)
+    try:
+        yield
+    finally:
+        _C.set_isa(before)
+
+
+def build_info() -> dict[str, object]:
+    """What this kegfast is: version, compiler, instruction sets, CUDA state, torch.
+
+    Returns:
+        A dict of plain values; `native` is False where the compiled part is missing, `why` says why.
+    """
+    info: dict[str, object] = {
+        "version": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "torch_cuda": torch.version.cuda,
+        "threads": torch.get_num_threads(),
+        "native": _C is not None,
+    }
+    if _C is None:
+        info["why"] = _why_absent
+    else:
+        info.update(_C.build_info())
+    return info

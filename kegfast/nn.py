@@ -1,0 +1,149 @@
+"""Modules: drop-in layers and losses over `kegfast.functional`."""
+
+import torch
+from torch import Tensor, nn
+
+from kegfast import functional
+
+
+class DiversityLoss(nn.Module):
+    """`kegfast.functional.diversity_loss` as a module; the call that KegNet and FedGen code makes.
+
+    Args:
+        metric, noise_metric, reduction, log: as in `kegfast.functional.diversity_loss`.
+    """
+
+    def __init__(
+        self,
+        metric: functional.Metric = "l1",
+        noise_metric: functional.NoiseMetric = "sqeuclidean",
+        reduction: str = "mean",
+        log: bool = False,
+    ):
+        super().__init__()
+        self.metric, self.noise_metric = metric, noise_metric
+        self.reduction, self.log = reduction, log
+
+    def forward(
+        self,
+        noises: Tensor,  # (B, nz)
+        layer: Tensor,  # (B, ...)
+    ) -> Tensor:  # ()
+        """The diversity loss of the samples `layer` made from `noises`."""
+        return functional.diversity_loss(
+            noises,
+            layer,
+            metric=self.metric,
+            noise_metric=self.noise_metric,
+            reduction=self.reduction,
+            log=self.log,
+        )
+
+    def extra_repr(self) -> str:
+        return (
+            f"metric={self.metric!r}, noise_metric={self.noise_metric!r}, "
+            f"reduction={self.reduction!r}, log={self.log}"
+        )
+
+
+class TuckerConv2d(nn.Module):
+    """A Tucker-2 convolution: first 1x1, core kh x kw, last 1x1, run as one fused operator.
+
+    Its state dict is that of the three `nn.Conv2d` that it stands for.
+
+    Args:
+        in_channels, out_channels: C and K.
+        kernel_size: of the core, an int or a pair.
+        rank: (in_rank, out_rank), the core's input and output channels.
+        stride, padding, dilation: of the core.
+        bias: whether `last` carries a bias.
+        activation: None or "relu", applied inside the operator.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: functional.Pair,
+        rank: tuple[int, int],
+        stride: functional.Pair = 1,
+        padding: functional.Pair = 0,
+        dilation: functional.Pair = 1,
+        bias: bool = True,
+        activation: str | None = None,
+    ):
+        super().__init__()
+        in_rank, out_rank = rank
+        self.first = nn.Conv2d(in_channels, in_rank, 1, bias=False)
+        self.core = nn.Conv2d(in_rank, out_rank, kernel_size, stride, padding, dilation, bias=False)
+        self.last = nn.Conv2d(out_rank, out_channels, 1, bias=bias)
+        self.activation = activation
+
+    def forward(self, x: Tensor) -> Tensor:  # (N, C, H, W) -> (N, K, H', W')
+        """last(core(first(x))), then the activation."""
+        return functional.tucker_conv2d(
+            x,
+            self.first.weight,
+            self.core.weight,
+            self.last.weight,
+            self.last.bias,
+            self.core.stride,
+            self.core.padding,
+            self.core.dilation,
+            self.activation,
+        )
+
+    def to_sequential(self) -> nn.Sequential:
+        """The three convolutions (sharing these parameters), for quantisation or other tools."""
+        layers: list[nn.Module] = [self.first, self.core, self.last]
+        return nn.Sequential(*layers, nn.ReLU()) if self.activation else nn.Sequential(*layers)
+
+    @torch.no_grad()
+    def to_conv(self) -> nn.Conv2d:
+        """The dense convolution that this layer equals."""
+        first, last = self.first.weight.flatten(1), self.last.weight.flatten(1)  # (R1, C), (K, R2)
+        conv = nn.Conv2d(
+            first.shape[1],
+            last.shape[0],
+            self.core.kernel_size,
+            self.core.stride,
+            self.core.padding,
+            self.core.dilation,
+            bias=self.last.bias is not None,
+            device=first.device,
+            dtype=first.dtype,
+        )
+        conv.weight.copy_(torch.einsum("kr,rshw,sc->kchw", last, self.core.weight, first))
+        if self.last.bias is not None:
+            conv.bias.copy_(self.last.bias)
+        return conv.train(self.training)
+
+
+class TuckerLinear(nn.Module):
+    """A Linear as U core V, the form that the paper uses for its MLPs (Tucker-2 of a matrix).
+
+    Args:
+        in_features, out_features: of the Linear that it stands for.
+        rank: (in_rank, out_rank); None for a side leaves that side's width unfactored.
+        bias: whether the last factor carries a bias.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        rank: tuple[int | None, int | None],
+        bias: bool = True,
+    ):
+        super().__init__()
+        in_rank, out_rank = rank
+        core_in, core_out = in_rank or in_features, out_rank or out_features
+        self.first = nn.Linear(in_features, core_in, bias=False) if in_rank else None
+        self.core = nn.Linear(core_in, core_out, bias=bias and out_rank is None)
+        self.last = nn.Linear(core_out, out_features, bias=bias) if out_rank else None
+
+    def forward(self, x: Tensor) -> Tensor:  # (..., in_features) -> (..., out_features)
+        """last(core(first(x))), skipping the sides that are not factored."""
+        for layer in (self.first, self.core, self.last):
+            x = x if layer is None else layer(x)
+        return x
