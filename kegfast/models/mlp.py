@@ -1,0 +1,34 @@
+"""The deep multilayer perceptron of the paper's tabular experiments (after Olson et al. 2018)."""
+
+from torch import Tensor, nn
+
+
+class MLP(nn.Module):
+    """Hidden layers of equal width with ELU and dropout, then one linear layer.
+
+    Args:
+        in_features: width of the samples.
+        num_classes: number of logits.
+        units: width of the hidden layers.
+        depth: number of hidden layers.
+        dropout: probability after each hidden layer.
+    """
+
+    def __init__(
+        self, in_features: int, num_classes: int, *, units: int = 100, depth: int = 11, dropout: float = 0.15
+    ) -> None:
+        super().__init__()
+        widths = [in_features] + [units] * depth
+        hidden = [
+            nn.Sequential(nn.Linear(before, after), nn.ELU(), nn.Dropout(dropout))
+            for before, after in zip(widths, widths[1:], strict=False)
+        ]
+        self.hidden = nn.Sequential(*hidden)
+        self.output = nn.Linear(widths[-1], num_classes)
+
+    def forward(
+        self,
+        x: Tensor,  # (N, in_features)
+    ) -> Tensor:
+        """Logits (N, num_classes)."""
+        return self.output(self.hidden(x))

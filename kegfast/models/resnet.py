@@ -1,0 +1,71 @@
+"""ResNet14: a residual network for 32x32 images (He et al. 2016, section 4.2, n = 2)."""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions with batch normalisation around a shortcut without parameters (option A).
+
+    Args:
+        in_channels: channels that come in.
+        out_channels: channels that go out; the shortcut appends zeros for the missing ones.
+        stride: stride of the first convolution; the shortcut subsamples by it.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, stride, padding=1)
+        self.bn1 = nn.BatchNorm2d(out_channels)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        self.bn2 = nn.BatchNorm2d(out_channels)
+        self.stride = stride
+        self.extra = out_channels - in_channels
+
+    def forward(
+        self,
+        x: Tensor,  # (N, in_channels, H, W)
+    ) -> Tensor:
+        """Features (N, out_channels, H / stride, W / stride)."""
+        y = F.relu(self.bn1(self.conv1(x)))
+        y = self.bn2(self.conv2(y))
+        return F.relu(y + self.shortcut(x))
+
+    def shortcut(self, x: Tensor) -> Tensor:
+        """The input, subsampled and padded to the block's output."""
+        if self.stride == 1 and self.extra == 0:
+            return x
+        return F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, 0, self.extra))
+
+
+class ResNet14(nn.Module):
+    """A 3x3 convolution, three stages of two blocks (16, 32, 64 channels), average pooling, one linear layer.
+
+    Args:
+        in_channels: channels of the images.
+        num_classes: number of logits.
+    """
+
+    def __init__(self, in_channels: int = 1, num_classes: int = 10) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_channels, 16, 3, padding=1)
+        self.norm1 = nn.BatchNorm2d(16)
+        self.layers1 = _stage(16, 16, stride=1)
+        self.layers2 = _stage(16, 32, stride=2)
+        self.layers3 = _stage(32, 64, stride=2)
+        self.linear = nn.Linear(64, num_classes)
+
+    def forward(
+        self,
+        x: Tensor,  # (N, in_channels, H, W), 32x32 in the paper
+    ) -> Tensor:
+        """Logits (N, num_classes)."""
+        x = F.relu(self.norm1(self.conv1(x)))
+        x = self.layers3(self.layers2(self.layers1(x)))
+        return self.linear(x.mean((2, 3)))
+
+
+def _stage(in_channels: int, out_channels: int, stride: int) -> nn.Sequential:
+    return nn.Sequential(
+        BasicBlock(in_channels, out_channels, stride), BasicBlock(out_channels, out_channels, 1)
+    )
