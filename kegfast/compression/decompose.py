@@ -1,0 +1,155 @@
+"""Factors of one weight: Tucker-2 by higher-order orthogonal iteration, an SVD for a matrix."""
+
+import warnings
+from typing import NamedTuple
+
+import tensorly
+import torch
+from tensorly.decomposition import partial_tucker
+from torch import Tensor
+
+from kegfast.compression.ranks import Side, explicit_rank
+
+DOUBLE_UNTIL = 1 << 20
+"""Weights of at most this many entries are decomposed in float64."""
+
+
+class Factors(NamedTuple):
+    """weight = last core first; a side without a factor is None, and the core spans its channels."""
+
+    first: Tensor | None  # (R1, C)
+    core: Tensor  # (R2, R1, kh, kw), or (R2, R1) of a matrix
+    last: Tensor | None  # (K, R2)
+
+    @property
+    def rank(self) -> tuple[Side, Side]:
+        """(in_rank, out_rank), None for a side without a factor."""
+        return (
+            None if self.first is None else self.first.shape[0],
+            None if self.last is None else self.last.shape[1],
+        )
+
+    def to(self, like: Tensor) -> "Factors":
+        """The factors on the device and in the dtype of `like`."""
+        return Factors(*(None if part is None else part.to(like) for part in self))
+
+
+class Metric(NamedTuple):
+    """What an error of the weight costs: tr(output dW inputs dW^T), averaged over kernel taps."""
+
+    inputs: Tensor  # (C, C) second moments of the layer's input channels
+    output: Tensor  # (K, K) second moments of the loss's gradient in its output channels
+
+
+def factorize(
+    weight: Tensor,  # (K, C, kh, kw) or (K, C)
+    rank: tuple[Side, Side],
+    metric: Metric | None = None,
+) -> Factors:
+    """Decomposes a weight along its channels.
+
+    A spatial weight gets a Tucker-2 decomposition (`last core first`). A matrix of rank (r, None) or
+    (None, r) gets its truncated SVD; of rank (r1, r2), the Tucker-2 form U core V, in which the paper
+    writes its MLPs.
+
+    Args:
+        weight: any float dtype and device; small weights are decomposed in float64.
+        rank: (in_rank, out_rank), None for a side without a factor.
+        metric: what to minimise instead of the squared error of the weight.
+
+    Returns:
+        Factors in the weight's dtype and on its device.
+
+    Raises:
+        ValueError: a rank outside 1..channels, or a weight that is not finite.
+    """
+    in_rank, out_rank = explicit_rank(rank, weight.shape[1], weight.shape[0])
+    dtype = torch.float64 if weight.numel() <= DOUBLE_UNTIL else torch.float32
+    target = weight.detach().to(dtype)
+    if not bool(target.isfinite().all()):
+        raise ValueError("weight must be finite, got NaN or infinite values")
+    if metric is not None:
+        roots = [_root(part.to(target)) for part in metric]
+        factors = factorize(_change_basis(target, roots[0][0], roots[1][0]), rank)
+        return _back(factors, roots[0][1], roots[1][1]).to(weight)
+    matrix = weight[0, 0].numel() == 1
+    if matrix and (in_rank is None or out_rank is None):
+        factors = _low_rank(target, in_rank, out_rank)
+    else:
+        factors = _tucker2(target, in_rank, out_rank)
+    return factors.to(weight)
+
+
+def _low_rank(matrix: Tensor, in_rank: Side, out_rank: Side) -> Factors:
+    shape = matrix.shape[2:]
+    u, s, v = torch.linalg.svd(matrix.flatten(1), full_matrices=False)
+    rank = min(in_rank or out_rank or 0, len(s))
+    root = s[:rank].sqrt()  # shared between both factors, so that neither is badly scaled
+    left, right = u[:, :rank] * root, root[:, None] * v[:rank]
+    if in_rank is not None:
+        return Factors(right, left.reshape(*left.shape, *shape), None)
+    return Factors(None, right.reshape(*right.shape, *shape), left)
+
+
+def _tucker2(weight: Tensor, in_rank: Side, out_rank: Side) -> Factors:
+    ranks = {mode: rank for mode, rank in ((0, out_rank), (1, in_rank)) if rank is not None}
+    if not weight.any():  # every subspace is as good as any other
+        eye = torch.eye(max(weight.shape[:2]), dtype=weight.dtype, device=weight.device)
+        bases = {mode: eye[: weight.shape[mode], :rank] for mode, rank in ranks.items()}
+        core = weight[: out_rank or None, : in_rank or None]
+    else:
+        core, bases = _hooi(weight, ranks)
+    first = bases[1].T.contiguous() if 1 in bases else None
+    return Factors(first, core.contiguous(), bases.get(0))
+
+
+def _hooi(weight: Tensor, ranks: dict[int, int]) -> tuple[Tensor, dict[int, Tensor]]:
+    """The one place that calls tensorly."""
+    with tensorly.backend_context("pytorch", local_threadsafe=True), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        (core, factors), _ = partial_tucker(
+            tensor=weight, rank=list(ranks.values()), modes=list(ranks), init="svd"
+        )
+    return core, dict(zip(ranks, factors, strict=True))
+
+
+def _root(moments: Tensor) -> tuple[Tensor, Tensor]:  # (C, C) -> (C, C), (C, C)
+    """The square root and its inverse of a positive semidefinite matrix, slightly damped."""
+    values, vectors = torch.linalg.eigh((moments + moments.T) / 2)
+    floor = values.clamp_min(0).mean() * 1e-4
+    values = values.clamp_min(floor if floor > 0 else 1.0)
+    return (vectors * values.sqrt()) @ vectors.T, (vectors * values.rsqrt()) @ vectors.T
+
+
+def _change_basis(weight: Tensor, inputs: Tensor, output: Tensor) -> Tensor:
+    return torch.einsum("ik,kc...,cj->ij...", output, weight, inputs)
+
+
+def _back(factors: Factors, inputs: Tensor, output: Tensor) -> Factors:
+    """Factors of a weight in another basis, in the original one."""
+    first, core, last = factors
+    if first is None:
+        core = torch.einsum("rc...,cj->rj...", core, inputs)
+    if last is None:
+        core = torch.einsum("ik,kr...->ir...", output, core)
+    return Factors(
+        None if first is None else first @ inputs, core, None if last is None else output @ last
+    )
+
+
+def reconstruct(factors: Factors) -> Tensor:  # (K, C, kh, kw) or (K, C)
+    """The weight that the factors stand for."""
+    weight = factors.core
+    if factors.first is not None:
+        weight = torch.einsum("kr...,rc->kc...", weight, factors.first)
+    if factors.last is not None:
+        weight = torch.einsum("kr,rc...->kc...", factors.last, weight)
+    return weight
+
+
+def relative_error(weight: Tensor, factors: Factors) -> float:
+    """||weight - reconstruction|| / ||weight|| of the factors as stored, computed in float64."""
+    exact = weight.detach().double()
+    norm = float(exact.norm())
+    parts = (None if part is None else part.detach().double() for part in factors)
+    return float((exact - reconstruct(Factors(*parts))).norm()) / norm if norm else 0.0

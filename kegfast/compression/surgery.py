@@ -1,0 +1,264 @@
+"""Finding the layers of a model that can be factorised, and replacing them."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from kegfast.compression.decompose import Factors, reconstruct
+from kegfast.nn import TuckerConv2d, TuckerLinear
+
+KINDS = (nn.Conv2d, nn.Linear)
+
+
+class FactorChain(nn.Sequential):
+    """The plain convolutions of a factored one, run one after the other: first, core, last."""
+
+
+@dataclass
+class Site:
+    """One layer of a model: where it hangs, and why it must stay as it is, if so."""
+
+    name: str  # the first of its names
+    module: nn.Module
+    names: list[str] = field(default_factory=list)  # every name that leads to it
+    refusal: str | None = None
+
+
+def survey(model: nn.Module) -> list[Site]:
+    """Every convolution and Linear of a model, each once, in the order of `named_modules`.
+
+    Layers that are left alone carry the reason in `refusal`.
+    """
+    owners = _owners(model)
+    sites: dict[int, Site] = {}
+    opaque: dict[str, str] = {}  # prefix of modules whose forward reaches into their children
+    for name, module in model.named_modules(remove_duplicate=False):
+        if (reason := _opaque(module)) is not None:
+            opaque[name] = reason
+        if not _is_layer(module):
+            continue
+        if id(module) in sites:
+            sites[id(module)].names.append(name)
+            continue
+        inside = next((why for top, why in opaque.items() if name.startswith(f"{top}.")), None)
+        refusal = inside or _refusal(name, module, owners)
+        sites[id(module)] = Site(name, module, [name], refusal)
+    return list(sites.values())
+
+
+def _is_layer(module: nn.Module) -> bool:
+    return isinstance(module, (nn.modules.conv._ConvNd, nn.Linear, nn.Bilinear))
+
+
+def _owners(model: nn.Module) -> dict[int, set[str]]:
+    """The modules that hold each parameter, by the parameter's id."""
+    owners: dict[int, set[str]] = {}
+    for name, module in model.named_modules():
+        for parameter in module.parameters(recurse=False):
+            owners.setdefault(id(parameter), set()).add(name)
+    return owners
+
+
+def _opaque(module: nn.Module) -> str | None:
+    if isinstance(module, nn.MultiheadAttention | nn.TransformerEncoderLayer):
+        return f"inside {type(module).__name__}, which reads its layers' weights itself"
+    if isinstance(module, torch.jit.ScriptModule):
+        return "compiled by TorchScript"
+    return None
+
+
+def _refusal(name: str, module: nn.Module, owners: dict[int, set[str]]) -> str | None:
+    kind = type(module).__name__
+    if parametrize.is_parametrized(module):
+        return "parametrised (torch.nn.utils.parametrize); remove the parametrisation first"
+    if hasattr(module, "weight_orig") or hasattr(module, "weight_mask"):
+        return "pruned or spectrally normalised; make it permanent first"
+    if hasattr(module, "weight_g"):
+        return "weight-normalised; remove the normalisation first"
+    if isinstance(module, nn.modules.lazy.LazyModuleMixin) and module.has_uninitialized_params():
+        return "not initialised yet; run the model once first"
+    if type(module) not in KINDS:
+        return f"{kind} is not factorised, only Conv2d and Linear are"
+    if isinstance(module, nn.Conv2d) and module.groups > 1:
+        depthwise = module.groups == module.in_channels
+        return "depthwise convolution" if depthwise else f"grouped convolution ({module.groups})"
+    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks:
+        return "has hooks, which would be lost"
+    for parameter in module.parameters(recurse=False):
+        others = sorted(owners[id(parameter)] - {name})
+        if others:
+            return f"shares a parameter with {', '.join(others)}"
+    if not module.weight.dtype.is_floating_point:
+        return f"weights of {module.weight.dtype}"
+    return None
+
+
+def build(module: nn.Conv2d | nn.Linear, factors: Factors) -> nn.Module:
+    """The layer that computes what `module` computes, from factors of its weight.
+
+    Returns:
+        `TuckerConv2d` or `TuckerLinear` where they can express it. A convolution factored on one
+        side only, of size 1x1, or with a padding that they do not know becomes a `FactorChain` of
+        plain convolutions under the same names (first, core, last).
+    """
+    if isinstance(module, nn.Linear):
+        layer = TuckerLinear(
+            module.in_features, module.out_features, factors.rank, module.bias is not None
+        )
+    elif None not in factors.rank and _fits_tucker(module):
+        layer = TuckerConv2d(
+            module.in_channels,
+            module.out_channels,
+            module.kernel_size,
+            factors.rank,
+            module.stride,
+            explicit_padding(module),
+            module.dilation,
+            bias=module.bias is not None,
+        )
+    else:
+        layer = chain(module, factors)
+    layer.to(module.weight.device, module.weight.dtype)
+    with torch.no_grad():
+        _fill(layer, module, factors)
+    layer.requires_grad_(module.weight.requires_grad)
+    return layer.train(module.training)
+
+
+def _fits_tucker(conv: nn.Conv2d) -> bool:
+    return conv.padding_mode == "zeros" and explicit_padding(conv) is not None
+
+
+def explicit_padding(conv: nn.Conv2d) -> tuple[int, int] | None:
+    """The padding as two numbers; None where "same" pads the two sides of an axis unequally."""
+    if conv.padding == "valid":
+        return (0, 0)
+    if conv.padding == "same":
+        total = [d * (k - 1) for d, k in zip(conv.dilation, conv.kernel_size, strict=True)]
+        return None if any(t % 2 for t in total) else (total[0] // 2, total[1] // 2)
+    return conv.padding
+
+
+def chain(conv: nn.Conv2d, factors: Factors) -> "FactorChain":
+    """The plain convolutions of the factors, empty. 1x1 convolutions commute with any padding."""
+    in_rank, out_rank = factors.rank
+    inner, outer = in_rank or conv.in_channels, out_rank or conv.out_channels
+    bias = conv.bias is not None
+    # A 1x1 core may leave its stride to `first`, which then computes only the pixels that remain.
+    early = in_rank is not None and conv.kernel_size == (1, 1) and explicit_padding(conv) == (0, 0)
+    stride = conv.stride
+    parts = FactorChain()
+    if in_rank is not None:
+        parts.first = nn.Conv2d(conv.in_channels, inner, 1, stride if early else 1, bias=False)
+    parts.core = nn.Conv2d(
+        inner,
+        outer,
+        conv.kernel_size,
+        1 if early else stride,
+        conv.padding,
+        conv.dilation,
+        bias=bias and out_rank is None,
+        padding_mode=conv.padding_mode,
+    )
+    if out_rank is not None:
+        parts.last = nn.Conv2d(outer, conv.out_channels, 1, bias=bias)
+    return parts
+
+
+def _fill(layer: nn.Module, module: nn.Conv2d | nn.Linear, factors: Factors) -> None:
+    for name, factor in factors._asdict().items():
+        if factor is not None:
+            weight = getattr(layer, name).weight
+            weight.copy_(factor.reshape(weight.shape))
+    if module.bias is not None:
+        (layer.core if factors.last is None else layer.last).bias.copy_(module.bias)
+
+
+def factors_of(layer: nn.Module) -> Factors | None:
+    """The factors that a layer made by `build` holds; None for any other module."""
+    if not is_factored(layer):
+        return None
+    core = layer.core.weight
+    sides = (getattr(layer, name, None) for name in ("first", "last"))
+    first, last = (None if side is None else side.weight.flatten(1) for side in sides)
+    return Factors(first, core, last)
+
+
+def is_factored(layer: nn.Module) -> bool:
+    """Whether `build` makes such layers."""
+    return isinstance(layer, TuckerConv2d | TuckerLinear | FactorChain)
+
+
+def factored_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Every factored layer of a model with its name, each once."""
+    for name, module in model.named_modules():
+        if is_factored(module):
+            yield name, module
+
+
+def replace(model: nn.Module, site: Site, layer: nn.Module) -> nn.Module:
+    """Hangs `layer` under every name of the site.
+
+    Returns:
+        The model, or `layer` where the site is the model itself.
+    """
+    for name in site.names:
+        if not name:
+            return layer
+        parent, _, last = name.rpartition(".")
+        setattr(model.get_submodule(parent), last, layer)
+    return model
+
+
+def replace_all(
+    model: nn.Module, matches: Callable[[nn.Module], bool], make: Callable[[nn.Module], nn.Module]
+) -> nn.Module:
+    """Replaces every module that matches, under all its names; `make` is called once for each."""
+    found: dict[int, Site] = {}
+    for name, module in list(model.named_modules(remove_duplicate=False)):
+        if matches(module):
+            found.setdefault(id(module), Site(name, module, [])).names.append(name)
+    for site in found.values():
+        model = replace(model, site, make(site.module))
+    return model
+
+
+def densify(model: nn.Module) -> nn.Module:
+    """Undoes `compress`: every factored layer becomes one dense Conv2d or Linear again, in place.
+
+    The dense layers hold the products of the factors, so the outputs stay those of the student.
+    """
+    return replace_all(model, is_factored, _dense)
+
+
+@torch.no_grad()
+def _dense(layer: nn.Module) -> nn.Module:
+    if isinstance(layer, TuckerConv2d):
+        conv = layer.to_conv()
+        return nn.Sequential(conv, nn.ReLU()) if layer.activation == "relu" else conv
+    factors = factors_of(layer)
+    weight: Tensor = reconstruct(factors)
+    tail = layer.core if factors.last is None else layer.last
+    if isinstance(layer, TuckerLinear):
+        dense: nn.Module = nn.Linear(weight.shape[1], weight.shape[0], tail.bias is not None)
+    else:
+        core = layer.core
+        first = getattr(layer, "first", None)
+        dense = nn.Conv2d(
+            weight.shape[1],
+            weight.shape[0],
+            core.kernel_size,
+            core.stride if first is None or first.stride == (1, 1) else first.stride,
+            core.padding,
+            core.dilation,
+            bias=tail.bias is not None,
+            padding_mode=core.padding_mode,
+        )
+    dense.to(weight.device, weight.dtype)
+    dense.weight.copy_(weight)
+    if tail.bias is not None:
+        dense.bias.copy_(tail.bias)
+    return dense.requires_grad_(layer.core.weight.requires_grad).train(layer.training)
