@@ -61,7 +61,9 @@ def save_tensors(
         metadata: strings kept in the file's header.
     """
     # Cloned: safetensors refuses tensors that share memory, as tied weights do.
-    whole = {name: t.detach().cpu().clone(memory_format=torch.contiguous_format) for name, t in tensors.items()}
+    whole = {
+        name: t.detach().cpu().clone(memory_format=torch.contiguous_format) for name, t in tensors.items()
+    }
     # As bytes: the library's own writer hides the reason of an OSError.
     content = safetensors.torch.save(whole, dict(metadata) if metadata else None)
     with atomic_write(path) as temporary:
@@ -84,7 +86,14 @@ def read_checkpoint(path: str | Path) -> Any:
     with open(path, "rb") as file:
         try:
             return torch.load(file, map_location="cpu", weights_only=True)
-        except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, AttributeError) as error:
+        except (
+            pickle.UnpicklingError,
+            RuntimeError,
+            EOFError,
+            ValueError,
+            KeyError,
+            AttributeError,
+        ) as error:
             raise ValueError(
                 f"{path}: expected safetensors or a torch file of tensors and plain containers, "
                 "got a file that is damaged, foreign or would execute code"
@@ -102,7 +111,8 @@ def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         pass  # the usual OSError, with its reason, before the library's own
     try:
         with safetensors.safe_open(path, framework="pt", device="cpu") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})
+            names = list(file.keys())
+            return {name: file.get_tensor(name) for name in names}, dict(file.metadata() or {})
     except SafetensorError as error:
         raise ValueError(f"{path}: expected a safetensors file, got {error}") from error
 
@@ -167,9 +177,8 @@ def load_weights(model: nn.Module, path: str | Path) -> nn.Module:
         _listing("not finite", [name for name, t in weights.items() if not bool(t.isfinite().all())]),
     ]
     if any(problems):
-        raise ValueError(
-            f"{path}: expected finite weights of {type(model).__name__}, got {'; '.join(filter(None, problems))}"
-        )
+        found = "; ".join(filter(None, problems))
+        raise ValueError(f"{path}: expected finite weights of {type(model).__name__}, got {found}")
     model.load_state_dict(weights)
     return model
 

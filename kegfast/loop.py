@@ -178,7 +178,9 @@ class _Run:
             for name, part in self.state.items():
                 part.load_state_dict(content["state"][name])
         except (KeyError, RuntimeError, ValueError) as error:
-            raise ValueError(f"{self.path}: expected the state of this run, got another's ({name})") from error
+            raise ValueError(
+                f"{self.path}: expected the state of this run, got another's ({name})"
+            ) from error
         self.done = content["done"]
         self.history = content["history"]
         self.started = time.monotonic() - content["seconds"]

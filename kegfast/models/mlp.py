@@ -1,5 +1,7 @@
 """The deep multilayer perceptron of the paper's tabular experiments (after Olson et al. 2018)."""
 
+from itertools import pairwise
+
 from torch import Tensor, nn
 
 
@@ -21,7 +23,7 @@ class MLP(nn.Module):
         widths = [in_features] + [units] * depth
         hidden = [
             nn.Sequential(nn.Linear(before, after), nn.ELU(), nn.Dropout(dropout))
-            for before, after in zip(widths, widths[1:], strict=False)
+            for before, after in pairwise(widths)
         ]
         self.hidden = nn.Sequential(*hidden)
         self.output = nn.Linear(widths[-1], num_classes)
