@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -33,6 +34,8 @@ class CMakeBuild(build_ext):
         # One tree per target folder: the libraries' paths are part of what CMake remembers.
         tree = ROOT / "build" / ("cmake-editable" if in_place else "cmake-wheel")
         options = {
+            # Named each time: the tree may remember a ninja of an isolated build that is gone.
+            "CMAKE_MAKE_PROGRAM": shutil.which("ninja") or "ninja",
             "CMAKE_BUILD_TYPE": os.environ.get("CMAKE_BUILD_TYPE", "Release"),
             "CMAKE_LIBRARY_OUTPUT_DIRECTORY": package,
             "Python_EXECUTABLE": sys.executable,
