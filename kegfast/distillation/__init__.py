@@ -1,0 +1,40 @@
+"""Teaching a student: losses, sources of samples, and the loop that joins them."""
+
+from kegfast.distillation import boundary, losses, sources
+from kegfast.distillation.distiller import distill
+from kegfast.distillation.ensemble import Ensemble
+from kegfast.distillation.features import Features
+from kegfast.distillation.objective import Batch, Objective, Term
+from kegfast.distillation.sources import (
+    GaussianNoise,
+    Mixture,
+    Munge,
+    Noisy,
+    Pool,
+    Samples,
+    UniformNoise,
+    as_source,
+)
+from kegfast.distillation.stages import born_again, fitnets
+
+__all__ = [
+    "Batch",
+    "Ensemble",
+    "Features",
+    "GaussianNoise",
+    "Mixture",
+    "Munge",
+    "Noisy",
+    "Objective",
+    "Pool",
+    "Samples",
+    "Term",
+    "UniformNoise",
+    "as_source",
+    "born_again",
+    "boundary",
+    "distill",
+    "fitnets",
+    "losses",
+    "sources",
+]

@@ -1,0 +1,279 @@
+"""The training loop of every student: `kegfast.distill`."""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from kegfast.check import expected
+from kegfast.distillation.ensemble import Ensemble
+from kegfast.distillation.features import Features
+from kegfast.distillation.objective import Batch, Objective, Term
+from kegfast.distillation.sources import Pool, as_source
+from kegfast.loop import MetricsLog, mix, run_steps
+
+MakeOptimizer = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
+
+
+def distill(
+    student: nn.Module,
+    teacher: nn.Module | Sequence[nn.Module],
+    source: Any,
+    *,
+    loss: str | Callable[..., Tensor] | Sequence[Term] = "soft_target",
+    steps: int = 1000,
+    batch_size: int = 128,
+    optimizer: Literal["adam", "adamw", "sgd"] | MakeOptimizer = "adam",
+    lr: float = 1e-3,
+    weight_decay: float = 0.0,
+    schedule: Literal["cosine", "constant"] | Callable[[float], float] = "cosine",
+    temperature: float = 4.0,
+    alpha: float = 1.0,
+    student_batchnorm: Literal["train", "eval"] = "train",
+    seed: int = 0,
+    checkpoint: str | Path | None = None,
+    resume: bool = False,
+    metrics: MetricsLog | None = None,
+    progress: bool = False,
+    device: torch.device | str | None = None,
+    amp: bool = False,
+    log_every: int = 10,
+    label: str = "distill",
+) -> list[dict[str, float]]:
+    """Train a student to answer as a teacher does, on whatever samples there are.
+
+    The teacher runs in eval mode without gradients. No step waits for the device, except for the loss
+    read every `log_every` steps. Both models' modes (train or eval) are restored at the end.
+
+    Args:
+        student: Trained in place. Wrap it in `DistributedDataParallel` to train on several
+            processes: each draws samples of its own.
+        teacher: A model, or several, whose softened probabilities are then averaged (`Ensemble`).
+        source: A `Generators`, noise, a `Pool` (whose answers the teacher gives only once), a
+            tensor, a data set or a DataLoader; see `kegfast.distillation.sources`.
+        loss: Text such as `"soft_target+rkd_distance:25"` or `"hint@layers2:0.5"`
+            (`kegfast.distillation.objective`), a function of (student logits, teacher
+            logits, labels), or a list of `Term`.
+        steps: How many batches.
+        batch_size: Samples per step and process.
+        optimizer: A name, or a function from the list of parameters to a torch optimizer, which then
+            has its own rates. "sgd" has a momentum of 0.9.
+        lr: The first learning rate. 1e-3 suits Adam from scratch; a compressed student on samples
+            far from real ones keeps more with 1e-5 to 1e-4.
+        weight_decay: As torch's optimizers define it.
+        schedule: "cosine" takes the rate down to zero, "constant" leaves it; or a function from the
+            share of the run that is done, in [0, 1), to a factor.
+        temperature: For losses that soften logits.
+        alpha: Weight of `soft_target`'s soft part; `1 - alpha` goes to the source's labels.
+        student_batchnorm: "eval" keeps the student's running statistics, and normalises with them:
+            right for samples whose statistics are not the data's, such as noise.
+        seed: Seed of all draws.
+        checkpoint: File that a stopped run continues from.
+        resume: Continue from `checkpoint` where it exists, to the same result.
+        metrics: Log of the losses.
+        progress: Show a bar on a terminal.
+        device: Move both models there first; by default both must be on one device already.
+        amp: Run both models under bfloat16 autocast; losses stay in float32.
+        log_every: Steps between two entries of the history.
+        label: The stage's name in the log and the checkpoint.
+
+    Returns:
+        The history: one dict per `log_every` steps with "step", "loss" and, if there are
+        several, each term's value.
+
+    Raises:
+        ValueError: An argument is out of its range, the models are on different devices, or their
+            outputs do not fit the losses.
+        TypeError: An argument has the wrong type.
+        FloatingPointError: The loss is no longer finite.
+    """
+    _check_numbers(steps=steps, batch_size=batch_size, log_every=log_every)
+    teacher = _as_teacher(teacher, temperature)
+    device = _place(student, teacher, device)
+    source = as_source(source)
+    objective = Objective(loss, temperature=temperature, alpha=alpha)
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=amp)
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        seed = mix(seed, torch.distributed.get_rank())
+    with ExitStack() as stack:
+        stack.enter_context(_modes_restored(student, teacher))
+        student.eval()
+        teacher.eval()
+        ours = stack.enter_context(Features(student, objective.student_layers))
+        theirs = stack.enter_context(Features(teacher, objective.teacher_layers))
+        _fit_regressors(objective, student, teacher, source, ours, theirs, device, seed)
+        _train_mode(student, student_batchnorm)
+        draw = _drawer(source, teacher, objective, device, autocast)
+        trainable = [p for m in (student, objective) for p in m.parameters() if p.requires_grad]
+        optimiser = _optimizer(optimizer, trainable, lr, weight_decay)
+        rates = [group["lr"] for group in optimiser.param_groups]
+        factor = _factor(schedule)
+
+        def step(i: int) -> dict[str, Tensor]:
+            for group, rate in zip(optimiser.param_groups, rates, strict=True):
+                group["lr"] = rate * factor(i / steps)
+            samples, labels, answers = draw(batch_size)
+            with autocast:
+                logits = student(samples)
+            batch = Batch(samples, labels, logits, answers, ours.taken(), theirs.taken(), student, teacher)
+            values = objective(batch, i / steps)
+            optimiser.zero_grad()
+            values["loss"].backward()
+            optimiser.step()
+            return {name: value.detach() for name, value in values.items()}
+
+        return run_steps(
+            step,
+            steps,
+            state={"student": student, "objective": objective, "optimizer": optimiser},
+            seed=seed,
+            checkpoint=None if checkpoint is None else Path(checkpoint),
+            resume=resume,
+            metrics=metrics,
+            progress=progress,
+            label=label,
+            log_every=log_every,
+        )
+
+
+def _drawer(
+    source: Any,
+    teacher: nn.Module,
+    objective: Objective,
+    device: torch.device,
+    autocast: torch.autocast,
+) -> Callable[[int], tuple[Tensor, Tensor | None, Tensor]]:
+    """A function that gives n samples, their labels and the teacher's logits, on the device."""
+
+    def move(x: Tensor | None) -> Tensor | None:
+        return x if x is None else x.to(device, non_blocking=True)
+
+    def draw_and_ask(n: int) -> tuple[Tensor, Tensor | None, Tensor]:
+        samples, labels = map(move, source.sample(n))
+        with torch.no_grad(), autocast:
+            return samples, labels, teacher(samples)
+
+    if not isinstance(source, Pool) or objective.needs_teacher:
+        return draw_and_ask
+    answers = source.answers(teacher, device)
+
+    def look_up(n: int) -> tuple[Tensor, Tensor | None, Tensor]:
+        index = source.draw(n)
+        labels = None if source.labels is None else source.labels[index]
+        return move(source.samples[index]), move(labels), answers[index.to(device)]
+
+    return look_up
+
+
+def _fit_regressors(
+    objective: Objective,
+    student: nn.Module,
+    teacher: nn.Module,
+    source: Any,
+    ours: Features,
+    theirs: Features,
+    device: torch.device,
+    seed: int,
+) -> None:
+    """Show both models two samples, and create what their features' shapes ask for."""
+    if not objective.student_layers:
+        return
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(mix(seed, -1))
+        samples = source.sample(2)[0].to(device)
+        student(samples)
+        teacher(samples)
+        objective.fit(ours.taken(), theirs.taken())
+    if isinstance(student, DistributedDataParallel):
+        objective.parallelise()
+
+
+def _as_teacher(teacher: nn.Module | Sequence[nn.Module], temperature: float) -> nn.Module:
+    if isinstance(teacher, nn.Module):
+        return teacher
+    if isinstance(teacher, Sequence) and all(isinstance(model, nn.Module) for model in teacher):
+        return Ensemble(teacher, temperature=temperature)
+    raise TypeError(expected("teacher", "a module or a list of modules", teacher))
+
+
+def _place(student: nn.Module, teacher: nn.Module, device: torch.device | str | None) -> torch.device:
+    """The one device of both models."""
+    if not isinstance(student, nn.Module):
+        raise TypeError(expected("student", "a module", student))
+    if any(module is teacher for module in student.modules()):
+        raise ValueError(expected("student", "another model than the teacher", "the same one"))
+    if device is not None:
+        student.to(device)
+        teacher.to(device)
+    own, other = _device("student", student), _device("teacher", teacher)
+    if other is not None and own != other:
+        what = f"on the student's device {own} (move one, or pass device=...)"
+        raise ValueError(expected("teacher", what, str(other)))
+    return own
+
+
+def _device(name: str, model: nn.Module) -> torch.device | None:
+    devices = {tensor.device for tensor in [*model.parameters(), *model.buffers()]}
+    if len(devices) > 1 or (not devices and name == "student"):
+        raise ValueError(expected(name, "a model with weights on one device", devices))
+    return devices.pop() if devices else None
+
+
+@contextmanager
+def _modes_restored(*models: nn.Module) -> Iterator[None]:
+    modes = {module: module.training for model in models for module in model.modules()}
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+def _train_mode(student: nn.Module, batchnorm: str) -> None:
+    if batchnorm not in ("train", "eval"):
+        raise ValueError(expected("student_batchnorm", "'train' or 'eval'", batchnorm))
+    student.train()
+    for module in student.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.train(batchnorm == "train")
+
+
+def _optimizer(
+    optimizer: str | MakeOptimizer, parameters: list[nn.Parameter], lr: float, weight_decay: float
+) -> torch.optim.Optimizer:
+    if not parameters:
+        raise ValueError(expected("student", "a model with parameters to train", "none"))
+    if callable(optimizer):
+        return optimizer(parameters)
+    if not 0 < lr < math.inf:
+        raise ValueError(expected("lr", "a number above 0", lr))
+    # One fused kernel per step; torch's default on a CPU is a loop of small ones over the parameters.
+    options = {"lr": lr, "weight_decay": weight_decay, "fused": True}
+    if optimizer == "adam":
+        return torch.optim.Adam(parameters, **options)
+    if optimizer == "adamw":
+        return torch.optim.AdamW(parameters, **options)
+    if optimizer == "sgd":
+        return torch.optim.SGD(parameters, momentum=0.9, **options)
+    raise ValueError(expected("optimizer", "'adam', 'adamw', 'sgd' or a function", optimizer))
+
+
+def _factor(schedule: str | Callable[[float], float]) -> Callable[[float], float]:
+    if callable(schedule):
+        return schedule
+    if schedule == "cosine":
+        return lambda done: 0.5 * (1 + math.cos(math.pi * done))
+    if schedule == "constant":
+        return lambda done: 1.0
+    raise ValueError(expected("schedule", "'cosine', 'constant' or a function", schedule))
+
+
+def _check_numbers(**numbers: int) -> None:
+    for name, value in numbers.items():
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(expected(name, "an int of at least 1", value))

@@ -1,0 +1,55 @@
+"""Several teachers as one."""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from kegfast.check import expected
+from kegfast.distillation.precision import wide
+
+
+class Ensemble(nn.Module):
+    """The weighted average of several models' answers, as logits.
+
+    Hinton, Vinyals and Dean (2015, section 2) average the teachers' predictive distributions,
+    arithmetically (`"probabilities"`) or geometrically (`"logits"`). In the first case the output
+    is `T log(sum_k w_k softmax(z_k / T))`, so that a softmax at this temperature T gives the average back.
+
+    Args:
+        models: At least one; all put out (B, C).
+        weights: One number above 0 per model, scaled to sum to one; equal when None.
+        average: `"probabilities"` or `"logits"`.
+        temperature: T of the average over probabilities.
+    """
+
+    def __init__(
+        self,
+        models: Sequence[nn.Module],
+        weights: Sequence[float] | None = None,
+        *,
+        average: Literal["probabilities", "logits"] = "probabilities",
+        temperature: float = 1.0,
+    ):
+        super().__init__()
+        weights = [1.0] * len(models) if weights is None else list(weights)
+        if not models or len(weights) != len(models) or min(weights) <= 0:
+            raise ValueError(expected("weights", f"{len(models)} numbers above 0, one per model", weights))
+        if average not in ("probabilities", "logits"):
+            raise ValueError(expected("average", "'probabilities' or 'logits'", average))
+        if not temperature > 0:
+            raise ValueError(expected("temperature", "a number above 0", temperature))
+        self.models = nn.ModuleList(models)
+        self.average, self.temperature = average, temperature
+        shares = torch.tensor(weights) / sum(weights)
+        device = next((p.device for p in self.parameters()), None)
+        self.register_buffer("weights", shares.to(device))
+
+    def forward(self, x: Tensor) -> Tensor:  # -> (B, C)
+        logits = torch.stack([wide(model(x)) for model in self.models])  # (K, B, C)
+        weights = self.weights.to(logits.dtype).view(-1, 1, 1)
+        if self.average == "logits":
+            return (weights * logits).sum(dim=0)
+        log_probabilities = (logits / self.temperature).log_softmax(dim=2)
+        return self.temperature * (log_probabilities + weights.log()).logsumexp(dim=0)

@@ -1,0 +1,75 @@
+"""Outputs of inner modules, taken by path with forward hooks: no model is edited."""
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+from types import TracebackType
+from typing import Self
+
+from torch import Tensor, nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+
+from kegfast.check import expected
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The user's module inside a (Distributed)DataParallel wrapper."""
+    return model.module if isinstance(model, DataParallel | DistributedDataParallel) else model
+
+
+class Features:
+    """What the named modules of a model put out in its latest forward pass.
+
+    Use as a context manager; `features["layers2.0"]` is that module's output.
+
+    Args:
+        model: Any module, wrapped for parallel training or not.
+        paths: Paths as `named_modules` spells them, `""` for the model itself.
+
+    Raises:
+        ValueError: A path is not a module of the model.
+    """
+
+    def __init__(self, model: nn.Module, paths: Iterable[str]):
+        modules = dict(unwrap(model).named_modules())
+        self._modules = {path: _find(modules, path) for path in paths}
+        self._outputs: dict[str, Tensor] = {}
+        self._hooks: list = []
+
+    def __enter__(self) -> Self:
+        for path, module in self._modules.items():
+            self._hooks.append(module.register_forward_hook(self._keep(path)))
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+        self._outputs.clear()
+
+    def __getitem__(self, path: str) -> Tensor:
+        return self._outputs[path]
+
+    def taken(self) -> dict[str, Tensor]:
+        """All outputs of the latest pass, by path."""
+        return dict(self._outputs)
+
+    def _keep(self, path: str):
+        def hook(module: nn.Module, inputs: tuple, output: object) -> None:
+            if not isinstance(output, Tensor):
+                raise TypeError(expected(f"the output of {path!r}", "a tensor", type(output)))
+            self._outputs[path] = output
+
+        return hook
+
+
+def _find(modules: dict[str, nn.Module], path: str) -> nn.Module:
+    if path not in modules:
+        near = get_close_matches(path, modules, n=3, cutoff=0.3)
+        what = "the path of a module" + (f" (near: {', '.join(near)})" if near else "")
+        raise ValueError(expected("layer", what, path))
+    return modules[path]

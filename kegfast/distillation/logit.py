@@ -1,0 +1,190 @@
+"""Losses on the outputs of the two models: what the student is told about the teacher's answer."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kegfast.check import expected
+from kegfast.distillation.precision import wide
+
+UNLABELLED = -100
+"""The label of a sample without one: `torch.nn.functional.cross_entropy`'s `ignore_index`."""
+
+
+def soft_target(
+    student: Tensor,  # (B, C) logits
+    teacher: Tensor,  # (B, C) logits
+    labels: Tensor | None = None,  # (B,) int64
+    *,
+    temperature: float = 4.0,
+    alpha: float = 1.0,
+) -> Tensor:
+    """Match the teacher's softened probabilities (Hinton, Vinyals and Dean 2015).
+
+    `alpha * T^2 * KL(softmax(teacher / T) || softmax(student / T)) + (1 - alpha) * CE(student, labels)`,
+    both terms averaged over the batch. `T^2` keeps the gradient's size when the temperature changes
+    (section 2 of the paper).
+
+    Args:
+        student: Logits, (B, C). They alone receive gradients.
+        teacher: Logits, (B, C).
+        labels: Classes, (B,) int64, needed when `alpha < 1`; samples labelled -100 have none and
+            count in the first term only.
+        temperature: `T > 0`. 4 suits about ten classes; the paper used 2.5 to 20.
+        alpha: Weight of the soft term, in [0, 1]. The paper gives the hard term the "considerably
+            lower" weight; 1, the default, needs no label.
+
+    Returns:
+        A scalar, in float32 or wider.
+
+    Raises:
+        ValueError: Shapes differ, a number is out of its range, or labels are missing.
+    """
+    student, teacher = _logits(student, teacher)
+    _positive("temperature", temperature)
+    if not 0 <= alpha <= 1:
+        raise ValueError(expected("alpha", "a weight in [0, 1]", alpha))
+    loss = student.new_zeros(())
+    if alpha > 0:
+        loss = alpha * temperature**2 * _divergence(student / temperature, teacher / temperature)
+    if alpha < 1:
+        loss = loss + (1 - alpha) * hard_label(student, teacher, labels)
+    return loss
+
+
+def hard_label(
+    student: Tensor,  # (B, C) logits
+    teacher: Tensor | None,  # unused
+    labels: Tensor | None,  # (B,) int64
+) -> Tensor:
+    """Cross-entropy with the labels, averaged over the samples that have one (label not -100)."""
+    if labels is None:
+        raise ValueError(expected("labels", "the class of each sample", None))
+    if labels.shape != student.shape[:1]:
+        raise ValueError(expected("labels", f"shape ({student.shape[0]},)", tuple(labels.shape)))
+    total = F.cross_entropy(wide(student), labels, ignore_index=UNLABELLED, reduction="sum")
+    return total / (labels != UNLABELLED).sum().clamp(min=1)
+
+
+def logit_regression(
+    student: Tensor,  # (B, C) logits
+    teacher: Tensor,  # (B, C) logits
+) -> Tensor:
+    """Regress the teacher's logits (Ba and Caruana 2014, equation 1).
+
+    `1 / (2 B) * sum_i ||student_i - teacher_i||_2^2`, a scalar in float32 or wider.
+    """
+    student, teacher = _logits(student, teacher)
+    return 0.5 * (student - teacher).square().sum(dim=1).mean()
+
+
+def noisy_logits(
+    student: Tensor,  # (B, C) logits
+    teacher: Tensor,  # (B, C) logits
+    *,
+    share: float = 0.5,
+    std: float = 0.5,
+) -> Tensor:
+    """Regress a teacher that is disturbed now and then (Sau and Balasubramanian 2016).
+
+    A random `share` of the batch has its teacher's logits `z` replaced by `(1 + xi) * z`, where
+    every entry of `xi` is drawn from N(0, std^2); `logit_regression` follows. The noise regularises
+    the student as several teachers would. It is drawn from torch's global generator.
+
+    Args:
+        student: Logits, (B, C).
+        teacher: Logits, (B, C).
+        share: Probability in [0, 1] that a sample is disturbed (the paper's alpha).
+        std: Standard deviation of the relative noise, at least 0 (the paper's sigma).
+
+    Returns:
+        A scalar, in float32 or wider.
+    """
+    student, teacher = _logits(student, teacher)
+    if not 0 <= share <= 1:
+        raise ValueError(expected("share", "a probability in [0, 1]", share))
+    if not 0 <= std < float("inf"):
+        raise ValueError(expected("std", "a number of at least 0", std))
+    disturbed = torch.rand_like(teacher[:, :1]) < share
+    noise = torch.randn_like(teacher) * std
+    return logit_regression(student, teacher * (1 + noise * disturbed))
+
+
+def decoupled(
+    student: Tensor,  # (B, C) logits
+    teacher: Tensor,  # (B, C) logits
+    labels: Tensor | None = None,  # (B,) int64
+    *,
+    temperature: float = 4.0,
+    target_weight: float = 1.0,
+    other_weight: float = 8.0,
+) -> Tensor:
+    """Decoupled distillation (Zhao et al. 2022, equation 7).
+
+    `T^2 * (target_weight * TCKD + other_weight * NCKD)`, averaged over the batch. TCKD is the KL
+    divergence between (p_target, 1 - p_target) of the two models, NCKD that between their softmax
+    over the classes without the target. With two classes a single one is left over, NCKD is zero
+    and passes no gradient.
+
+    Args:
+        student: Logits, (B, C), at least two classes.
+        teacher: Logits, (B, C).
+        labels: Target classes, (B,) int64; the teacher's own where missing or -100.
+        temperature: `T > 0`.
+        target_weight: The paper's alpha, 1.
+        other_weight: The paper's beta, 8 on CIFAR-100 for most pairs.
+
+    Returns:
+        A scalar, in float32 or wider.
+    """
+    student, teacher = _logits(student, teacher)
+    _positive("temperature", temperature)
+    classes = student.shape[1]
+    if classes < 2:
+        raise ValueError(expected("student", "logits of at least two classes", classes))
+    target = teacher.argmax(dim=1)
+    if labels is not None:
+        target = torch.where(labels == UNLABELLED, target, labels)
+    student_two, student_rest = _split(student / temperature, target)
+    teacher_two, teacher_rest = _split(teacher / temperature, target)
+    tckd = _divergence(student_two, teacher_two)
+    nckd = _divergence(student_rest, teacher_rest)
+    return temperature**2 * (target_weight * tckd + other_weight * nckd)
+
+
+def _split(
+    logits: Tensor,  # (B, C)
+    target: Tensor,  # (B,)
+) -> tuple[Tensor, Tensor]:  # (B, 2), (B, C - 1)
+    """Logits of "the target or not" and of the classes that are not the target."""
+    target = target.unsqueeze(1)
+    others = torch.arange(logits.shape[1] - 1, device=logits.device)
+    rest = logits.gather(1, others + (others >= target))
+    two = torch.cat([logits.gather(1, target), rest.logsumexp(dim=1, keepdim=True)], dim=1)
+    return two, rest
+
+
+def _divergence(
+    student: Tensor,  # (B, C) logits
+    teacher: Tensor,  # (B, C) logits
+) -> Tensor:
+    """KL(softmax(teacher) || softmax(student)), averaged over the batch."""
+    return F.kl_div(
+        student.log_softmax(dim=1), teacher.log_softmax(dim=1), reduction="batchmean", log_target=True
+    )
+
+
+def _logits(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+    """Both as (B, C) in float32 or wider, the teacher cut off from the graph."""
+    if student.ndim != 2 or student.shape[0] == 0:
+        raise ValueError(expected("student", "logits of shape (B, C)", tuple(student.shape)))
+    if teacher.shape != student.shape:
+        raise ValueError(expected("teacher", f"logits of shape {tuple(student.shape)}", tuple(teacher.shape)))
+    if teacher.device != student.device:
+        raise ValueError(expected("teacher", f"logits on {student.device}", teacher.device))
+    return wide(student), wide(teacher.detach())
+
+
+def _positive(name: str, value: float) -> None:
+    if not 0 < value < float("inf"):
+        raise ValueError(expected(name, "a finite number above 0", value))

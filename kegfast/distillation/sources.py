@@ -1,0 +1,320 @@
+"""Where the samples that a student is taught with come from.
+
+A source is any object with `sample(n) -> (samples, labels)`: samples (n, *sample_shape) in float32,
+labels (n,) int64, -100 where a sample has none, or None. It draws from torch's global generator,
+so that whoever seeds that repeats the draw. `kegfast.Generators` is one.
+"""
+
+from collections.abc import Iterator, Sequence
+from hashlib import blake2b
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
+
+from kegfast.check import expected
+from kegfast.distillation.logit import UNLABELLED
+
+
+@runtime_checkable
+class Source(Protocol):
+    """What `kegfast.distill` draws from."""
+
+    def sample(self, n: int) -> tuple[Tensor, Tensor | None]:
+        """Draw `n` samples and, where known, their labels."""
+        ...
+
+
+class UniformNoise:
+    """Independent values, uniform in [low, high)."""
+
+    def __init__(
+        self,
+        sample_shape: Sequence[int],
+        low: float = -1.0,
+        high: float = 1.0,
+        device: torch.device | str | None = None,
+    ):
+        if not low < high:
+            raise ValueError(expected("low", f"a number below high = {high}", low))
+        self.sample_shape, self.low, self.high = _shape(sample_shape), low, high
+        self.device = device
+
+    def sample(self, n: int) -> tuple[Tensor, None]:
+        noise = torch.rand(n, *self.sample_shape, device=self.device)
+        return noise.mul_(self.high - self.low).add_(self.low), None
+
+
+class GaussianNoise:
+    """Independent values from N(mean, std^2)."""
+
+    def __init__(
+        self,
+        sample_shape: Sequence[int],
+        mean: float = 0.0,
+        std: float = 1.0,
+        device: torch.device | str | None = None,
+    ):
+        if not std > 0:
+            raise ValueError(expected("std", "a number above 0", std))
+        self.sample_shape, self.mean, self.std = _shape(sample_shape), mean, std
+        self.device = device
+
+    def sample(self, n: int) -> tuple[Tensor, None]:
+        noise = torch.randn(n, *self.sample_shape, device=self.device)
+        return noise.mul_(self.std).add_(self.mean), None
+
+
+class Samples:
+    """Samples held in memory, drawn with replacement.
+
+    Args:
+        samples: (N, *sample_shape).
+        labels: (N,) int64, or None.
+    """
+
+    def __init__(self, samples: Tensor, labels: Tensor | None = None):
+        if samples.ndim < 2 or len(samples) == 0:
+            raise ValueError(expected("samples", "shape (N, *sample_shape), N > 0", tuple(samples.shape)))
+        if labels is not None and labels.shape != samples.shape[:1]:
+            raise ValueError(expected("labels", f"shape ({len(samples)},)", tuple(labels.shape)))
+        self.samples, self.labels = samples, labels
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def draw(self, n: int) -> Tensor:
+        """Positions of `n` samples, (n,) int64."""
+        return torch.randint(len(self), (n,), device=self.samples.device)
+
+    def sample(self, n: int) -> tuple[Tensor, Tensor | None]:
+        index = self.draw(n)
+        return self.samples[index], None if self.labels is None else self.labels[index]
+
+
+class Pool(Samples):
+    """`size` samples drawn once from another source, with the teacher's answers to them kept.
+
+    `kegfast.distill` then asks the teacher once per sample instead of once per step. The
+    draw happens here, from torch's global generator.
+
+    Args:
+        source: Anything that `as_source` takes.
+        size: How many samples.
+        batch_size: How many are drawn, and shown to the teacher, at a time.
+    """
+
+    def __init__(self, source: Any, size: int, batch_size: int = 1024):
+        if size < 1 or batch_size < 1:
+            raise ValueError(expected("size and batch_size", "at least 1", f"{size} and {batch_size}"))
+        source = as_source(source)
+        with torch.no_grad():
+            parts = [source.sample(min(batch_size, size - start)) for start in range(0, size, batch_size)]
+        samples, labels = zip(*parts, strict=True)
+        super().__init__(torch.cat(samples), None if labels[0] is None else torch.cat(labels))
+        self.batch_size = batch_size
+        self._answers: tuple[bytes, Tensor] | None = None
+
+    def answers(self, teacher: nn.Module, device: torch.device | None = None) -> Tensor:
+        """The teacher's logits for every sample, (size, C), computed when its weights changed.
+
+        Args:
+            teacher: The model, already in the mode (`eval`) in which it shall answer.
+            device: Where it lives; the samples' device when None.
+        """
+        key = _fingerprint(teacher)
+        if self._answers is None or self._answers[0] != key:
+            with torch.no_grad():
+                parts = [teacher(part.to(device)) for part in self.samples.split(self.batch_size)]
+            self._answers = key, torch.cat(parts)
+        return self._answers[1]
+
+
+class Noisy:
+    """Another source's samples with N(0, std^2) added to every value."""
+
+    def __init__(self, source: Any, std: float = 0.1):
+        if not std > 0:
+            raise ValueError(expected("std", "a number above 0", std))
+        self.source, self.std = as_source(source), std
+
+    def sample(self, n: int) -> tuple[Tensor, Tensor | None]:
+        samples, labels = self.source.sample(n)
+        return samples + self.std * torch.randn_like(samples), labels
+
+
+class Munge:
+    """Unlabelled samples near given ones (MUNGE: Bucila, Caruana and Niculescu-Mizil 2006).
+
+    A sample and its nearest neighbour are drawn; with probability `swap` each value `x` becomes a draw
+    from N(neighbour's value, (|x - neighbour's value| / sharpness)^2). The teacher labels
+    the result. It multiplies a small data set; nothing is drawn far from it.
+
+    Args:
+        samples: (N, *sample_shape), at least two; distances are Euclidean, so scale features alike.
+        swap: Probability per value, in [0, 1] (the paper's p).
+        sharpness: Above 0; the larger, the closer to the neighbour's value (the paper's s).
+    """
+
+    def __init__(self, samples: Tensor, swap: float = 0.5, sharpness: float = 1.0):
+        if samples.ndim < 2 or len(samples) < 2:
+            raise ValueError(expected("samples", "shape (N, *sample_shape), N > 1", tuple(samples.shape)))
+        if not 0 <= swap <= 1:
+            raise ValueError(expected("swap", "a probability in [0, 1]", swap))
+        if not sharpness > 0:
+            raise ValueError(expected("sharpness", "a number above 0", sharpness))
+        self.samples, self.swap, self.sharpness = samples, swap, sharpness
+        self.neighbours = _nearest(samples.flatten(1))
+
+    def sample(self, n: int) -> tuple[Tensor, None]:
+        index = torch.randint(len(self.samples), (n,), device=self.samples.device)
+        base, neighbour = self.samples[index], self.samples[self.neighbours[index]]
+        moved = neighbour + torch.randn_like(base) * (base - neighbour).abs() / self.sharpness
+        return torch.where(torch.rand_like(base) < self.swap, moved, base), None
+
+
+class Mixture:
+    """A fixed share of each batch from each of several sources.
+
+    Args:
+        sources: Anything that `as_source` takes, of one sample shape.
+        weights: Shares, above 0, scaled to sum to one; equal when None.
+    """
+
+    def __init__(self, sources: Sequence[Any], weights: Sequence[float] | None = None):
+        weights = [1.0] * len(sources) if weights is None else list(weights)
+        if not sources or len(weights) != len(sources) or min(weights) <= 0:
+            raise ValueError(expected("weights", f"{len(sources)} numbers above 0, one per source", weights))
+        self.sources = [as_source(source) for source in sources]
+        self.weights = [weight / sum(weights) for weight in weights]
+
+    def sample(self, n: int) -> tuple[Tensor, Tensor | None]:
+        parts = [
+            source.sample(count) for source, count in zip(self.sources, self.counts(n), strict=True) if count
+        ]
+        samples = torch.cat([part for part, _ in parts])
+        if all(labels is None for _, labels in parts):
+            return samples, None
+        return samples, torch.cat([_labels_or_none_known(*part) for part in parts])
+
+    def counts(self, n: int) -> list[int]:
+        """Whole numbers that sum to `n`, each within one of its share of `n`."""
+        edges, total = [0], 0.0
+        for weight in self.weights[:-1]:
+            total += weight
+            edges.append(round(total * n))
+        return [end - start for start, end in zip(edges, [*edges[1:], n], strict=True)]
+
+
+class _DatasetSource:
+    """Random items of a map-style data set."""
+
+    def __init__(self, dataset: Dataset):
+        if len(dataset) == 0:
+            raise ValueError(expected("source", "a data set with samples", "an empty one"))
+        self.dataset = dataset
+
+    def sample(self, n: int) -> tuple[Tensor, Tensor | None]:
+        index = torch.randint(len(self.dataset), (n,)).tolist()
+        return _unpack(torch.utils.data.default_collate([self.dataset[i] for i in index]))
+
+
+class _LoaderSource:
+    """Batches of a DataLoader, cut to the size asked for, pass after pass.
+
+    The loader's order is its own: a resumed run begins a new pass.
+    """
+
+    def __init__(self, loader: DataLoader):
+        self.loader = loader
+        self._batches: Iterator[Any] = iter(())
+        self._left: tuple[Tensor, Tensor | None] | None = None
+
+    def sample(self, n: int) -> tuple[Tensor, Tensor | None]:
+        samples, labels = [], []
+        while n > 0:
+            part, part_labels = self._left or self._next()
+            samples.append(part[:n])
+            labels.append(None if part_labels is None else part_labels[:n])
+            rest = part[n:], None if part_labels is None else part_labels[n:]
+            self._left = rest if len(rest[0]) else None
+            n -= len(samples[-1])
+        return torch.cat(samples), None if labels[0] is None else torch.cat(labels)
+
+    def _next(self) -> tuple[Tensor, Tensor | None]:
+        batch = next(self._batches, None)
+        if batch is None:
+            self._batches = iter(self.loader)
+            batch = next(self._batches, None)
+        if batch is None:
+            raise ValueError(expected("source", "a DataLoader with batches", "an empty one"))
+        return _unpack(batch)
+
+
+def as_source(source: Any) -> Source:
+    """Make a source of a source, a tensor, a data set or a DataLoader.
+
+    Args:
+        source: An object with `sample`; a tensor (N, *sample_shape) of unlabelled samples; a
+            map-style data set or a DataLoader whose items are samples or (sample, label, ...).
+
+    Raises:
+        TypeError: It is none of these.
+    """
+    if isinstance(source, Source):
+        return source
+    if isinstance(source, Tensor):
+        return Samples(source)
+    if isinstance(source, DataLoader):
+        return _LoaderSource(source)
+    if isinstance(source, TensorDataset):
+        return Samples(*source.tensors[:2])
+    if isinstance(source, IterableDataset):
+        raise TypeError(expected("source", "a DataLoader around an iterable data set", "the set"))
+    if hasattr(source, "__getitem__") and hasattr(source, "__len__"):
+        return _DatasetSource(source)
+    raise TypeError(
+        expected("source", "an object with sample(n), a tensor, a data set or a DataLoader", type(source))
+    )
+
+
+def _unpack(batch: Any) -> tuple[Tensor, Tensor | None]:
+    """(samples, labels) of a collated batch; a lone tensor has no labels."""
+    if isinstance(batch, Tensor):
+        return batch, None
+    if isinstance(batch, Sequence) and batch and isinstance(batch[0], Tensor):
+        return batch[0], batch[1] if len(batch) > 1 else None
+    raise TypeError(expected("source", "items that are tensors or (tensor, label)", type(batch)))
+
+
+def _labels_or_none_known(samples: Tensor, labels: Tensor | None) -> Tensor:
+    if labels is not None:
+        return labels
+    return torch.full((len(samples),), UNLABELLED, device=samples.device)
+
+
+def _nearest(x: Tensor, rows: int = 1024) -> Tensor:  # (N, D) -> (N,)
+    """Index of each row's nearest other row, a block of rows at a time."""
+    found = []
+    for start in range(0, len(x), rows):
+        distance = torch.cdist(x[start : start + rows], x)
+        distance.diagonal(start).fill_(float("inf"))
+        found.append(distance.argmin(dim=1))
+    return torch.cat(found)
+
+
+def _fingerprint(model: nn.Module) -> bytes:
+    """A digest of every parameter and buffer: equal only while the model answers the same."""
+    digest = blake2b(repr(model).encode(), digest_size=16)
+    for name, tensor in model.state_dict().items():
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.digest()
+
+
+def _shape(sample_shape: Sequence[int]) -> tuple[int, ...]:
+    shape = tuple(sample_shape)
+    if not shape or min(shape) < 1:
+        raise ValueError(expected("sample_shape", "sizes of at least 1", shape))
+    return shape
