@@ -1,0 +1,128 @@
+"""Trained generators: a source of labelled artificial samples that can be saved and loaded."""
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kegfast.check import expected
+from kegfast.extraction.networks import Range, make_generator
+from kegfast.files import read_tensors, save_tensors
+
+FORMAT = "kegfast.generators.1"
+CHUNK = 1024  # samples per generator and pass: bounds the memory of a large pool
+
+
+class Generators:
+    """`copies` generators with what it takes to feed them; a source for `kegfast.distill`.
+
+    Args:
+        copies: The number of independent generators.
+        num_classes: The number of classes that labels are drawn from.
+        sample_shape: The shape of one sample.
+        noise_size: The size of a noise vector.
+        input_range: Smallest and largest value of an image, each a number or one per channel; None
+            gives every image mean 0 and deviation 1.
+    """
+
+    def __init__(
+        self,
+        copies: int,
+        num_classes: int,
+        sample_shape: Sequence[int],
+        noise_size: int = 10,
+        input_range: Range | None = None,
+    ):
+        self.copies = copies
+        self.num_classes = num_classes
+        self.sample_shape = tuple(sample_shape)
+        self.noise_size = noise_size
+        self.input_range = input_range
+        self.network = make_generator(copies, num_classes, noise_size, sample_shape, input_range)
+        self.history: list[dict[str, float]] = []
+
+    def __len__(self) -> int:
+        return self.copies
+
+    @property
+    def device(self) -> torch.device:
+        """Where samples are made."""
+        return next(self.network.parameters()).device
+
+    def to(self, device: torch.device | str) -> "Generators":
+        """Moves the networks."""
+        self.network.to(device)
+        return self
+
+    @torch.no_grad()
+    def generate(
+        self,
+        labels: Tensor,  # (copies, N) int64
+        noise: Tensor,  # (copies, N, noise_size)
+    ) -> Tensor:  # (copies, N, *sample_shape)
+        """Every generator's samples for the labels and noise given to it."""
+        self.network.eval()
+        chunks = zip(labels.split(CHUNK, dim=1), noise.split(CHUNK, dim=1), strict=True)
+        return torch.cat([self.network(one_hot(y, self.num_classes), z) for y, z in chunks], dim=1)
+
+    def sample(self, n: int) -> tuple[Tensor, Tensor]:
+        """Draws n samples, equally many from each generator, shuffled.
+
+        Every generator gets labels and noise of its own, from torch's global generator.
+
+        Args:
+            n: The number of samples.
+
+        Returns:
+            Samples (n, *sample_shape) float32 and the labels asked for, (n,) int64.
+        """
+        if not isinstance(n, int) or n < 1:
+            raise ValueError(expected("n", "a positive int", n))
+        each = math.ceil(n / self.copies)
+        labels = torch.randint(self.num_classes, (self.copies, each), device=self.device)
+        noise = torch.randn(self.copies, each, self.noise_size, device=self.device)
+        samples = self.generate(labels, noise)
+        order = torch.randperm(self.copies * each, device=self.device)[:n]
+        return samples.flatten(0, 1)[order], labels.flatten()[order]
+
+    def save(self, path: Path | str) -> None:
+        """Writes parameters and configuration to one safetensors file, atomically."""
+        config = {
+            "copies": self.copies,
+            "num_classes": self.num_classes,
+            "sample_shape": self.sample_shape,
+            "noise_size": self.noise_size,
+            "input_range": self.input_range,
+        }
+        metadata = {"format": FORMAT, "config": json.dumps(config)}
+        save_tensors(path, self.network.state_dict(), metadata)
+
+    @classmethod
+    def load(cls, path: Path | str) -> "Generators":
+        """Reads what `save` wrote, on the CPU.
+
+        Raises:
+            OSError: The file cannot be opened.
+            ValueError: It is not a file of generators, or holds values that are not finite.
+        """
+        tensors, metadata = read_tensors(path)
+        if metadata.get("format") != FORMAT:
+            raise ValueError(expected(str(path), f"a file of format {FORMAT}", metadata.get("format")))
+        if not all(bool(t.isfinite().all()) for t in tensors.values()):
+            raise ValueError(f"{path}: expected finite parameters, got NaN or infinite ones")
+        try:
+            loaded = cls(**json.loads(metadata["config"]))
+            loaded.network.load_state_dict(tensors)
+        except (KeyError, TypeError, RuntimeError, json.JSONDecodeError) as error:
+            raise ValueError(f"{path}: expected parameters that fit their configuration: {error}") from error
+        loaded.network.eval()
+        return loaded
+
+
+def one_hot(labels: Tensor, num_classes: int) -> Tensor:
+    """Labels (...) int64 to float vectors (..., num_classes)."""
+    return F.one_hot(labels, num_classes).float()

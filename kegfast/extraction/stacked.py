@@ -1,0 +1,58 @@
+"""Several networks of one shape in one module: each layer holds the parameters of all of them.
+
+`copies` networks share every kernel launch and nothing else. Dense layers are one batched matrix
+product on (copies, N, features); convolutions and normalisations fold the copies into the channels,
+(N, copies * channels, H, W), and keep them apart by groups and by per-channel statistics. Network i of
+a stack therefore computes what it would compute alone.
+"""
+
+import math
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+
+
+def fold(x: Tensor) -> Tensor:  # (G, N, C, ...) -> (N, G * C, ...)
+    """Moves the copies into the channels, where grouped and per-channel layers keep them apart."""
+    return x.transpose(0, 1).flatten(1, 2)
+
+
+def unfold(x: Tensor, copies: int) -> Tensor:  # (N, G * C, ...) -> (G, N, C, ...)
+    """The inverse of `fold`."""
+    return x.unflatten(1, (copies, -1)).transpose(0, 1)
+
+
+class StackedLinear(nn.Module):
+    """`copies` independent linear layers: (G, N, in) -> (G, N, out), initialised as `nn.Linear` is."""
+
+    def __init__(self, copies: int, in_features: int, out_features: int):
+        super().__init__()
+        bound = 1 / math.sqrt(in_features)
+        weight = torch.empty(copies, in_features, out_features)
+        bias = torch.empty(copies, 1, out_features)
+        self.weight = nn.Parameter(nn.init.uniform_(weight, -bound, bound))
+        self.bias = nn.Parameter(nn.init.uniform_(bias, -bound, bound))
+
+    def forward(self, x: Tensor) -> Tensor:  # (G, N, in)
+        return torch.baddbmm(self.bias, x, self.weight)
+
+
+class StackedNorm(nn.Module):
+    """Batch normalisation per copy and feature: (G, N, C) -> the same shape."""
+
+    def __init__(self, copies: int, features: int, affine: bool = True):
+        super().__init__()
+        self.copies = copies
+        self.norm = nn.BatchNorm1d(copies * features, affine=affine)
+
+    def forward(self, x: Tensor) -> Tensor:  # (G, N, C)
+        return unfold(self.norm(fold(x)), self.copies)
+
+
+def stacked_mlp(copies: int, sizes: list[int], activation: type[nn.Module]) -> nn.Sequential:
+    """`copies` perceptrons: linear, normalisation, activation per hidden size, a linear layer last."""
+    layers: list[nn.Module] = []
+    for n_in, n_out in pairwise(sizes[:-1]):
+        layers += [StackedLinear(copies, n_in, n_out), StackedNorm(copies, n_out), activation()]
+    return nn.Sequential(*layers, StackedLinear(copies, sizes[-2], sizes[-1]))

@@ -1,0 +1,117 @@
+"""The terms of the objective that a generator is trained on, each with its source.
+
+A term maps a `Batch` to one value per generator. The objective is the weighted sum over terms and
+generators: generators share no parameter, so each one's gradient is that of its own terms alone. A term
+of weight 0 is never evaluated.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from kegfast.extraction.moments import channel_moments
+from kegfast.functional import diversity_loss
+
+NormInput = tuple[nn.Module, Tensor]  # a BatchNorm layer and what it was given, (G * N, C, ...)
+
+
+@dataclass
+class Batch:
+    """What one step of G generators made of N noise vectors each."""
+
+    labels: Tensor  # (G, N, classes), rows sum to 1
+    noise: Tensor  # (G, N, noise_size)
+    samples: Tensor  # (G, N, *sample_shape)
+    logits: Tensor  # (G, N, classes), the teacher's
+    decode: Callable[[Tensor], Tensor]  # samples -> (G, N, noise_size)
+    norm_inputs: list[NormInput] = field(default_factory=list)
+
+
+class Term(Protocol):
+    """One term: a name for the log, a weight, and its value per generator."""
+
+    name: str
+    weight: float
+
+    def __call__(self, batch: Batch) -> Tensor: ...  # (G,)
+
+
+@dataclass
+class Classification:
+    """Cross-entropy between the labels asked for and the teacher's answer (KegNet, Equation 4)."""
+
+    weight: float = 1.0
+    name: str = "classification"
+
+    def __call__(self, batch: Batch) -> Tensor:  # (G,)
+        return -(batch.labels * batch.logits.float().log_softmax(-1)).sum(-1).mean(-1)
+
+
+@dataclass
+class Reconstruction:
+    """Mean squared error of the decoder's guess of the noise (KegNet, Equation 5)."""
+
+    weight: float = 1.0
+    name: str = "reconstruction"
+
+    def __call__(self, batch: Batch) -> Tensor:  # (G,)
+        return (batch.noise - batch.decode(batch.samples)).square().mean((1, 2))
+
+
+@dataclass
+class Diversity:
+    """exp(-mean pairwise distance), noise-weighted (KegNet, Equation 6): see `diversity_loss`."""
+
+    weight: float = 1.0
+    name: str = "diversity"
+
+    def __call__(self, batch: Batch) -> Tensor:  # (G,)
+        pairs = zip(batch.noise.unbind(), batch.samples.unbind(), strict=True)
+        return torch.stack([diversity_loss(noise, samples) for noise, samples in pairs])
+
+
+@dataclass
+class BatchNormStatistics:
+    """Distance of batch moments to those the teacher's BatchNorm layers saw (DeepInversion).
+
+    Yin et al., Dreaming to Distill, CVPR 2020, Equation 4: the sum over layers of
+    |mean - running_mean|_2 + |var - running_var|_2. Zero for a teacher without BatchNorm layers.
+    """
+
+    weight: float = 0.1
+    name: str = "batch_norm"
+
+    def __call__(self, batch: Batch) -> Tensor:  # (G,)
+        copies = batch.noise.shape[0]
+        totals = [batch.noise.new_zeros(()) for _ in range(copies)]
+        for layer, x in batch.norm_inputs:
+            for i, own in enumerate(x.chunk(copies)):
+                mean, var = channel_moments(own)
+                totals[i] = totals[i] + _norm(mean - layer.running_mean)
+                totals[i] = totals[i] + _norm(var - layer.running_var)
+        return torch.stack(totals)
+
+
+def _norm(x: Tensor) -> Tensor:  # (C,) -> (), with a finite gradient at 0
+    return (x.square().sum() + 1e-12).sqrt()
+
+
+@dataclass
+class TotalVariation:
+    """Mean absolute difference of neighbouring pixels: a prior for smooth images.
+
+    Rudin, Osher, Fatemi, Physica D 1992, in the anisotropic form; on samples that are no images, 0.
+    """
+
+    weight: float = 1.0
+    name: str = "total_variation"
+
+    def __call__(self, batch: Batch) -> Tensor:  # (G,)
+        x = batch.samples
+        if x.dim() != 5:
+            return x.new_zeros(x.shape[0])
+        rows, columns = x.diff(dim=-2), x.diff(dim=-1)
+        return rows.abs().flatten(1).mean(1) + columns.abs().flatten(1).mean(1)
