@@ -73,7 +73,7 @@ def run_steps(
     *,
     state: Mapping[str, Stateful],
     seed: int = 0,
-    checkpoint: Path | None = None,
+    checkpoint: str | Path | None = None,
     resume: bool = False,
     metrics: MetricsLog | None = None,
     progress: bool = False,
@@ -110,8 +110,10 @@ def run_steps(
         KeyboardInterrupt: after Ctrl-C.
     """
     run = _Run(label, steps, seed, state, checkpoint)
-    if resume and checkpoint is not None and checkpoint.exists():
+    if resume and run.path is not None and run.path.exists():
         run.load()
+    else:
+        run.save()  # an unwritable folder shows before the work, not after
     if metrics is not None:
         metrics.rewind(label, run.done)
     with (
@@ -140,11 +142,11 @@ class _Run:
     """How far a run is, and its checkpoint."""
 
     def __init__(
-        self, label: str, steps: int, seed: int, state: Mapping[str, Stateful], path: Path | None
+        self, label: str, steps: int, seed: int, state: Mapping[str, Stateful], path: str | Path | None
     ) -> None:
         self.identity = {"label": label, "steps": steps, "seed": seed}
         self.state = state
-        self.path = path
+        self.path = None if path is None else Path(path)
         self.done = 0
         self.history: list[dict[str, float]] = []
         self.started = self.saved = time.monotonic()

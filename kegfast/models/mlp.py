@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 
 class MLP(nn.Module):
-    """Hidden layers of equal width with ELU and dropout, then one linear layer.
+    """Hidden layers of equal width with ELU, then one linear layer.
 
     Args:
         in_features: width of the samples.
@@ -17,7 +17,7 @@ class MLP(nn.Module):
     """
 
     def __init__(
-        self, in_features: int, num_classes: int, *, units: int = 100, depth: int = 11, dropout: float = 0.15
+        self, in_features: int, num_classes: int, *, units: int = 100, depth: int = 11, dropout: float = 0.0
     ) -> None:
         super().__init__()
         widths = [in_features] + [units] * depth

@@ -1,0 +1,270 @@
+"""Ordinary supervised training of a classifier, and its accuracy."""
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, TensorDataset, default_collate
+
+from kegfast.check import expected
+from kegfast.loop import MetricsLog, mix, run_steps
+
+WARMUP = 0.05
+"""Share of the steps in which the learning rate rises."""
+
+
+def train(
+    model: nn.Module,
+    dataset: Dataset,
+    *,
+    steps: int | None = None,
+    epochs: float | None = None,
+    batch_size: int = 128,
+    optimizer: Literal["adamw", "sgd"] = "adamw",
+    lr: float | None = None,
+    weight_decay: float = 5e-4,
+    label_smoothing: float = 0.0,
+    shift: int = 0,
+    amp: bool = False,
+    device: torch.device | str | None = None,
+    seed: int = 0,
+    checkpoint: str | Path | None = None,
+    resume: bool = False,
+    metrics: MetricsLog | None = None,
+    progress: bool = False,
+    log_every: int = 10,
+) -> list[dict[str, float]]:
+    """Train `model` in place with cross entropy; the learning rate rises linearly and falls as a cosine.
+
+    Every epoch visits the samples once, but for an incomplete last batch, in an order that depends on the
+    seed and the epoch alone.
+
+    Args:
+        model: maps samples to logits (N, num_classes).
+        dataset: samples and integer labels from 0.
+        steps: optimizer steps; give these or `epochs`.
+        epochs: passes over the data.
+        batch_size: samples of a step.
+        optimizer: "adamw", or "sgd" with Nesterov momentum 0.9.
+        lr: the highest learning rate; by default 2e-3 for AdamW and 0.1 for SGD.
+        weight_decay: as the optimizer defines it; not applied to biases and normalisation (tensors of
+            one dimension).
+        label_smoothing: share of the target spread over all classes.
+        shift: images are moved by up to this many pixels per axis at random; edges are repeated.
+        amp: compute in bfloat16 where that is safe (torch.autocast).
+        device: where to train; by default where the model is.
+        seed, checkpoint, resume, metrics, progress, log_every: see `kegfast.loop.run_steps`.
+
+    Returns:
+        The history: entries with `step`, `loss` and `lr`.
+
+    Raises:
+        TypeError, ValueError: an argument is wrong, or samples, labels and logits do not fit.
+        FloatingPointError: the loss became NaN or infinite.
+    """
+    size = _size(dataset)
+    batch_size = min(_positive("batch_size", batch_size), size)
+    per_epoch = size // batch_size
+    if (steps is None) == (epochs is None):
+        raise ValueError(f"steps or epochs must be given, one of them, got {steps} and {epochs}")
+    total = _positive("steps", steps if epochs is None else math.ceil(epochs * per_epoch))
+    if shift < 0:
+        raise ValueError(expected("shift", "pixels, 0 or more", shift))
+    place = _place(model, device)
+    updates = _optimizer(model, optimizer, lr, weight_decay)
+    schedule = torch.optim.lr_scheduler.LambdaLR(updates, warmup_cosine(total))
+    order = _Order(size, seed)
+
+    def step(i: int) -> Mapping[str, Tensor | float]:
+        epoch, start = divmod(i * batch_size, per_epoch * batch_size)
+        x, labels = gather(dataset, order(epoch)[start : start + batch_size])
+        x, labels = x.to(place), labels.to(place)
+        if shift:
+            x = random_shift(x, shift)
+        with torch.autocast(place.type, torch.bfloat16, enabled=amp):
+            logits = model(x)
+        if i == 0 or i % per_epoch == 0:
+            _check_labels(logits, labels)
+        loss = F.cross_entropy(logits.float(), labels, label_smoothing=label_smoothing)
+        updates.zero_grad(set_to_none=True)
+        loss.backward()
+        updates.step()
+        rate = schedule.get_last_lr()[0]
+        schedule.step()
+        return {"loss": loss.detach(), "lr": rate}
+
+    with _mode(model, training=True):
+        return run_steps(
+            step, total, state={"model": model, "optimizer": updates, "schedule": schedule},
+            seed=seed, checkpoint=checkpoint, resume=resume, metrics=metrics, progress=progress,
+            label="train", log_every=log_every,
+        )  # fmt: skip
+
+
+def evaluate(
+    model: nn.Module,
+    data: Dataset | DataLoader,
+    *,
+    batch_size: int = 1000,
+    amp: bool = False,
+    device: torch.device | str | None = None,
+) -> float:
+    """Accuracy of `model` in percent, in eval mode.
+
+    Args:
+        model: maps samples to logits (N, num_classes).
+        data: samples and integer labels, as a data set or a DataLoader.
+        batch_size: samples at a time, of a data set.
+        amp: compute in bfloat16 where that is safe (torch.autocast).
+        device: where to compute; by default where the model is.
+
+    Raises:
+        TypeError, ValueError: there is no data, or samples, labels and logits do not fit.
+    """
+    place = _place(model, device)
+    right = total = 0
+    with _mode(model, training=False), torch.inference_mode():
+        for x, labels in _batches(data, batch_size):
+            labels = labels.to(place)
+            with torch.autocast(place.type, torch.bfloat16, enabled=amp):
+                logits = model(x.to(place))
+            _check_labels(logits, labels)
+            right = right + (logits.argmax(1) == labels).sum()  # stays on the device
+            total += len(labels)
+    if total == 0:
+        raise ValueError(expected("data", "one sample or more", total))
+    return 100.0 * float(right) / total
+
+
+def warmup_cosine(steps: int) -> Callable[[int], float]:
+    """The factor of the learning rate at each step: linear rise over `WARMUP`, then half a cosine to 0."""
+    warmup = max(1, round(WARMUP * steps))
+
+    def factor(step: int) -> float:
+        if step < warmup:
+            return (step + 1) / warmup
+        return 0.5 * (1 + math.cos(math.pi * (step - warmup + 1) / (steps - warmup + 1)))
+
+    return factor
+
+
+def random_shift(
+    x: Tensor,  # (N, C, H, W)
+    pixels: int,
+) -> Tensor:
+    """Move every image by its own whole number of pixels in [-pixels, pixels] per axis, repeating edges."""
+    if x.ndim != 4:
+        raise ValueError(expected("x", "images (N, C, H, W), the only samples with a shift", x))
+    n, _, height, width = x.shape
+    offsets = torch.randint(-pixels, pixels + 1, (2, n, 1), device=x.device)
+    rows = (torch.arange(height, device=x.device) + offsets[0]).clamp_(0, height - 1)  # (N, H)
+    columns = (torch.arange(width, device=x.device) + offsets[1]).clamp_(0, width - 1)  # (N, W)
+    images = torch.arange(n, device=x.device).view(n, 1, 1)
+    moved = x.permute(0, 2, 3, 1)[images, rows[:, :, None], columns[:, None, :]]
+    return moved.permute(0, 3, 1, 2)
+
+
+def gather(
+    dataset: Dataset,
+    indices: Tensor,  # (n,) int64
+) -> tuple[Tensor, Tensor]:
+    """Samples and labels at some indices, as one batch."""
+    if isinstance(dataset, TensorDataset):
+        batch = [tensor[indices] for tensor in dataset.tensors]
+    else:
+        batch = default_collate([dataset[i] for i in indices.tolist()])
+    return _pair(batch)
+
+
+class _Order:
+    """The permutation of each epoch; only the latest is kept."""
+
+    def __init__(self, size: int, seed: int) -> None:
+        self.size = size
+        self.seed = seed
+        self.epoch = -1
+        self.permutation = torch.empty(0)
+
+    def __call__(self, epoch: int) -> Tensor:
+        if epoch != self.epoch:
+            generator = torch.Generator().manual_seed(mix(mix(self.seed, 0), epoch))
+            self.epoch, self.permutation = epoch, torch.randperm(self.size, generator=generator)
+        return self.permutation
+
+
+def _optimizer(model: nn.Module, name: str, lr: float | None, weight_decay: float) -> torch.optim.Optimizer:
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    if lr is not None and not 0 < lr < math.inf:
+        raise ValueError(expected("lr", "a positive number", lr))
+    if name == "adamw":
+        return torch.optim.AdamW(groups, lr=lr or 2e-3)
+    if name == "sgd":
+        return torch.optim.SGD(groups, lr=lr or 0.1, momentum=0.9, nesterov=True)
+    raise ValueError(expected("optimizer", '"adamw" or "sgd"', name))
+
+
+def _batches(data: Dataset | DataLoader, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    if isinstance(data, DataLoader):
+        yield from map(_pair, data)
+        return
+    for indices in torch.arange(_size(data)).split(_positive("batch_size", batch_size)):
+        yield gather(data, indices)
+
+
+def _pair(batch: list[Tensor]) -> tuple[Tensor, Tensor]:
+    if not isinstance(batch, list | tuple) or len(batch) != 2:
+        raise TypeError(expected("dataset", "pairs of sample and label", type(batch)))
+    return batch[0], batch[1]
+
+
+def _size(dataset: Dataset) -> int:
+    size = len(dataset)
+    if size == 0:
+        raise ValueError(expected("dataset", "one sample or more", size))
+    return size
+
+
+def _positive(name: str, value: int | None) -> int:
+    if not isinstance(value, int) or value < 1:
+        raise ValueError(expected(name, "a positive int", value))
+    return value
+
+
+def _place(model: nn.Module, device: torch.device | str | None) -> torch.device:
+    """The device to use, to which the model is moved where one is given."""
+    if device is not None:
+        model.to(device)
+    parameter = next(model.parameters(), None)
+    return parameter.device if parameter is not None else torch.device(device or "cpu")
+
+
+def _check_labels(logits: Tensor, labels: Tensor) -> None:
+    if logits.ndim != 2 or logits.shape[0] != labels.shape[0]:
+        raise ValueError(expected("model", f"a map to logits ({len(labels)}, classes)", logits))
+    if labels.is_floating_point():
+        raise TypeError(expected("labels", "integers", labels))
+    low, high = int(labels.min()), int(labels.max())
+    if low < 0 or high >= logits.shape[1]:
+        wrong = low if low < 0 else high
+        raise ValueError(expected("labels", f"0 to {logits.shape[1] - 1}, as the logits", wrong))
+
+
+@contextmanager
+def _mode(model: nn.Module, *, training: bool) -> Iterator[None]:
+    """Put the whole model into one mode; give every module its own back afterwards."""
+    before = [(module, module.training) for module in model.modules()]
+    model.train(training)
+    try:
+        yield
+    finally:
+        for module, was in before:
+            module.training = was
