@@ -80,7 +80,7 @@ class Generators:
         Returns:
             Samples (n, *sample_shape) float32 and the labels asked for, (n,) int64.
         """
-        if not isinstance(n, int) or n < 1:
+        if not isinstance(n, int) or isinstance(n, bool) or n < 1:
             raise ValueError(expected("n", "a positive int", n))
         each = math.ceil(n / self.copies)
         labels = torch.randint(self.num_classes, (self.copies, each), device=self.device)

@@ -17,7 +17,10 @@ class _ChannelMoments(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> tuple[Tensor, Tensor]:  # (N, C, ...)
-        _, mean, inv_std = torch.native_batch_norm(x, None, None, None, None, True, 0.0, _EPS)
+        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+        # the weight and bias only ask for statistics of their own dtype
+        weight, bias = x.new_ones(x.shape[1], dtype=dtype), x.new_zeros(x.shape[1], dtype=dtype)
+        _, mean, inv_std = torch.native_batch_norm(x, weight, bias, None, None, True, 0.0, _EPS)
         ctx.save_for_backward(x, mean)
         return mean, (inv_std.square().reciprocal() - _EPS).clamp_min(0)
 

@@ -24,6 +24,8 @@ class FrozenTeacher:
     """
 
     def __init__(self, teacher: nn.Module, watch: bool):
+        if not isinstance(teacher, nn.Module):
+            raise TypeError(expected("teacher", "a torch.nn.Module", teacher))
         self.model = copy.deepcopy(teacher).eval().requires_grad_(False)
         self.model.to(memory_format=torch.channels_last)
         self._collected: list[NormInput] = []
