@@ -215,8 +215,10 @@ def _search(
     for _ in range(steps):
         gap, slope, answer = _gap(teacher, moved, base, target)
         inside = answer == base
-        squared = slope.flatten(1).square().sum(dim=1).clamp(min=torch.finfo(slope.dtype).tiny)
-        length = torch.where(inside, eta * (gap + epsilon) / squared, 0.0)
+        if not inside.any():
+            break
+        squared = slope.flatten(1).square().sum(dim=1)
+        length = torch.where(inside & (squared > 0), eta * (gap + epsilon) / squared, 0.0)
         moved = moved - length.view(-1, *[1] * (moved.ndim - 1)) * slope
         if bounds is not None:
             moved = moved.clamp(*bounds)

@@ -98,8 +98,6 @@ def distill(
     source = as_source(source)
     objective = Objective(loss, temperature=temperature, alpha=alpha)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=amp)
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        seed = mix(seed, torch.distributed.get_rank())
     with ExitStack() as stack:
         stack.enter_context(_modes_restored(student, teacher))
         student.eval()
@@ -131,7 +129,7 @@ def distill(
             step,
             steps,
             state={"student": student, "objective": objective, "optimizer": optimiser},
-            seed=seed,
+            seed=_own_seed(seed),
             checkpoint=None if checkpoint is None else Path(checkpoint),
             resume=resume,
             metrics=metrics,
@@ -191,6 +189,13 @@ def _fit_regressors(
         objective.fit(ours.taken(), theirs.taken())
     if isinstance(student, DistributedDataParallel):
         objective.parallelise()
+
+
+def _own_seed(seed: int) -> int:
+    """One seed per process, so that each draws samples of its own."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return mix(seed, torch.distributed.get_rank())
+    return seed
 
 
 def _as_teacher(teacher: nn.Module | Sequence[nn.Module], temperature: float) -> nn.Module:

@@ -1,12 +1,13 @@
 """Outputs of inner modules, taken by path with forward hooks: no model is edited."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from difflib import get_close_matches
 from types import TracebackType
 from typing import Self
 
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
+from torch.utils.hooks import RemovableHandle
 
 from kegfast.check import expected
 
@@ -33,7 +34,7 @@ class Features:
         modules = dict(unwrap(model).named_modules())
         self._modules = {path: _find(modules, path) for path in paths}
         self._outputs: dict[str, Tensor] = {}
-        self._hooks: list = []
+        self._hooks: list[RemovableHandle] = []
 
     def __enter__(self) -> Self:
         for path, module in self._modules.items():
@@ -52,13 +53,15 @@ class Features:
         self._outputs.clear()
 
     def __getitem__(self, path: str) -> Tensor:
+        if path not in self._outputs:
+            raise RuntimeError(f"the module {path!r} did not run in the model's latest forward pass")
         return self._outputs[path]
 
     def taken(self) -> dict[str, Tensor]:
         """All outputs of the latest pass, by path."""
-        return dict(self._outputs)
+        return {path: self[path] for path in self._modules}
 
-    def _keep(self, path: str):
+    def _keep(self, path: str) -> Callable[[nn.Module, tuple, object], None]:
         def hook(module: nn.Module, inputs: tuple, output: object) -> None:
             if not isinstance(output, Tensor):
                 raise TypeError(expected(f"the output of {path!r}", "a tensor", type(output)))

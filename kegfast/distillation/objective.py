@@ -15,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from kegfast.check import expected
 from kegfast.distillation import boundary, feature, logit, relational
+from kegfast.distillation.precision import wide
 
 
 @dataclass
@@ -125,7 +126,7 @@ class Objective(nn.Module):
     def regress(self, ours: str, theirs: str, features: Tensor) -> Tensor:
         """The student's features as the teacher's shape has them."""
         key = _key(ours, theirs)
-        return self.regressors[key](features) if key in self.regressors else features
+        return self.regressors[key](wide(features)) if key in self.regressors else features
 
 
 def _soft_target(objective: Objective, term: Term, batch: Batch) -> Tensor:
