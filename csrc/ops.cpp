@@ -6,4 +6,21 @@ STABLE_TORCH_LIBRARY(kegfast, m) {
   m.def(
       "diversity_forward(Tensor noises, Tensor samples, int metric, int noise_metric, bool noise_grad, bool sample_grad)"
       " -> (Tensor exponent, Tensor noise_gradient, Tensor sample_gradient)");
+
+  // A Tucker-2 convolution last(core(first(x))) + bias, then ReLU if asked. packed: tucker2_pack of these factors, or none.
+  // Strides, paddings and dilations come as single ints: lists cost a microsecond a call.
+  m.def(
+      "tucker2(Tensor x, Tensor first, Tensor core, Tensor last, Tensor? bias, Tensor? packed, int stride_h, int stride_w,"
+      " int padding_h, int padding_w, int dilation_h, int dilation_w, bool relu) -> Tensor");
+  // The same, keeping what the backward pass needs: t1 (N, H + 2 ph, W + 2 pw, R1) with its zero border, t2 (N, P, Q, R2).
+  m.def(
+      "tucker2_forward(Tensor x, Tensor first, Tensor core, Tensor last, Tensor? bias, int stride_h, int stride_w,"
+      " int padding_h, int padding_w, int dilation_h, int dilation_w, bool relu) -> (Tensor y, Tensor t1, Tensor t2)");
+  // Gradients of x, first, core, last at stride 1 (float32; empty where not needed).
+  m.def(
+      "tucker2_backward(Tensor gradient, Tensor x, Tensor t1, Tensor t2, Tensor first, Tensor core, Tensor last,"
+      " int padding_h, int padding_w, int dilation_h, int dilation_w, bool need_x, bool need_first, bool need_core,"
+      " bool need_last) -> (Tensor, Tensor, Tensor, Tensor)");
+  // The factors in the order in which the CPU kernels read them, for one memory layout and instruction set.
+  m.def("tucker2_pack(Tensor first, Tensor core, Tensor last, int dilation_w, bool channels_last) -> Tensor");
 }

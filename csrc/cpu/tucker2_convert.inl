@@ -1,0 +1,52 @@
+// Rows of bfloat16 and float16 to and from float32.
+#pragma once
+
+#include "cpu/tucker2_vec.inl"
+#include "tucker2.h"
+
+namespace kegfast::KEGFAST_ISA {
+namespace {
+
+KEGFAST_INLINE uint16_t to_bfloat16(float value) {
+  uint32_t bits;
+  memcpy(&bits, &value, sizeof bits);
+  const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;  // to nearest, ties to even
+  return static_cast<uint16_t>(value != value ? 0x7fc0 : rounded);
+}
+
+inline float half_bits_to_float(Tucker2Type type, uint16_t bits) {
+  if (type == Tucker2Type::float16) return half_to_float(bits);
+  const uint32_t wide = static_cast<uint32_t>(bits) << 16;
+  float value;
+  memcpy(&value, &wide, sizeof value);
+  return value;
+}
+
+inline void to_float(Tucker2Type type, const uint16_t* from, float* to, int64_t n) {
+  int64_t i = 0;
+  if (type == Tucker2Type::bfloat16)
+    for (; i + kLanes <= n; i += kLanes) store_unaligned(to + i, load_bf16(from + i));
+  else
+    for (; i + kLanes <= n; i += kLanes) store_unaligned(to + i, load_f16(from + i));
+  for (; i < n; ++i) to[i] = half_bits_to_float(type, from[i]);
+}
+
+inline void from_float(Tucker2Type type, const float* from, uint16_t* to, int64_t n) {
+  if (type == Tucker2Type::bfloat16) {
+    for (int64_t i = 0; i < n; ++i) to[i] = to_bfloat16(from[i]);
+    return;
+  }
+  int64_t i = 0;
+#if defined(__F16C__)
+  for (; i + 8 <= n; i += 8)
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to + i),
+                     _mm256_cvtps_ph(_mm256_loadu_ps(from + i), _MM_FROUND_TO_NEAREST_INT));
+#endif
+  for (; i < n; ++i) {
+    const _Float16 half = static_cast<_Float16>(from[i]);
+    memcpy(to + i, &half, sizeof half);
+  }
+}
+
+}  // namespace
+}  // namespace kegfast::KEGFAST_ISA

@@ -1,0 +1,321 @@
+// The forward pass of tucker2, band by band: t1 rows into a zero-bordered channels-last scratch that stays in
+// L2, the core over it into a t2 band that stays in L1, the last factor from there into y.
+#pragma once
+
+#include "cpu/tucker2_convert.inl"
+#include "cpu/tucker2_plan.inl"
+
+namespace kegfast::KEGFAST_ISA {
+namespace {
+
+// A GEMM over a grid of pixels: images x rows x pixels, each pixel of A and C at its own fixed step.
+struct Grid {
+  int64_t images, rows, pixels;
+  int64_t a_image, a_row, c_image, c_row;
+};
+
+// How a row of pixels is cut into tiles: fewest cycles by the larger of FMA count, load count and FMA
+// latency.
+struct Cut {
+  int vectors, tiles;
+};
+
+inline Cut best_cut(int64_t vectors, int64_t pixels, int max_vectors) {
+  Cut best{1, 1};
+  int64_t least = INT64_MAX;
+  for (int v = 1; v <= max_vectors && v <= vectors; ++v) {
+    const int tiles = static_cast<int>(ceil_div(pixels, max_pixels(v)));
+    const int64_t width = ceil_div(pixels, tiles);
+    auto cycles = [&](int64_t n) { return n == 0 ? 0 : larger(larger(width * n, width + n), 8); };
+    const int64_t cost = tiles * (vectors / v * cycles(v) + cycles(vectors % v));
+    if (cost < least) least = cost, best = {v, tiles};
+  }
+  return best;
+}
+
+template <A kA, B kB, Bias kBias, int Group>
+inline constexpr TileTable<kA, kB, Group, kBias> kTiles{};
+
+template <A kA, Bias kBias>
+inline const TileFunction (*tiles_of(int group)) [kMaxPixels + 1] {
+  if constexpr (kA == A::row_major && kLanes == 16) {
+    if (group == 2) return kTiles<kA, B::packed, kBias, 2>.f;
+    if (group == 4) return kTiles<kA, B::packed, kBias, 4>.f;
+    if (group == 8) return kTiles<kA, B::packed, kBias, 8>.f;
+  }
+  return kTiles<kA, B::packed, kBias, 1>.f;
+}
+
+// C = A * packed factor over the grid; `tile` carries everything that is the same for all tiles.
+template <A kA>
+void sweep(Tile tile, const Grid& grid, int64_t a_pixel, int64_t outputs, int group) {
+  const int channels = kLanes / group;
+  const int64_t vectors = ceil_div(outputs, channels);
+  const int64_t vector_floats = tile.segment_count * ceil_div(tile.segment_length, group) * kLanes;
+  const Cut cut = best_cut(vectors, grid.pixels, group > 1 ? 1 : kMaxVectors);
+  const auto tiles = tiles_of<kA, Bias::per_lane>(group);
+  const float *const a = tile.a, *const b = tile.b, *const bias = tile.bias;
+  float* const c = tile.c;
+  tile.b_vector = vector_floats;
+  for (int64_t v = 0; v < vectors; v += cut.vectors) {
+    const int width = static_cast<int>(smaller(cut.vectors, vectors - v));
+    tile.b = b + v * vector_floats;
+    tile.bias = bias ? bias + v * channels : nullptr;
+    tile.tail = static_cast<int>(smaller(channels, outputs - (v + width - 1) * channels));
+    for (int64_t n = 0; n < grid.images; ++n)
+      for (int64_t r = 0; r < grid.rows; ++r) {
+        int64_t done = 0;
+        for (int i = 0; i < cut.tiles; ++i) {
+          const int64_t next = (i + 1) * grid.pixels / cut.tiles;
+          tile.a = a + n * grid.a_image + r * grid.a_row + done * a_pixel;
+          tile.c = c + n * grid.c_image + r * grid.c_row + done * tile.c_step + v * channels;
+          tiles[width][next - done](tile);
+          done = next;
+        }
+      }
+  }
+}
+
+constexpr int64_t kOrigin[1] = {0};
+
+class Forward {
+ public:
+  Forward(const Tucker2Params& p, const Tucker2Plan& plan, float* scratch)
+      : p_(p), plan_(plan), scratch_(scratch), t1_row_(padded_width(p) * p.rank_in) {
+    const Window window = core_window(p);
+    for (int64_t s = 0; s < window.segments; ++s) {
+      const int64_t row = p.dilation_w == 1 ? s : s / p.kernel_w,
+                    column = p.dilation_w == 1 ? 0 : s % p.kernel_w;
+      window_[s] = row * p.dilation_h * t1_row_ + column * p.dilation_w * p.rank_in;
+    }
+  }
+
+  // Output rows first <= row < last of `count` images from `image` on.
+  void run(int64_t image, int64_t count, int64_t first, int64_t last) {
+    image_ = image, count_ = count;
+    have_begin_ = have_end_ = 0;
+    t1_image_ = (p_.t1 ? padded_height(p_) : plan_.t1_rows) * t1_row_;
+    t1_ = p_.t1 ? p_.t1 + image * t1_image_ : scratch_ + plan_.t1_at;
+    for (int64_t row = first; row < last; row += plan_.band_rows) {
+      const int64_t rows = smaller(plan_.band_rows, last - row);
+      const int64_t pixels = count * rows * p_.out_width;
+      need_rows(row * p_.stride_h, (row + rows - 1) * p_.stride_h + (p_.kernel_h - 1) * p_.dilation_h + 1);
+      float* t2 =
+          p_.t2 ? p_.t2 + (image * p_.out_height + row) * p_.out_width * p_.rank_out : scratch_ + plan_.t2_at;
+      core(row, rows, t2);
+      if (!p_.y) continue;
+      if (p_.channels_last)
+        last_to_pixels(row, pixels, t2);
+      else
+        for (int64_t n = 0; n < count; ++n)
+          last_to_planes(image + n, row, rows * p_.out_width, t2 + n * rows * p_.out_width * p_.rank_out);
+    }
+  }
+
+ private:
+  // Makes the padded rows begin <= row < end of t1 present; rows come in rising order.
+  void need_rows(int64_t begin, int64_t end) {
+    if (have_end_ == 0) have_begin_ = have_end_ = p_.t1 ? 0 : begin, origin_ = have_begin_;
+    if (!p_.t1 && end - origin_ > plan_.t1_rows) {
+      const int64_t keep = larger(0, have_end_ - begin);
+      if (keep) memmove(t1_, t1_ + (begin - origin_) * t1_row_, keep * t1_row_ * sizeof(float));
+      origin_ = begin;
+    }
+    const int64_t from = larger(have_end_, p_.t1 ? 0 : begin);
+    const int64_t to = p_.t1 ? larger(end, last_call_end(end)) : end;
+    for (int64_t n = 0; n < count_; ++n) fill_rows(n, from, to);
+    have_end_ = larger(have_end_, to);
+  }
+
+  int64_t last_call_end(int64_t end) const {
+    // A kept t1 is complete: the last band also writes the rows that no window reaches.
+    const int64_t reach = (p_.out_height - 1) * p_.stride_h + (p_.kernel_h - 1) * p_.dilation_h + 1;
+    return end == reach ? padded_height(p_) : end;
+  }
+
+  void fill_rows(int64_t n, int64_t from, int64_t to) {
+    float* t1 = t1_ + n * t1_image_ - origin_ * t1_row_;
+    const int64_t top = clamp(p_.padding_h, from, to), bottom = clamp(p_.padding_h + p_.height, top, to);
+    const int64_t side = p_.padding_w * p_.rank_in;
+    memset(t1 + from * t1_row_, 0, (top - from) * t1_row_ * sizeof(float));
+    memset(t1 + bottom * t1_row_, 0, (to - bottom) * t1_row_ * sizeof(float));
+    for (int64_t row = top; row < bottom && side; ++row) {
+      memset(t1 + row * t1_row_, 0, side * sizeof(float));
+      memset(t1 + (row + 1) * t1_row_ - side, 0, side * sizeof(float));
+    }
+    first(n, top - p_.padding_h, bottom - top, t1 + top * t1_row_ + side);
+  }
+
+  // t1 = first x for `rows` input rows from `row` on.
+  void first(int64_t n, int64_t row, int64_t rows, float* t1) {
+    if (rows <= 0) return;
+    Tile tile{};
+    tile.segments = kOrigin;
+    tile.segment_count = 1;
+    tile.segment_length = p_.channels;
+    tile.b = p_.packed + plan_.first_at;
+    tile.c_step = p_.rank_in;
+    const int64_t at = (image_ + n) * p_.x_image + row * p_.x_row;
+    Grid grid{1, rows, p_.width, 0, p_.x_row, 0, t1_row_};
+    if (p_.type == Tucker2Type::float32) {
+      tile.a = static_cast<const float*>(p_.x) + at;
+      tile.c = t1;
+      first_sweep(tile, grid, p_.channels_last ? p_.x_pixel : p_.x_channel);
+      return;
+    }
+    float* x = scratch_ + plan_.x_at;
+    grid.rows = 1;
+    for (int64_t r = 0; r < rows; ++r) {
+      const int64_t lines = p_.channels_last ? p_.width : p_.channels,
+                    line = p_.channels_last ? p_.channels : p_.width;
+      const int64_t step = p_.channels_last ? p_.x_pixel : p_.x_channel;
+      for (int64_t i = 0; i < lines; ++i)
+        to_float(p_.type, static_cast<const uint16_t*>(p_.x) + at + r * p_.x_row + i * step, x + i * line,
+                 line);
+      tile.a = x;
+      tile.c = t1 + r * t1_row_;
+      first_sweep(tile, grid, line);
+    }
+  }
+
+  void first_sweep(Tile& tile, const Grid& grid, int64_t step) {
+    tile.a_step = step;
+    if (p_.channels_last)
+      sweep<A::row_major>(tile, grid, step, p_.rank_in, first_group(p_));
+    else
+      sweep<A::k_major>(tile, grid, 1, p_.rank_in, 1);
+  }
+
+  void core(int64_t row, int64_t rows, float* t2) {
+    const Window window = core_window(p_);
+    Tile tile{};
+    tile.segments = window_;
+    tile.segment_count = window.segments;
+    tile.segment_length = window.length;
+    tile.a = t1_ + (row * p_.stride_h - origin_) * t1_row_;
+    tile.a_step = p_.stride_w * p_.rank_in;
+    tile.b = p_.packed + plan_.core_at;
+    tile.c = t2;
+    tile.c_step = p_.rank_out;
+    const int64_t t2_row = p_.out_width * p_.rank_out;
+    const Grid grid{count_, rows, p_.out_width, t1_image_, p_.stride_h * t1_row_, rows * t2_row, t2_row};
+    sweep<A::row_major>(tile, grid, tile.a_step, p_.rank_out, core_group(p_));
+  }
+
+  void last_to_pixels(int64_t row, int64_t pixels, const float* t2) {
+    const int64_t at = (image_ * p_.out_height + row) * p_.out_width * p_.features;
+    const bool convert = p_.type != Tucker2Type::float32;
+    float* y = convert ? scratch_ + plan_.y_at : static_cast<float*>(p_.y) + at;
+    Tile tile{};
+    tile.segments = kOrigin;
+    tile.segment_count = 1;
+    tile.segment_length = p_.rank_out;
+    tile.a = t2;
+    tile.a_step = p_.rank_out;
+    tile.b = p_.packed + plan_.last_at;
+    tile.c = y;
+    tile.c_step = p_.features;
+    tile.bias = p_.bias;
+    tile.relu = p_.relu;
+    const Grid grid{1, 1, pixels, 0, 0, 0, 0};
+    sweep<A::row_major>(tile, grid, p_.rank_out, p_.features, last_group(p_));
+    if (convert) from_float(p_.type, y, static_cast<uint16_t*>(p_.y) + at, pixels * p_.features);
+  }
+
+  // Planes of y: pixels in lanes. The band is transposed into [vectors of pixels][R2][kLanes], the factor is
+  // broadcast.
+  void last_to_planes(int64_t image, int64_t row, int64_t pixels, const float* t2) {
+    float* planes = scratch_ + plan_.planes_at;
+    to_planes(t2, pixels, p_.rank_out, planes);
+    const int64_t plane = p_.out_height * p_.out_width;
+    const int64_t at = image * p_.features * plane + row * p_.out_width;
+    const bool convert = p_.type != Tucker2Type::float32;
+    Tile tile{};
+    tile.segments = kOrigin;
+    tile.segment_count = 1;
+    tile.segment_length = p_.rank_out;
+    tile.a_step = p_.rank_out;
+    tile.b_vector = p_.rank_out * kLanes;
+    tile.c_step = convert ? pixels : plane;
+    tile.relu = p_.relu;
+    float* y = convert ? scratch_ + plan_.y_at : static_cast<float*>(p_.y) + at;
+    const float* weights = p_.packed + plan_.last_at;
+    const int64_t vectors = ceil_div(pixels, kLanes);
+    const Cut cut = best_cut(vectors, p_.features, kMaxVectors);
+    const auto tiles = tiles_of<A::row_major, Bias::per_row>(1);
+    for (int64_t v = 0; v < vectors; v += cut.vectors) {
+      const int width = static_cast<int>(smaller(cut.vectors, vectors - v));
+      tile.b = planes + v * tile.b_vector;
+      tile.tail = static_cast<int>(smaller(kLanes, pixels - (v + width - 1) * kLanes));
+      int64_t done = 0;
+      for (int i = 0; i < cut.tiles; ++i) {
+        const int64_t next = (i + 1) * p_.features / cut.tiles;
+        tile.a = weights + done * p_.rank_out;
+        tile.c = y + done * tile.c_step + v * kLanes;
+        tile.bias = p_.bias ? p_.bias + done : nullptr;
+        tiles[width][next - done](tile);
+        done = next;
+      }
+    }
+    if (!convert) return;
+    for (int64_t k = 0; k < p_.features; ++k)
+      from_float(p_.type, y + k * pixels, static_cast<uint16_t*>(p_.y) + at + k * plane, pixels);
+  }
+
+  static void to_planes(const float* t2, int64_t pixels, int64_t channels, float* planes) {
+    for (int64_t first = 0; first < pixels; first += kLanes)
+      for (int64_t c = 0; c < channels; c += kLanes) {
+        Floats rows[kLanes];
+        const int64_t width = smaller(kLanes, channels - c), height = smaller(kLanes, pixels - first);
+        for (int i = 0; i < kLanes; ++i)
+          rows[i] = i >= height       ? Floats{}
+                    : width == kLanes ? load_unaligned(t2 + (first + i) * channels + c)
+                                      : load_first(t2 + (first + i) * channels + c, static_cast<int>(width));
+        transpose(rows);
+        float* out = planes + first * channels + c * kLanes;
+        for (int i = 0; i < width; ++i) store_unaligned(out + i * kLanes, rows[i]);
+      }
+  }
+
+  const Tucker2Params& p_;
+  const Tucker2Plan& plan_;
+  float* const scratch_;
+  const int64_t t1_row_;
+  int64_t window_[kMaxSegments];
+  int64_t image_ = 0, count_ = 0;
+  float* t1_ = nullptr;
+  int64_t t1_image_ = 0;
+  int64_t origin_ = 0, have_begin_ = 0, have_end_ = 0;  // padded rows: at t1_[0], and present
+};
+
+// Denormals cost 150x in FMA and carry nothing here: flushed inside, the caller's mode restored.
+class FlushDenormals {
+ public:
+#if defined(__x86_64__)
+  FlushDenormals() : saved_(_mm_getcsr()) { _mm_setcsr(saved_ | 0x8040); }
+  ~FlushDenormals() { _mm_setcsr(saved_); }
+
+ private:
+  unsigned saved_;
+#endif
+};
+
+}  // namespace
+
+void tucker2_rows(const Tucker2Params& p, const Tucker2Plan& plan, int64_t begin, int64_t end,
+                  float* scratch) {
+  const FlushDenormals flush;
+  Forward forward(p, plan, scratch);
+  while (begin < end) {
+    const int64_t image = begin / p.out_height, row = begin % p.out_height;
+    const int64_t whole = row == 0 ? smaller(plan.group_images, (end - begin) / p.out_height) : 0;
+    const int64_t rows = whole ? whole * p.out_height : smaller(p.out_height - row, end - begin);
+    if (whole)
+      forward.run(image, whole, 0, p.out_height);
+    else
+      forward.run(image, 1, row, row + rows);
+    begin += rows;
+  }
+}
+
+}  // namespace kegfast::KEGFAST_ISA

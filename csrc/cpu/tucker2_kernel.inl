@@ -1,0 +1,3 @@
+// Kernels of tucker2, compiled once per instruction set.
+#include "cpu/tucker2_forward.inl"
+#include "cpu/tucker2_gradients.inl"

@@ -1,0 +1,163 @@
+// Blocking of tucker2 and the packed form of its factors.
+#pragma once
+
+#include "cpu/tucker2_tile.inl"
+#include "tucker2.h"
+
+namespace kegfast::KEGFAST_ISA {
+namespace {
+
+constexpr int64_t ceil_div(int64_t a, int64_t b) {
+  return (a + b - 1) / b;
+}
+constexpr int64_t round_up(int64_t a, int64_t b) {
+  return ceil_div(a, b) * b;
+}
+constexpr int64_t smaller(int64_t a, int64_t b) {
+  return a < b ? a : b;
+}
+constexpr int64_t larger(int64_t a, int64_t b) {
+  return a > b ? a : b;
+}
+constexpr int64_t clamp(int64_t v, int64_t low, int64_t high) {
+  return smaller(larger(v, low), high);
+}
+
+// Lane packing: how many consecutive k share a vector when a factor has few outputs.
+constexpr int lane_group(int64_t outputs) {
+  if (kLanes < 16) return 1;
+  return outputs <= 2 ? 8 : outputs <= 4 ? 4 : outputs <= 8 ? 2 : 1;
+}
+
+constexpr int64_t padded_height(const Tucker2Params& p) {
+  return p.height + 2 * p.padding_h;
+}
+constexpr int64_t padded_width(const Tucker2Params& p) {
+  return p.width + 2 * p.padding_w;
+}
+
+// With dilation 1 a kernel row reads kw * R1 contiguous floats of t1; otherwise every tap is a segment of its
+// own.
+struct Window {
+  int64_t segments, length;
+};
+constexpr Window core_window(const Tucker2Params& p) {
+  return p.dilation_w == 1 ? Window{p.kernel_h, p.kernel_w * p.rank_in}
+                           : Window{p.kernel_h * p.kernel_w, p.rank_in};
+}
+
+// A packed factor: [vectors of outputs][segments][length / group][kLanes].
+constexpr int64_t packed_floats(int64_t outputs, Window window, int group) {
+  return round_up(outputs * group, kLanes) * window.segments * ceil_div(window.length, group);
+}
+
+// How a factor is held: planes of x are read k-major, one channel at a time, so their first factor cannot
+// pack lanes; planes of y broadcast the last factor itself.
+int first_group(const Tucker2Params& p) {
+  return p.channels_last ? lane_group(p.rank_in) : 1;
+}
+int core_group(const Tucker2Params& p) {
+  return lane_group(p.rank_out);
+}
+int last_group(const Tucker2Params& p) {
+  return lane_group(p.features);
+}
+
+// The header of a packed buffer: what its layout depends on beside the factors' shapes.
+constexpr int64_t kHeader = 16;
+float packed_layout(const Tucker2Params& p) {
+  return kLanes + 64 * p.channels_last + 128 * (p.dilation_w == 1);
+}
+
+constexpr int64_t kMaxSegments =
+    256;  // taps of the largest window; functional.py sends larger ones to the unfused path
+
+constexpr int64_t kBandBytes = 32 << 10;       // of t2: stays in L1 between the core and the last factor
+constexpr int64_t kWideBandBytes = 192 << 10;  // where the core's weights are what streams
+constexpr int64_t kWindowBytes = 256 << 10;    // of t1: stays in L2
+
+int64_t band_pixels(const Tucker2Params& p) {
+  const int64_t weights = 4 * p.rank_in * p.rank_out * p.kernel_h * p.kernel_w;
+  const int64_t bytes = weights > (200 << 10) ? kWideBandBytes : kBandBytes;
+  return clamp(bytes / (4 * p.rank_out), 64, 2048);
+}
+
+}  // namespace
+
+Tucker2Plan tucker2_plan(const Tucker2Params& p, int64_t threads) {
+  Tucker2Plan plan{};
+  const int64_t row = padded_width(p) * p.rank_in;
+  const int64_t pixels = band_pixels(p), image_pixels = p.out_height * p.out_width;
+  const int64_t halo = (p.kernel_h - 1) * p.dilation_h + 1;
+  plan.band_rows = clamp(pixels / p.out_width, 1, p.out_height);
+  plan.group_images = 1;
+  if (2 * image_pixels <= pixels) {
+    const int64_t fit = larger(1, kWindowBytes / (4 * row * padded_height(p)));
+    plan.group_images = clamp(pixels / image_pixels, 1, smaller(fit, ceil_div(p.images, threads)));
+  }
+  const int64_t needed = (plan.band_rows - 1) * p.stride_h + halo;
+  plan.t1_rows = smaller(padded_height(p), larger(needed, kWindowBytes / (4 * row)));
+  if (plan.group_images > 1) plan.t1_rows = padded_height(p);
+
+  int64_t at = kHeader;
+  auto take = [&at](int64_t floats) {
+    const int64_t here = at;
+    at += round_up(floats, 16);
+    return here;
+  };
+  plan.first_at = take(packed_floats(p.rank_in, {1, p.channels}, first_group(p)));
+  plan.core_at = take(packed_floats(p.rank_out, core_window(p), core_group(p)));
+  plan.last_at = take(p.channels_last ? packed_floats(p.features, {1, p.rank_out}, last_group(p))
+                                      : p.features * p.rank_out);
+  plan.packed_floats = at;
+  plan.packed_layout = packed_layout(p);
+
+  at = 0;
+  const int64_t band =
+      plan.group_images > 1 ? plan.group_images * image_pixels : plan.band_rows * p.out_width;
+  const bool convert = p.type != Tucker2Type::float32;
+  plan.t1_at = take(plan.group_images * plan.t1_rows * row);
+  plan.t2_at = take(band * p.rank_out);
+  plan.planes_at = take(p.channels_last ? 0 : round_up(band, kLanes) * p.rank_out);
+  plan.x_at = take(convert ? p.width * p.channels : 0);
+  plan.y_at = take(convert ? band * p.features : 0);
+  plan.scratch_floats = at;
+  return plan;
+}
+
+namespace {
+
+void pack_factor(const Tucker2Factor& w, int64_t outputs, int64_t inputs, int64_t taps_w, Window window,
+                 int group, float* out) {
+  const int channels = kLanes / group;
+  const int64_t steps = ceil_div(window.length, group);
+  for (int64_t first = 0; first < outputs; first += channels)
+    for (int64_t s = 0; s < window.segments; ++s)
+      for (int64_t step = 0; step < steps; ++step, out += kLanes)
+        for (int g = 0; g < group; ++g) {
+          const int64_t k = step * group + g, in_core = s * window.length + k;
+          const int64_t tap = in_core / inputs, i = in_core % inputs;
+          const float* from =
+              w.data + first * w.row + i * w.input + tap / taps_w * w.tap_h + tap % taps_w * w.tap_w;
+          const int64_t present = k < window.length ? smaller(channels, outputs - first) : 0;
+          for (int c = 0; c < channels; ++c) out[c * group + g] = c < present ? from[c * w.row] : 0.0f;
+        }
+}
+
+}  // namespace
+
+void tucker2_pack(const Tucker2Params& p, const Tucker2Plan& plan, const Tucker2Factor& first,
+                  const Tucker2Factor& core, const Tucker2Factor& last, float* packed) {
+  packed[0] = packed_layout(p);
+  pack_factor(first, p.rank_in, p.channels, 1, {1, p.channels}, first_group(p), packed + plan.first_at);
+  pack_factor(core, p.rank_out, p.rank_in, p.kernel_w, core_window(p), core_group(p), packed + plan.core_at);
+  if (p.channels_last) {
+    pack_factor(last, p.features, p.rank_out, 1, {1, p.rank_out}, last_group(p), packed + plan.last_at);
+  } else {
+    float* out = packed + plan.last_at;
+    for (int64_t k = 0; k < p.features; ++k)
+      for (int64_t r = 0; r < p.rank_out; ++r) *out++ = last.data[k * last.row + r * last.input];
+  }
+}
+
+}  // namespace kegfast::KEGFAST_ISA

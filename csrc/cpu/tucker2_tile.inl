@@ -1,0 +1,162 @@
+// The micro-kernel under every stage of tucker2: a tile of Pixels x Vectors accumulators that never leave the
+// registers.
+//
+//   C[j, :] (+)= sum over segments s and k < length of A(s, k, j) * B[s * length + k, :]
+//
+// A is read one scalar at a time and broadcast, B by whole vectors. Forward stages are GEMMs over pixels (j)
+// in which the core's kh x kw window is kh segments of kw * R1 contiguous floats; weight gradients are GEMMs
+// whose k runs over pixels.
+#pragma once
+
+#include "cpu/tucker2_vec.inl"
+
+namespace kegfast::KEGFAST_ISA {
+namespace {
+
+struct Tile {
+  const float* a;
+  int64_t a_step;           // floats from one j (row-major A) or one k (k-major A) to the next
+  const int64_t* segments;  // offsets from a, in floats
+  int64_t segment_count, segment_length;
+  const float* b;
+  const int64_t* b_segments;  // offsets from b per segment, or null: B is contiguous over segments
+  int64_t b_step, b_vector;   // floats from one k, one vector to the next
+  float* c;
+  int64_t c_step;
+  const float* bias;  // added where not null: per lane (channels in lanes) or per j
+  int tail;           // lanes of the last vector that exist
+  bool accumulate, relu, stream;
+};
+
+enum class A { row_major, k_major };  // k_major: A(s, k, j) at a + segment + k * a_step + j
+enum class B { packed, plain };  // packed: rows of kLanes, zero-padded; plain: any step, last vector masked
+enum class Bias { per_lane, per_row };
+
+// Register budget: Pixels * Vectors accumulators, one B vector per column, one broadcast.
+constexpr int kMaxVectors = kRegisters == 32 ? 4 : 3;
+constexpr int kMaxPixels = kRegisters == 32 ? 14 : 10;
+constexpr int max_pixels(int vectors) {
+  const int free = (kRegisters - 1 - vectors) / vectors;
+  return free < kMaxPixels ? free : kMaxPixels;
+}
+
+// Group > 1 (lane packing, for ranks below a vector): one vector holds Group consecutive k of kLanes / Group
+// channels, lane c * Group + g for channel c and k = g; the groups are summed once, at the end.
+template <int Group>
+KEGFAST_INLINE Floats broadcast_group(const float* p, int n) {
+#if defined(__AVX512F__)
+  const __mmask8 mask = static_cast<__mmask8>((1u << n) - 1);
+  if constexpr (Group == 2) {
+    if (n < 2) return (Floats)_mm512_broadcast_f32x2(_mm_maskz_loadu_ps(mask, p));
+    double pair;
+    memcpy(&pair, p, sizeof pair);
+    return (Floats)_mm512_castpd_ps(_mm512_set1_pd(pair));
+  }
+  if constexpr (Group == 4)
+    return (Floats)_mm512_broadcast_f32x4(n < 4 ? _mm_maskz_loadu_ps(mask, p) : _mm_loadu_ps(p));
+  if constexpr (Group == 8)
+    return (Floats)_mm512_broadcast_f32x8(n < 8 ? _mm256_maskz_loadu_ps(mask, p) : _mm256_loadu_ps(p));
+#endif
+  (void)n;
+  return splat(*p);
+}
+
+template <int Group>
+KEGFAST_INLINE Floats fold_groups(Floats v) {
+  Ints swap, pick;
+  KEGFAST_UNROLL
+  for (int step = 1; step < Group; step *= 2) {
+    for (int l = 0; l < kLanes; ++l) swap[l] = l ^ step;
+    v += __builtin_shuffle(v, swap);
+  }
+  for (int l = 0; l < kLanes; ++l) pick[l] = (l * Group) % kLanes;
+  return __builtin_shuffle(v, pick);
+}
+
+template <int Pixels, int Vectors, A kA, B kB, Bias kBias>
+KEGFAST_INLINE void store_tile(const Tile& t, Floats (&acc)[Pixels][Vectors]) {
+  Floats bias[Vectors] = {};
+  if (kBias == Bias::per_lane && t.bias) {
+    KEGFAST_UNROLL
+    for (int v = 0; v < Vectors; ++v)
+      bias[v] = load_first(t.bias + v * kLanes, v == Vectors - 1 ? t.tail : kLanes);
+  }
+  KEGFAST_UNROLL
+  for (int j = 0; j < Pixels; ++j) {
+    float* c = t.c + j * t.c_step;
+    KEGFAST_UNROLL
+    for (int v = 0; v < Vectors; ++v, c += kLanes) {
+      const int n = v == Vectors - 1 ? t.tail : kLanes;
+      Floats x = acc[j][v];
+      if (t.accumulate) x += load_first(c, n);
+      if (t.bias) x += kBias == Bias::per_lane ? bias[v] : splat(t.bias[j]);
+      if (t.relu) x = relu(x);
+      if (t.stream && n == kLanes)
+        store_stream(c, x);
+      else
+        store_first(c, x, n);
+    }
+  }
+}
+
+template <int Pixels, int Vectors, A kA, B kB, int Group, Bias kBias>
+void run_tile(const Tile& t) {
+  static_assert(Group == 1 || (Vectors == 1 && kA == A::row_major && kB == B::packed));
+  constexpr int kBases = kA == A::row_major ? (Pixels + 2) / 3 : 1;  // x86 addresses base + {0, 1, 2} * step
+  Floats acc[Pixels][Vectors] = {};
+  const int64_t a_step = t.a_step, b_vector = t.b_vector, b_step = kB == B::packed ? kLanes : t.b_step;
+  const int tail = t.tail;
+  const float* b = t.b;
+  for (int64_t s = 0; s < t.segment_count; ++s) {
+    if (kB == B::plain && t.b_segments) b = t.b + t.b_segments[s];
+    const float* base[kBases];
+    KEGFAST_UNROLL
+    for (int i = 0; i < kBases; ++i) base[i] = t.a + t.segments[s] + 3 * i * a_step;
+    for (int64_t k = t.segment_length; k > 0; k -= Group) {
+      Floats w[Vectors];
+      KEGFAST_UNROLL
+      for (int v = 0; v < Vectors; ++v)
+        w[v] = kB == B::plain && v == Vectors - 1 ? load_first(b + v * kLanes, tail)
+               : kB == B::plain                   ? load_unaligned(b + v * kLanes)
+                                                  : load_unaligned(b + v * b_vector);
+      KEGFAST_UNROLL
+      for (int j = 0; j < Pixels; ++j) {
+        const float* a = kA == A::row_major ? base[j / 3] + (j % 3) * a_step : base[0] + j;
+        const Floats x = Group == 1 ? splat(*a) : broadcast_group<Group>(a, k < Group ? k : Group);
+        KEGFAST_UNROLL
+        for (int v = 0; v < Vectors; ++v) acc[j][v] += x * w[v];
+      }
+      b += b_step;
+      KEGFAST_UNROLL
+      for (int i = 0; i < kBases; ++i) {
+        base[i] += kA == A::row_major ? Group : a_step;
+        asm("" : "+r"(base[i]));  // keeps one pointer per three pixels instead of one each
+      }
+    }
+  }
+  if constexpr (Group > 1)
+    for (int j = 0; j < Pixels; ++j) acc[j][0] = fold_groups<Group>(acc[j][0]);
+  store_tile<Pixels, Vectors, kA, kB, kBias>(t, acc);
+}
+
+using TileFunction = void (*)(const Tile&);
+
+template <A kA, B kB, int Group, Bias kBias>
+struct TileTable {
+  TileFunction f[kMaxVectors + 1][kMaxPixels + 1] = {};
+  template <int Vectors, int Pixels>
+  constexpr void fill() {
+    if constexpr (Vectors <= (Group > 1 ? 1 : kMaxVectors)) {
+      if constexpr (Pixels <= max_pixels(Vectors)) {
+        f[Vectors][Pixels] = &run_tile<Pixels, Vectors, kA, kB, Group, kBias>;
+        fill<Vectors, Pixels + 1>();
+      } else {
+        fill<Vectors + 1, 1>();
+      }
+    }
+  }
+  constexpr TileTable() { fill<1, 1>(); }
+};
+
+}  // namespace
+}  // namespace kegfast::KEGFAST_ISA

@@ -1,0 +1,83 @@
+// What tucker2's kernels need of a register of floats beyond cpu/vec.h: parts of a vector, streaming stores,
+// transposes.
+#pragma once
+
+#include "cpu/vec.h"
+
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC 12 says so of its own intrinsics (PR 105593)
+#endif
+
+#define KEGFAST_INLINE inline __attribute__((always_inline))
+#define KEGFAST_UNROLL _Pragma("GCC unroll 64")
+
+namespace kegfast::KEGFAST_ISA {
+
+using Floats = Vec<float>;
+using Ints = Vec<int32_t>;
+constexpr int kLanes = lanes<float>;
+constexpr int kRegisters = kLanes == 16 ? 32 : 16;
+
+KEGFAST_INLINE Floats relu(Floats v) {
+  return v < Floats{} ? Floats{} : v;
+}  // NaN stays NaN
+
+// The first n lanes (1 <= n <= kLanes); the others load as zero and are not touched in memory.
+KEGFAST_INLINE Floats load_first(const float* p, int n) {
+#if defined(__AVX512F__)
+  return (Floats)_mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << n) - 1), p);
+#else
+  Floats v{};
+  for (int i = 0; i < n; ++i) v[i] = p[i];
+  return v;
+#endif
+}
+
+KEGFAST_INLINE void store_first(float* p, Floats v, int n) {
+#if defined(__AVX512F__)
+  _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << n) - 1), (__m512)v);
+#else
+  if (n == kLanes) return store_unaligned(p, v);
+  for (int i = 0; i < n; ++i) p[i] = v[i];
+#endif
+}
+
+// Past the caches; p must be aligned to the vector.
+KEGFAST_INLINE void store_stream(float* p, Floats v) {
+#if defined(__AVX512F__)
+  _mm512_stream_ps(p, (__m512)v);
+#elif defined(__AVX2__)
+  _mm256_stream_ps(p, (__m256)v);
+#elif defined(__x86_64__)
+  _mm_stream_ps(p, (__m128)v);
+#else
+  store_unaligned(p, v);
+#endif
+}
+
+// rows[i][j] <-> rows[j][i], in registers: log2(kLanes) rounds that swap blocks of 1, 2, 4, ... lanes.
+template <int Block>
+KEGFAST_INLINE void transpose_round(Floats (&rows)[kLanes]) {
+  Ints low, high;
+  KEGFAST_UNROLL
+  for (int l = 0; l < kLanes; ++l) {
+    low[l] = l & Block ? kLanes + l - Block : l;
+    high[l] = l & Block ? kLanes + l : l + Block;
+  }
+  KEGFAST_UNROLL
+  for (int i = 0; i < kLanes; ++i) {
+    if (i & Block) continue;
+    const Floats a = rows[i], b = rows[i + Block];
+    rows[i] = __builtin_shuffle(a, b, low);
+    rows[i + Block] = __builtin_shuffle(a, b, high);
+  }
+}
+
+KEGFAST_INLINE void transpose(Floats (&rows)[kLanes]) {
+  transpose_round<1>(rows);
+  transpose_round<2>(rows);
+  if constexpr (kLanes >= 8) transpose_round<4>(rows);
+  if constexpr (kLanes >= 16) transpose_round<8>(rows);
+}
+
+}  // namespace kegfast::KEGFAST_ISA

@@ -1,0 +1,80 @@
+// tucker2: POD parameters and kernel signatures of the fused Tucker-2 convolution, free of torch.
+//
+//   t1 = first x        (N, H, W, R1)  1x1, C -> R1
+//   t2 = core * t1      (N, P, Q, R2)  kernel_h x kernel_w, R1 -> R2, with stride, padding, dilation
+//   y  = last t2 + bias (N, P, Q, K)   1x1, R2 -> K, then ReLU if asked
+//
+// Gradients, with g = dL/dy: dz2 = last^T g, dz1 = core^T * dz2, dx = first^T dz1: the same operator with
+// transposed factors, whose two intermediates are what the weight gradients need:
+//   dlast = sum g t2^T,  dcore = sum dz2 (window of t1)^T,  dfirst = sum dz1 x^T,  sums over images and
+//   pixels.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "cpu/isa.h"
+
+namespace kegfast {
+
+enum class Tucker2Type : int { float32, bfloat16, float16 };
+
+struct Tucker2Params {
+  int64_t images, channels, rank_in, rank_out, features;  // N, C, R1, R2, K
+  int64_t height, width, out_height, out_width;           // H, W, P, Q
+  int64_t kernel_h, kernel_w, stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w;
+  bool channels_last;  // of x and y alike: pixels of contiguous channels, or planes
+  bool relu;
+
+  Tucker2Type type;                            // of x and y; everything between is float32
+  const void* x;                               // (N, C, H, W) in the strides below, in elements
+  int64_t x_image, x_channel, x_row, x_pixel;  // x_channel == 1 if channels_last, else x_pixel == 1
+  const float* packed;                         // the factors as tucker2_pack laid them out
+  const float* bias;                           // (K), or null
+  void* y;                                     // (N, K, P, Q) dense, or null: stop at t2
+  float* t1;  // (N, H + 2 ph, W + 2 pw, R1) with its zero border, or null: do not keep
+  float* t2;  // (N, P, Q, R2), or null: do not keep
+};
+
+// A factor as its kernel sees it: rows (outputs) x inputs x taps, any strides; a transposed factor is another
+// view.
+struct Tucker2Factor {
+  const float* data;
+  int64_t row, input, tap_h, tap_w;  // strides in floats, taps may be negative
+};
+
+// Where the forward pass gets its blocking from; filled by tucker2_plan for the instruction set at hand.
+struct Tucker2Plan {
+  int64_t group_images;                               // whole images handled together, or 1 image in bands
+  int64_t band_rows;                                  // output rows per band
+  int64_t t1_rows;                                    // padded input rows that the scratch holds
+  int64_t first_at, core_at, last_at, packed_floats;  // within packed
+  float packed_layout;  // its first float: a packed buffer with another one is not for this run
+  int64_t t1_at, t2_at, planes_at, x_at, y_at, scratch_floats;  // within a thread's scratch
+};
+
+struct Tucker2GradParams {
+  Tucker2Params forward;  // x, t1, t2 as saved, type float32
+  const float* grad;      // g (N, K, P, Q), dense
+  bool grad_channels_last;
+  const float* dz2;  // (N, P + 2 border_h, Q + 2 border_w, R2): the border that the transposed core needed
+  int64_t border_h, border_w;
+  const float* dz1;            // (N, H, W, R1)
+  float *first, *core, *last;  // sums to add to: (C, R1), (kh, kw, R1, R2), (K, R2); null: not needed
+};
+
+#define KEGFAST_DECLARE(isa)                                                                     \
+  namespace isa {                                                                                \
+  Tucker2Plan tucker2_plan(const Tucker2Params& p, int64_t threads);                             \
+  void tucker2_pack(const Tucker2Params& p, const Tucker2Plan& plan, const Tucker2Factor& first, \
+                    const Tucker2Factor& core, const Tucker2Factor& last, float* packed);        \
+  /* Output rows begin <= n * P + row < end. */                                                  \
+  void tucker2_rows(const Tucker2Params& p, const Tucker2Plan& plan, int64_t begin, int64_t end, \
+                    float* scratch);                                                             \
+  /* Adds the weight gradients of images begin <= n < end. */                                    \
+  void tucker2_weight_gradients(const Tucker2GradParams& p, int64_t begin, int64_t end);         \
+  }
+KEGFAST_EACH_ISA(KEGFAST_DECLARE)
+#undef KEGFAST_DECLARE
+
+}  // namespace kegfast
