@@ -2,7 +2,6 @@
 
 import json
 import os
-import pickle
 import secrets
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -86,14 +85,9 @@ def read_checkpoint(path: str | Path) -> Any:
     with open(path, "rb") as file:
         try:
             return torch.load(file, map_location="cpu", weights_only=True)
-        except (
-            pickle.UnpicklingError,
-            RuntimeError,
-            EOFError,
-            ValueError,
-            KeyError,
-            AttributeError,
-        ) as error:
+        except OSError:
+            raise
+        except Exception as error:  # on foreign bytes the unpickler fails in any way
             raise ValueError(
                 f"{path}: expected safetensors or a torch file of tensors and plain containers, "
                 "got a file that is damaged, foreign or would execute code"

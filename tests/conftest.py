@@ -1,0 +1,29 @@
+"""Fixtures that several tests use."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of real data and published weights beside the repository."""
+    default = Path(__file__).parents[1] / "../shared"
+    folder = Path(os.environ.get("KEGFAST_SHARED", default)).resolve()
+    if not folder.is_dir():
+        pytest.skip(f"no data at {folder}; set KEGFAST_SHARED to a folder with data/ and pretrained/")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def data_root(shared) -> Path:
+    """The data sets' root."""
+    return shared / "data"
+
+
+@pytest.fixture
+def seeded() -> None:
+    """A fixed state of torch's global generator."""
+    torch.manual_seed(0)
