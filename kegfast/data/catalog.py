@@ -21,7 +21,7 @@ from kegfast.data.formats import Arrays, read_idx, read_mat, read_table
 from kegfast.data.splits import DataInfo, Splits, make_splits
 
 SIDE = 32
-"""Images are resized to SIDE x SIDE."""
+"""Side of the images, to which smaller ones are resized."""
 
 
 @dataclass(frozen=True)
@@ -146,12 +146,13 @@ def _advice(entry: Entry) -> str:
 
 
 def _prepare(samples: np.ndarray, info: DataInfo) -> np.ndarray:
-    """Resize images (N, C, H, W) uint8 and normalise them; a table's rows come normalised."""
+    """Resize images (N, C, H, W) uint8 to their `info` and normalise them; tables come normalised."""
     if not info.mean:
         return samples
     images = torch.tensor(samples)
-    if images.shape[2:] != (SIDE, SIDE):
+    size = info.sample_shape[1:]
+    if images.shape[2:] != size:
         # On bytes this is Pillow's bilinear resize, to the bit.
-        images = F.interpolate(images, size=(SIDE, SIDE), mode="bilinear", antialias=True)
+        images = F.interpolate(images, size=size, mode="bilinear", antialias=True)
     mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (info.mean, info.std))
     return images.float().div_(255).sub_(mean).div_(std).numpy()

@@ -7,11 +7,11 @@ from kegfast.distillation.features import Features
 from kegfast.distillation.objective import Batch, Objective, Term
 from kegfast.distillation.sources import (
     GaussianNoise,
+    InMemory,
     Mixture,
     Munge,
     Noisy,
     Pool,
-    Samples,
     UniformNoise,
     as_source,
 )
@@ -22,12 +22,12 @@ __all__ = [
     "Ensemble",
     "Features",
     "GaussianNoise",
+    "InMemory",
     "Mixture",
     "Munge",
     "Noisy",
     "Objective",
     "Pool",
-    "Samples",
     "Term",
     "UniformNoise",
     "as_source",

@@ -66,7 +66,7 @@ class GaussianNoise:
         return noise.mul_(self.std).add_(self.mean), None
 
 
-class Samples:
+class InMemory:
     """Samples held in memory, drawn with replacement.
 
     Args:
@@ -93,7 +93,7 @@ class Samples:
         return self.samples[index], None if self.labels is None else self.labels[index]
 
 
-class Pool(Samples):
+class Pool(InMemory):
     """`size` samples drawn once from another source, with the teacher's answers to them kept.
 
     `kegfast.distill` then asks the teacher once per sample instead of once per step. The
@@ -265,11 +265,11 @@ def as_source(source: Any) -> Source:
     if isinstance(source, Source):
         return source
     if isinstance(source, Tensor):
-        return Samples(source)
+        return InMemory(source)
     if isinstance(source, DataLoader):
         return _LoaderSource(source)
     if isinstance(source, TensorDataset):
-        return Samples(*source.tensors[:2])
+        return InMemory(*source.tensors[:2])
     if isinstance(source, IterableDataset):
         raise TypeError(expected("source", "a DataLoader around an iterable data set", "the set"))
     if hasattr(source, "__getitem__") and hasattr(source, "__len__"):

@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, TensorDataset
 
 import kegfast
-from kegfast.distillation import GaussianNoise, Mixture, Pool, Samples, losses
+from kegfast.distillation import GaussianNoise, InMemory, Mixture, Pool, losses
 
 
 def perceptron(*widths: int, seed: int = 0) -> nn.Sequential:
@@ -93,7 +93,7 @@ def test_labels_are_used_below_alpha_one(teacher):
     samples = torch.randn(256, 8)
     labels = (teacher(samples).argmax(dim=1) + 1) % 4  # contradict the teacher
     student = perceptron(8, 32, 4)
-    kegfast.distill(student, teacher, Samples(samples, labels), alpha=0.0, steps=200, lr=1e-2)
+    kegfast.distill(student, teacher, InMemory(samples, labels), alpha=0.0, steps=200, lr=1e-2)
     assert (student(samples).argmax(dim=1) == labels).float().mean() > 0.8
 
 
@@ -102,7 +102,7 @@ def test_a_pool_gives_the_run_that_asking_each_time_gives(student, teacher, nois
     pool = Pool(noise, 100)
     other = copy.deepcopy(student)
     first = kegfast.distill(student, teacher, pool, steps=20)
-    second = kegfast.distill(other, teacher, Samples(pool.samples), steps=20)
+    second = kegfast.distill(other, teacher, InMemory(pool.samples), steps=20)
     assert [entry["loss"] for entry in first] == pytest.approx([entry["loss"] for entry in second], rel=1e-4)
 
 
@@ -229,7 +229,7 @@ def test_several_teachers_are_averaged(student, noise):
         return losses.soft_target(ours, theirs)
 
     samples = torch.randn(1, 8)
-    kegfast.distill(student, teachers, Samples(samples), loss=loss, steps=1, temperature=2.0)
+    kegfast.distill(student, teachers, InMemory(samples), loss=loss, steps=1, temperature=2.0)
     expected = sum((t(samples) / 2).softmax(dim=1) for t in teachers) / 3
     torch.testing.assert_close((seen[0][:1] / 2).softmax(dim=1), expected)
 

@@ -7,11 +7,11 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from kegfast.distillation import (
     GaussianNoise,
+    InMemory,
     Mixture,
     Munge,
     Noisy,
     Pool,
-    Samples,
     UniformNoise,
     as_source,
 )
@@ -33,7 +33,7 @@ class Unlabelled(Squares):
 SOURCES = {
     "uniform": lambda: UniformNoise((3, 4)),
     "gaussian": lambda: GaussianNoise((3, 4)),
-    "samples": lambda: Samples(torch.randn(20, 3, 4), torch.arange(20)),
+    "samples": lambda: InMemory(torch.randn(20, 3, 4), torch.arange(20)),
     "pool": lambda: Pool(UniformNoise((3, 4)), 20),
     "noisy": lambda: Noisy(torch.randn(20, 3, 4)),
     "munge": lambda: Munge(torch.randn(20, 3, 4)),
@@ -165,8 +165,8 @@ def test_a_mixture_takes_shares_and_marks_unlabelled_samples():
         (lambda: UniformNoise(()), "sample_shape"),
         (lambda: GaussianNoise((2, 0)), "sample_shape"),
         (lambda: GaussianNoise((2,), std=0), "std"),
-        (lambda: Samples(torch.ones(0, 2)), "samples"),
-        (lambda: Samples(torch.ones(3, 2), torch.ones(2)), "labels"),
+        (lambda: InMemory(torch.ones(0, 2)), "samples"),
+        (lambda: InMemory(torch.ones(3, 2), torch.ones(2)), "labels"),
         (lambda: Pool(UniformNoise((2,)), 0), "size"),
         (lambda: Noisy(UniformNoise((2,)), std=-1), "std"),
         (lambda: Munge(torch.ones(1, 2)), "samples"),
