@@ -106,7 +106,7 @@ def run_steps(
 
     Raises:
         ValueError: the checkpoint belongs to another run.
-        FloatingPointError: a logged value is NaN or infinite; the checkpoint keeps the state before.
+        FloatingPointError: a logged value is NaN or infinite; the checkpoint keeps an earlier state.
         KeyboardInterrupt: after Ctrl-C.
     """
     run = _Run(label, steps, seed, state, checkpoint)
@@ -215,7 +215,8 @@ def _seeded_rng() -> Iterator[None]:
 def _deferred_interrupt(enabled: bool) -> Iterator[threading.Event]:
     """Turn the first Ctrl-C into an event; a second one interrupts at once."""
     event = threading.Event()
-    if not enabled or threading.current_thread() is not threading.main_thread():
+    in_main = threading.current_thread() is threading.main_thread()
+    if not (enabled and in_main) or signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         yield event
         return
 
