@@ -1,0 +1,55 @@
+# _cuda: the CUDA operators, a library of its own so that _C loads on a machine without CUDA.
+#
+# Built where nvcc is found; FORCE_CUDA=1 insists on it, FORCE_CUDA=0 leaves it out. TORCH_CUDA_ARCH_LIST ("8.0;9.0+PTX") chooses
+# the architectures; by default sm_80 and sm_90 with PTX for what comes after. The runtime is linked statically: which CUDA torch
+# was built with does not matter.
+set(FORCE_CUDA "" CACHE STRING "1: fail without nvcc; 0: never build the CUDA part; empty: build it where nvcc is found")
+set(TORCH_CUDA_ARCH_LIST "" CACHE STRING "CUDA architectures, as torch writes them")
+
+set(KEGFAST_CUDA OFF)
+if(NOT "${FORCE_CUDA}" STREQUAL "0")
+  include(CheckLanguage)
+  check_language(CUDA)
+  if(CMAKE_CUDA_COMPILER)
+    set(KEGFAST_CUDA ON)
+  elseif("${FORCE_CUDA}" STREQUAL "1")
+    message(FATAL_ERROR "FORCE_CUDA=1, but no nvcc was found; put it on PATH or set CUDACXX")
+  endif()
+endif()
+
+# kegfast_cuda_architectures(<variable> <list>): "8.0 9.0+PTX" -> "80-real;90-real;90-virtual"
+function(kegfast_cuda_architectures variable list)
+  string(REGEX MATCHALL "[^ ;,]+" names "${list}")
+  foreach(name IN LISTS names)
+    if(NOT name MATCHES "^([0-9]+)\\.([0-9]+a?)(\\+PTX)?$")
+      message(FATAL_ERROR "TORCH_CUDA_ARCH_LIST must be a list like '8.0;9.0+PTX', got '${list}'")
+    endif()
+    set(number "${CMAKE_MATCH_1}${CMAKE_MATCH_2}")
+    list(APPEND architectures "${number}-real")
+    if(CMAKE_MATCH_3)
+      list(APPEND architectures "${number}-virtual")
+    endif()
+  endforeach()
+  set(${variable} "${architectures}" PARENT_SCOPE)
+endfunction()
+
+if(KEGFAST_CUDA)
+  if(TORCH_CUDA_ARCH_LIST)
+    kegfast_cuda_architectures(CMAKE_CUDA_ARCHITECTURES "${TORCH_CUDA_ARCH_LIST}")
+  else()
+    kegfast_cuda_architectures(CMAKE_CUDA_ARCHITECTURES "8.0;9.0+PTX")
+  endif()
+  enable_language(CUDA)
+endif()
+
+# kegfast_cuda_library(<name> <file.cu>...)
+function(kegfast_cuda_library name)
+  if(NOT KEGFAST_CUDA)
+    return()
+  endif()
+  add_library(${name} MODULE ${ARGN})
+  target_include_directories(${name} PRIVATE csrc)
+  target_link_libraries(${name} PRIVATE torch_stable)
+  set_target_properties(${name} PROPERTIES
+    PREFIX "" CUDA_STANDARD 20 CUDA_STANDARD_REQUIRED ON CUDA_RUNTIME_LIBRARY Static CUDA_VISIBILITY_PRESET hidden)
+endfunction()

@@ -1,0 +1,183 @@
+// diversity on CUDA: which kernels run, in which order, on what workspace.
+//
+// Free of torch and of the CUDA runtime: `launch(Kernel{}, params, x, y, shared_bytes)` is the library's
+// (launch.h, on a stream) or the tests' (on the emulator), so that this file is under test without a device
+// as well.
+#pragma once
+
+#include "arena.h"
+#include "diversity_moments.cuh"
+#include "diversity_pair.cuh"
+#include "diversity_sort.cuh"
+
+namespace kegfast::cuda {
+
+enum class Metric { l1, sqeuclidean, euclidean, cosine };  // the operator's integers
+enum class NoiseMetric { sqeuclidean, euclidean };
+
+template <class Sample>
+struct DiversityProblem {
+  const float* noises;     // [batch, noise_size]
+  const Sample* samples;   // [batch, features]
+  double* exponent;        // []
+  float* noise_gradient;   // [batch, noise_size], or null
+  float* sample_gradient;  // [batch, features], or null
+  int batch, noise_size, features;
+  Metric metric;
+  NoiseMetric noise_metric;
+  size_t shared_limit;  // bytes of shared memory that a block of this device may ask for
+};
+
+// Up to here the pair kernel does less work than the sort (calculated; not yet measured on a device).
+constexpr int kPairBatch = 64;
+
+// Features that a block of the sort takes within the device's shared memory; 0: the batch is too large for
+// this kernel.
+template <class Kernel, class Problem>
+int sort_features(const Problem& p) {
+  typename Kernel::Params q{};
+  q.batch = p.batch;
+  for (int count = Kernel::kFeatures; p.batch <= Kernel::kCapacity && count >= Kernel::kTeams; count /= 2) {
+    q.block_features = count;
+    if (Kernel::shared_bytes(q) <= p.shared_limit) return count;
+  }
+  return 0;
+}
+
+template <class T, int kWarps>
+using Sort = DiversitySort<T, std::conditional_t<sizeof(T) == 2, uint32_t, uint64_t>, kWarps>;
+
+// Returns the number of partial sums, 0 where the batch is too large.
+template <class Kernel, class Problem, class T, class Launch>
+int sort_by(const Problem& p, const T* samples, const float* table, double* partial, double scale,
+            Launch&& launch) {
+  const int features = sort_features<Kernel>(p);
+  if (features == 0) return 0;
+  const typename Kernel::Params q{samples, table,      p.sample_gradient,           partial,
+                                  p.batch, p.features, table_columns(p.noise_size), float(2 * scale),
+                                  features};
+  launch(Kernel{}, q, Kernel::blocks(q), 1, Kernel::shared_bytes(q));
+  return Kernel::blocks(q);
+}
+
+template <Difference kDifference, class Problem, class T, class Launch>
+int pairs_by(const Problem& p, const T* samples, const float* weights, double* partial, double gradient_scale,
+             Launch&& launch) {
+  using Kernel = DiversityPairs<T, kDifference>;
+  const typename Kernel::Params q{samples, weights,    p.sample_gradient,    partial,
+                                  p.batch, p.features, float(gradient_scale)};
+  launch(Kernel{}, q, Kernel::blocks_x(q), Kernel::blocks_y(q), Kernel::kShared);
+  return Kernel::blocks_x(q) * Kernel::blocks_y(q);
+}
+
+template <Difference kDifference, class Problem, class T, class Launch>
+void distances_by(const Problem& p, const T* samples, const float* inverse, float* distances, double scale,
+                  Launch&& launch) {
+  using Kernel = Distances<T, kDifference>;
+  const int tiles = (p.batch + Kernel::kTile - 1) / Kernel::kTile;
+  launch(Kernel{}, typename Kernel::Params{samples, inverse, distances, p.batch, p.features, float(scale)},
+         tiles, tiles, Kernel::kShared);
+}
+
+// Value and gradients on a workspace of as many bytes as the call returns; a null workspace only asks for
+// that number.
+template <class Sample, class Launch>
+size_t diversity(const DiversityProblem<Sample>& p, char* workspace, Launch&& launch) {
+  const int64_t batch = p.batch, elements = batch * p.features;
+  const bool cosine = p.metric == Metric::cosine, euclidean = p.metric == Metric::euclidean,
+             l1 = p.metric == Metric::l1;
+  const bool root = p.noise_metric == NoiseMetric::euclidean;
+  const bool sorts = l1 && !root && batch > kPairBatch && sort_features<Sort<Sample, 16>>(p) > 0;
+  const bool moments = !root && (cosine || p.metric == Metric::sqeuclidean);
+  const bool pairs = !sorts && !moments;
+  const double mean = -1.0 / (double(batch) * double(batch));
+  const double unit =
+      cosine ? 0.5 : (euclidean ? 1.0 : 1.0 / p.features);  // a distance in terms of what the kernels sum
+
+  Arena arena(workspace);
+  float* table = arena.take<float>(pairs ? 0 : batch * table_columns(p.noise_size));
+  float* weights = arena.take<float>(pairs ? batch * batch : 0);
+  float* distances = arena.take<float>(p.noise_gradient != nullptr || euclidean ? batch * batch : 0);
+  float* quotients = arena.take<float>(euclidean ? batch * batch : 0);
+  float* rows = arena.take<float>(cosine ? elements : 0);
+  float* inverse = arena.take<float>(cosine ? batch : 0);
+  double* partial = arena.take<double>((int64_t(p.features) + 31) / 32 * ((batch + 31) / 32) + p.features);
+  if (workspace == nullptr) return arena.used();
+
+  if (!pairs) {
+    const NoiseTable::Params q{p.noises, table, p.batch, p.noise_size};
+    launch(NoiseTable{}, q, NoiseTable::blocks(q), 1, NoiseTable::shared_bytes(q));
+  } else {
+    const PairWeights::Params q{p.noises, weights, p.batch, p.noise_size, root};
+    launch(PairWeights{}, q, PairWeights::blocks(q), 1, size_t(0));
+  }
+
+  int partials = 0;
+  const auto value = [&](auto* samples) {
+    if (p.noise_gradient != nullptr || euclidean) {
+      if (l1) {
+        distances_by<Difference::absolute>(p, samples, nullptr, distances, unit, launch);
+      } else {
+        distances_by<Difference::square>(p, samples, cosine ? inverse : nullptr, distances, unit, launch);
+      }
+    }
+    if (euclidean) {
+      const Reweigh::Params q{weights, distances, quotients, batch * batch};
+      launch(Reweigh{}, q, Reweigh::blocks(q), 1, size_t(0));
+    }
+    using T = std::remove_const_t<std::remove_pointer_t<decltype(samples)>>;
+    if (sorts) {
+      if constexpr (std::is_same_v<T, Sample>) {
+        partials = sort_by<Sort<T, 1>>(p, samples, table, partial, mean * unit, launch);
+        if (partials == 0) partials = sort_by<Sort<T, 4>>(p, samples, table, partial, mean * unit, launch);
+        if (partials == 0) partials = sort_by<Sort<T, 16>>(p, samples, table, partial, mean * unit, launch);
+      }
+    } else if (moments) {
+      using Kernel = DiversityMoments<T>;
+      const typename Kernel::Params q{
+          samples, table,      p.sample_gradient,           partial,
+          p.batch, p.features, table_columns(p.noise_size), float(4 * mean * unit)};
+      partials = Kernel::blocks(q);
+      launch(Kernel{}, q, partials, 1, Kernel::shared_bytes(q));
+    } else if (l1) {
+      partials = pairs_by<Difference::absolute>(p, samples, weights, partial, 2 * mean * unit, launch);
+    } else if (euclidean) {
+      partials = pairs_by<Difference::square>(p, samples, quotients, partial, 2 * mean, launch);
+    } else {
+      partials = pairs_by<Difference::square>(p, samples, weights, partial, 4 * mean * unit, launch);
+    }
+  };
+  if (cosine) {
+    const typename Normalise<Sample>::Params q{p.samples, rows, inverse, p.batch, p.features};
+    launch(Normalise<Sample>{}, q, p.batch, 1, Normalise<Sample>::kShared);
+    value(static_cast<const float*>(rows));
+    if (p.sample_gradient != nullptr) {
+      launch(Project{}, Project::Params{rows, inverse, p.sample_gradient, p.batch, p.features}, p.batch, 1,
+             Project::kShared);
+    }
+  } else {
+    value(p.samples);
+  }
+
+  if (p.noise_gradient != nullptr) {
+    const NoiseGradient::Params q{
+        p.noises, distances, root ? weights : nullptr, p.noise_gradient, p.batch, p.noise_size, mean};
+    launch(NoiseGradient{}, q, NoiseGradient::blocks(q), 1, size_t(0));
+  }
+  const Finish::Params q{partial,
+                         p.noises,
+                         cosine ? inverse : nullptr,
+                         p.exponent,
+                         p.noise_gradient,
+                         p.sample_gradient,
+                         partials,
+                         p.batch,
+                         p.noise_size,
+                         p.features,
+                         root,
+                         mean * unit};
+  launch(Finish{}, q, 1, 1, Finish::kShared);
+  return arena.used();
+}
+
+}  // namespace kegfast::cuda

@@ -1,0 +1,363 @@
+// diversity on CUDA, metric l1, sqeuclidean noises: value and gradient of one feature by sorting its column.
+//
+//   G_i = sum_j w_ij sign(x_i - x_j),  dS/dx_i = 2 G_i,  S = 2 sum_i x_i G_i.
+// In sorted order sum_j w_ij sign(.) is left_i . (P[start] + P[end] - P[B]) with P the exclusive prefix sums
+// of the noise table's rows and [start, end) the positions that hold the value x_i, so ties count as exactly
+// 0. No pair is ever visited.
+//
+// A block takes 8 features (a 32-byte sector of a float row), W warps each, 8 (value, row) keys a thread in
+// registers: bitonic network in its mirrored form, every comparison upward; steps below 8 in registers, below
+// 256 by shuffles, above through shared memory. 16-bit samples pack value and row into one 32-bit word. Then
+// four table columns at a time: gather, prefix by scan, P to shared memory (swizzled: 8 threads write 8
+// different banks), read back at start and end.
+//
+// Bound (calculated for an H200, D = 3072, forward + gradient; not yet measured on a device): B = 256 about
+// 12 us, 1024 64 us, 4096 0.34 ms, of which the samples' traffic is 1.3, 5 and 21 us: the shared-memory and
+// shuffle pipes decide, not bandwidth.
+#pragma once
+
+#include "diversity_noise.cuh"
+
+namespace kegfast::cuda {
+
+// (value, row) in one unsigned word that sorts like the value; equal values by row.
+template <class Word, class T>
+struct Key {
+  static constexpr int kShift = 4 * sizeof(Word);
+  static constexpr uint32_t kSign = sizeof(T) == 4 ? 0x80000000u : 0x8000u;
+  static constexpr uint32_t kMask = sizeof(T) == 4 ? 0xffffffffu : 0xffffu;
+  static constexpr Word kLast = ~Word(0);
+
+  KEGFAST_DEVICE static uint32_t bits(float value) {
+    if constexpr (sizeof(T) == 4) {
+      return float_bits(value);
+    } else {
+      return from_float<T>(value).bits;
+    }
+  }
+  KEGFAST_DEVICE static Word pack(float value, int row) {
+    const uint32_t b = bits(value + 0.0f);  // -0 equals +0
+    return Word(b & kSign ? ~b & kMask : b | kSign) << kShift | Word(row);
+  }
+  KEGFAST_DEVICE static float value(Word key) {
+    const uint32_t b = uint32_t(key >> kShift);
+    const uint32_t back = b & kSign ? b & ~kSign : ~b & kMask;
+    if constexpr (sizeof(T) == 4) {
+      return bits_float(back);
+    } else {
+      return to_float(T{uint16_t(back)});
+    }
+  }
+  KEGFAST_DEVICE static int row(Word key) { return int(key & ((Word(1) << kShift) - 1)); }
+};
+
+constexpr int kKeys = 8;  // per thread
+
+// Sorts 8 * 32 * kWarps keys; key q of thread t ends as element 8 t + q. `exchange`: as many words of shared
+// memory.
+template <int kWarps, class Word>
+struct Sorter {
+  static constexpr int kTeam = kWarps * kWarp;
+
+  KEGFAST_DEVICE static void order(Word& a, Word& b) {
+    const Word low = smaller(a, b);
+    b = larger(a, b);
+    a = low;
+  }
+
+  template <int kSize>
+  KEGFAST_DEVICE static void merge_registers(Word (&k)[kKeys]) {  // halving steps kSize / 2, ..., 1
+    KEGFAST_UNROLL
+    for (int step = kSize / 2; step > 0; step /= 2) {
+      KEGFAST_UNROLL
+      for (int q = 0; q < kKeys; ++q) {
+        if ((q & step) == 0) order(k[q], k[q | step]);
+      }
+    }
+  }
+
+  template <int kSize>
+  KEGFAST_DEVICE static void mirror_registers(Word (&k)[kKeys]) {
+    KEGFAST_UNROLL
+    for (int q = 0; q < kKeys; ++q) {
+      if ((q & (kSize / 2)) == 0) order(k[q], k[q ^ (kSize - 1)]);
+    }
+  }
+
+  // Compares with thread t ^ mask, register q or (mirrored) 7 - q; `top`: the bit that tells the lower of the
+  // two threads.
+  template <bool kMirrored>
+  KEGFAST_DEVICE static void across(Word (&k)[kKeys], Word* exchange, int t, int mask, int top) {
+    Word other[kKeys];
+    if (kWarps == 1 || mask < kWarp) {
+      KEGFAST_UNROLL
+      for (int q = 0; q < kKeys; ++q) other[q] = shuffle_xor(k[kMirrored ? kKeys - 1 - q : q], mask);
+    } else {
+      barrier();
+      KEGFAST_UNROLL
+      for (int q = 0; q < kKeys; ++q) exchange[q * kTeam + t] = k[q];
+      barrier();
+      KEGFAST_UNROLL
+      for (int q = 0; q < kKeys; ++q)
+        other[q] = exchange[(kMirrored ? kKeys - 1 - q : q) * kTeam + (t ^ mask)];
+    }
+    const bool low = (t & top) == 0;
+    KEGFAST_UNROLL
+    for (int q = 0; q < kKeys; ++q) k[q] = low == (other[q] < k[q]) ? other[q] : k[q];
+  }
+
+  KEGFAST_DEVICE static void sort(Word (&k)[kKeys], Word* exchange, int t) {
+    mirror_registers<2>(k);
+    mirror_registers<4>(k);
+    merge_registers<2>(k);
+    mirror_registers<8>(k);
+    merge_registers<4>(k);
+    KEGFAST_ROLLED
+    for (int size = 2; size <= kTeam; size *= 2) {  // in threads
+      across<true>(k, exchange, t, size - 1, size / 2);
+      KEGFAST_ROLLED
+      for (int step = size / 4; step > 0; step /= 2) across<false>(k, exchange, t, step, step);
+      merge_registers<kKeys>(k);
+    }
+  }
+};
+
+KEGFAST_DEVICE Float4 operator+(const Float4& a, const Float4& b) {
+  return {a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w};
+}
+KEGFAST_DEVICE Float4 operator-(const Float4& a, const Float4& b) {
+  return {a.x - b.x, a.y - b.y, a.z - b.z, a.w - b.w};
+}
+KEGFAST_DEVICE Float4 shuffle_up4(const Float4& v, int distance) {
+  return {shuffle_up(v.x, distance), shuffle_up(v.y, distance), shuffle_up(v.z, distance),
+          shuffle_up(v.w, distance)};
+}
+
+template <class T, class Word, int kWarps>
+struct DiversitySort {
+  static constexpr int kTeam = kWarps * kWarp, kCapacity = kTeam * kKeys, kFeatures = 8;
+  static constexpr int kTeams = kWarps >= kFeatures ? 1 : kFeatures / kWarps;
+  static constexpr int kThreads = kTeams * kTeam;
+  static constexpr int kBlocksPerSm = kThreads > 256 ? 1 : 2;
+  using KeyOf = Key<Word, T>;
+  using Sort = Sorter<kWarps, Word>;
+
+  struct Params {
+    const T* samples;    // [batch, features]
+    const float* table;  // [batch, columns] of NoiseTable
+    float* gradient;     // [batch, features], or null
+    double* partial;     // [blocks]: S of the block's features
+    int batch, features, columns;
+    float gradient_scale;
+    int block_features;  // a multiple of kTeams: 8, or less where shared memory is short
+  };
+
+  static constexpr size_t kTeamBytes =
+      size_t(kCapacity) * (sizeof(Float4) + sizeof(float)) + 16 * sizeof(Float4);
+  KEGFAST_ANYWHERE static int column_stride(int batch) { return (batch + kWarp - 1) / kWarp * kWarp + 4; }
+  static size_t shared_bytes(const Params& p) {
+    return size_t(p.block_features) * column_stride(p.batch) * sizeof(float) + kTeams * kTeamBytes;
+  }
+  static int blocks(const Params& p) { return (p.features + p.block_features - 1) / p.block_features; }
+
+  // One team's working memory.
+  struct Scratch {
+    Float4* prefix;       // [kCapacity] inclusive, swizzled; the sort's exchange before that
+    Float4* warp_totals;  // [16]
+    float* sorted;        // [kCapacity], NaN past the batch
+  };
+
+  KEGFAST_DEVICE static int swizzle(int position) { return position ^ (position / kKeys % 8); }
+
+  KEGFAST_DEVICE static void team_barrier() {
+    if constexpr (kWarps == 1) {
+      warp_barrier();
+    } else {
+      barrier();
+    }
+  }
+
+  KEGFAST_DEVICE static bool load(const Params& p, float* tile, int stride, int first, int count) {
+    constexpr int kVector = 16 / sizeof(T);
+    bool all_finite = true;
+    const bool whole = count == p.block_features && count % kVector == 0 && p.features % kVector == 0 &&
+                       reinterpret_cast<uintptr_t>(p.samples) % 16 == 0;
+    if (whole) {
+      const int vectors = count / kVector;
+      KEGFAST_ROLLED
+      for (int i = thread(); i < p.batch * vectors; i += kThreads) {
+        const int row = i / vectors, f = i % vectors * kVector;
+        const Words4 v = load16(p.samples + int64_t(row) * p.features + first + f);
+        KEGFAST_UNROLL
+        for (int e = 0; e < kVector; ++e) {
+          const float x = element<T>(v, e);
+          all_finite &= finite(x);
+          tile[(f + e) * stride + row] = x;
+        }
+      }
+    } else {
+      KEGFAST_ROLLED
+      for (int i = thread(); i < p.batch * p.block_features; i += kThreads) {
+        const int row = i / p.block_features, f = i % p.block_features;
+        // A constant column stands in for a feature past the end: its S and G are exactly 0, and no team
+        // misses a barrier.
+        const float x = f < count ? to_float(p.samples[int64_t(row) * p.features + first + f]) : 0;
+        all_finite &= finite(x);
+        tile[f * stride + row] = x;
+      }
+    }
+    return all_finite;
+  }
+
+  KEGFAST_DEVICE static void store(const Params& p, const float* tile, int stride, int first, int count) {
+    KEGFAST_ROLLED
+    for (int i = thread(); i < p.batch * count; i += kThreads) {
+      const int row = i / count, f = i % count;
+      p.gradient[int64_t(row) * p.features + first + f] = tile[f * stride + row] * p.gradient_scale;
+    }
+  }
+
+  // First position in [low, high) whose value is not below x (or, with kAbove, is above x).
+  template <bool kAbove>
+  KEGFAST_DEVICE static int search(const float* sorted, int low, int high, float x) {
+    while (low < high) {
+      const int middle = (low + high) / 2;
+      if (sorted[middle] < x || (kAbove && sorted[middle] == x)) {
+        low = middle + 1;
+      } else {
+        high = middle;
+      }
+    }
+    return low;
+  }
+
+  // [start, end) of the values equal to each of the thread's own, as start | end << 16.
+  KEGFAST_DEVICE static void find_ties(const Scratch& s, const float (&x)[kKeys], int t, int batch,
+                                       uint32_t (&ties)[kKeys]) {
+    static_assert(kCapacity < 1 << 16);
+    const int first = t * kKeys, next = first + kKeys;
+    int start = first > 0 && s.sorted[first - 1] == x[0] ? search<false>(s.sorted, 0, first, x[0]) : first;
+    KEGFAST_UNROLL
+    for (int q = 0; q < kKeys; ++q) {
+      if (q > 0 && x[q] != x[q - 1]) start = first + q;
+      ties[q] = uint32_t(start);
+    }
+    const float last = x[kKeys - 1];
+    int end = next < batch && s.sorted[next] == last ? search<true>(s.sorted, next, batch, last) : next;
+    KEGFAST_UNROLL
+    for (int q = kKeys - 1; q >= 0; --q) {
+      if (q < kKeys - 1 && x[q] != x[q + 1]) end = first + q + 1;
+      ties[q] |= uint32_t(end) << 16;
+    }
+  }
+
+  KEGFAST_DEVICE static Float4 prefix_at(const Scratch& s, int count) {  // of the first `count` positions
+    return count == 0 ? Float4{0, 0, 0, 0} : s.prefix[swizzle(count - 1)];
+  }
+
+  // Adds four table columns' part of G, in sorted order.
+  KEGFAST_DEVICE static void add_columns(const Params& p, const Scratch& s, int t, int column,
+                                         uint32_t (&row)[kKeys], uint32_t (&ties)[kKeys], float (&g)[kKeys]) {
+    KEGFAST_UNROLL
+    for (int q = 0; q < kKeys; ++q) {  // 32 addresses fewer to spill
+      opaque(row[q]);
+      opaque(ties[q]);
+    }
+    Float4 right[kKeys], total{0, 0, 0, 0};
+    KEGFAST_UNROLL
+    for (int q = 0; q < kKeys; ++q) {
+      const bool inside = t * kKeys + q < p.batch;
+      right[q] = inside ? load_float4(p.table + int64_t(row[q]) * p.columns + column) : Float4{0, 0, 0, 0};
+      total = total + right[q];
+    }
+    Float4 upto = total;
+    KEGFAST_UNROLL
+    for (int distance = 1; distance < kWarp; distance *= 2) {
+      const Float4 below = shuffle_up4(upto, distance);
+      if (lane() >= distance) upto = upto + below;
+    }
+    Float4 running = shuffle_up4(upto, 1);
+    if (lane() == 0) running = {0, 0, 0, 0};
+    team_barrier();  // the last columns' readers are done
+    if constexpr (kWarps > 1) {
+      if (lane() == kWarp - 1) s.warp_totals[t / kWarp] = upto;
+      barrier();
+      Float4 before{0, 0, 0, 0};
+      for (int w = 0; w < t / kWarp; ++w) before = before + s.warp_totals[w];
+      running = before + running;
+    }
+    KEGFAST_UNROLL
+    for (int q = 0; q < kKeys; ++q) {
+      running = running + right[q];
+      s.prefix[swizzle(t * kKeys + q)] = running;
+    }
+    team_barrier();
+    const Float4 all = prefix_at(s, p.batch);
+    KEGFAST_UNROLL
+    for (int q = 0; q < kKeys; ++q) {
+      if (t * kKeys + q < p.batch) {
+        const Float4 balance = prefix_at(s, ties[q] & 0xffff) + (prefix_at(s, ties[q] >> 16) - all);
+        g[q] += dot(left_factor(right[q], column == 0), balance);
+      }
+    }
+  }
+
+  // Replaces a feature's column by G; returns the thread's part of sum_i x_i G_i.
+  KEGFAST_DEVICE static double feature(const Params& p, const Scratch& s, float* column, int t) {
+    Word key[kKeys];
+    KEGFAST_UNROLL
+    for (int q = 0; q < kKeys; ++q) {
+      const int row = q * kTeam + t;
+      key[q] = row < p.batch ? KeyOf::pack(column[row], row) : KeyOf::kLast;
+    }
+    Sort::sort(key, reinterpret_cast<Word*>(s.prefix), t);
+    float x[kKeys], g[kKeys] = {};
+    uint32_t row[kKeys], ties[kKeys];
+    KEGFAST_UNROLL
+    for (int q = 0; q < kKeys; ++q) {
+      const bool inside = t * kKeys + q < p.batch;
+      x[q] = inside ? KeyOf::value(key[q]) : quiet_nan();
+      row[q] = uint32_t(KeyOf::row(key[q]));
+    }
+    reinterpret_cast<Float4*>(s.sorted)[2 * t] = {x[0], x[1], x[2], x[3]};
+    reinterpret_cast<Float4*>(s.sorted)[2 * t + 1] = {x[4], x[5], x[6], x[7]};
+    team_barrier();
+    find_ties(s, x, t, p.batch, ties);
+    const float centre = s.sorted[p.batch / 2];  // sum_i G_i = 0, so any shift of x leaves S as it is
+    KEGFAST_ROLLED
+    for (int c = 0; c < p.columns; c += kColumns) add_columns(p, s, t, c, row, ties, g);
+    float sum = 0;
+    KEGFAST_UNROLL
+    for (int q = 0; q < kKeys; ++q) {
+      if (t * kKeys + q < p.batch) {
+        sum = fmaf(s.sorted[t * kKeys + q] - centre, g[q], sum);
+        column[row[q]] = g[q];
+      }
+    }
+    return sum;
+  }
+
+  KEGFAST_DEVICE static void run(const Params& p) {
+    const int stride = column_stride(p.batch), team = thread() / kTeam, t = thread() % kTeam;
+    float* tile = reinterpret_cast<float*>(shared());
+    char* own = shared() + size_t(p.block_features) * stride * sizeof(float) + team * kTeamBytes;
+    const Scratch s{reinterpret_cast<Float4*>(own), reinterpret_cast<Float4*>(own) + kCapacity,
+                    reinterpret_cast<float*>(own + (kCapacity + 16) * sizeof(Float4))};
+    const int first = block().x * p.block_features, count = smaller(p.block_features, p.features - first);
+    const bool all_finite = load(p, tile, stride, first, count);
+    barrier();
+    double sum = all_finite ? 0 : quiet_nan();
+    KEGFAST_ROLLED
+    for (int f = team; f < p.block_features; f += kTeams) {
+      sum += feature(p, s, tile + f * stride, t);
+      team_barrier();
+    }
+    barrier();
+    sum = block_sum<kThreads>(
+        sum, reinterpret_cast<double*>(shared() + size_t(p.block_features) * stride * sizeof(float)));
+    if (thread() == 0) p.partial[block().x] = 2 * sum;
+    if (p.gradient != nullptr) store(p, tile, stride, first, count);
+  }
+};
+
+}  // namespace kegfast::cuda

@@ -1,0 +1,243 @@
+// The only place where kernels touch the hardware.
+//
+// A kernel is a struct: `Params` (plain data), `kThreads`, `kBlocksPerSm`, and `static void run(const
+// Params&)`. It may use the C++17 core language, <cmath>, and what this file declares. nvcc compiles the
+// functions below to instructions; g++ compiles the same kernel against their twins in
+// tests/emulator/simt_twins.h, where the threads of a block are fibers on one CPU thread.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#ifdef __CUDACC__
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#define KEGFAST_DEVICE __device__ __forceinline__
+#define KEGFAST_ANYWHERE __host__ __device__ __forceinline__
+#define KEGFAST_UNROLL _Pragma("unroll")
+#define KEGFAST_ROLLED _Pragma("unroll 1")
+#else
+#define KEGFAST_DEVICE inline
+#define KEGFAST_ANYWHERE inline
+#define KEGFAST_UNROLL
+#define KEGFAST_ROLLED
+#endif
+
+namespace kegfast::simt {
+
+struct Index {
+  int x, y, z;
+};
+
+struct alignas(16) Words4 {
+  uint32_t w[4];
+};
+
+struct alignas(16) Float4 {
+  float x, y, z, w;
+};
+
+struct bf16 {
+  uint16_t bits;
+};
+
+struct fp16 {
+  uint16_t bits;
+};
+
+constexpr int kWarp = 32;
+
+#ifdef __CUDACC__
+
+KEGFAST_DEVICE int thread() {
+  return threadIdx.x;
+}
+KEGFAST_DEVICE Index block() {
+  return {int(blockIdx.x), int(blockIdx.y), int(blockIdx.z)};
+}
+KEGFAST_DEVICE Index grid() {
+  return {int(gridDim.x), int(gridDim.y), int(gridDim.z)};
+}
+
+KEGFAST_DEVICE char* shared() {
+  extern __shared__ __align__(128) char dynamic_shared[];
+  return dynamic_shared;
+}
+
+KEGFAST_DEVICE void barrier() {
+  __syncthreads();
+}
+KEGFAST_DEVICE void warp_barrier() {
+  __syncwarp();
+}
+
+template <class T>
+KEGFAST_DEVICE T shuffle(T value, int source_lane) {
+  return __shfl_sync(~0u, value, source_lane);
+}
+template <class T>
+KEGFAST_DEVICE T shuffle_up(T value, int distance) {
+  return __shfl_up_sync(~0u, value, distance);
+}
+template <class T>
+KEGFAST_DEVICE T shuffle_xor(T value, int mask) {
+  return __shfl_xor_sync(~0u, value, mask);
+}
+
+// Four (two) 8x8 matrices of 16-bit elements, or 8x4 of 32-bit ones: lane l gives the address of one 16-byte
+// row.
+KEGFAST_DEVICE void ldmatrix_x4(uint32_t (&r)[4], const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(uint32_t(__cvta_generic_to_shared(row)))
+               : "memory");
+}
+
+// 16 bytes from global to shared memory without a register between; zeros where not `valid`.
+KEGFAST_DEVICE void cp_async16(void* to_shared, const void* from_global, bool valid) {
+  asm volatile(
+      "cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(uint32_t(__cvta_generic_to_shared(to_shared))),
+      "l"(from_global), "r"(valid ? 16 : 0)
+      : "memory");
+}
+KEGFAST_DEVICE void cp_async_commit() {
+  asm volatile("cp.async.commit_group;" ::: "memory");
+}
+template <int kPending>
+KEGFAST_DEVICE void cp_async_wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
+KEGFAST_DEVICE Words4 load16(const void* global) {
+  const uint4 v = *static_cast<const uint4*>(global);
+  return {{v.x, v.y, v.z, v.w}};
+}
+KEGFAST_DEVICE void store16(void* global, const Words4& v) {
+  *static_cast<uint4*>(global) = make_uint4(v.w[0], v.w[1], v.w[2], v.w[3]);
+}
+
+// d += a b, a 16 x k row-major fragments, b k x 8; k = 16 for 16-bit elements, 8 for tf32.
+KEGFAST_DEVICE void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], bf16) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%0, %1, %2, %3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+KEGFAST_DEVICE void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], fp16) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, "
+      "%1, %2, %3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+KEGFAST_DEVICE void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], float) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, "
+      "%1, %2, %3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+// Rounds a float to tf32 (10 explicit mantissa bits), nearest, ties away.
+KEGFAST_DEVICE uint32_t round_tf32(uint32_t bits) {
+  uint32_t r;
+  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(r) : "f"(__uint_as_float(bits)));
+  return r;
+}
+
+// The compiler may assume nothing of x from here on: what is derived from x inside a loop is not kept in
+// registers around it.
+KEGFAST_DEVICE void opaque(uint32_t& x) {
+  asm volatile("" : "+r"(x));
+}
+
+KEGFAST_DEVICE uint32_t float_bits(float x) {
+  return __float_as_uint(x);
+}
+KEGFAST_DEVICE float bits_float(uint32_t bits) {
+  return __uint_as_float(bits);
+}
+KEGFAST_DEVICE float to_float(bf16 x) {
+  return bits_float(uint32_t(x.bits) << 16);
+}
+KEGFAST_DEVICE float to_float(fp16 x) {
+  return __half2float(__ushort_as_half(x.bits));
+}
+template <class T>
+KEGFAST_DEVICE T from_float(float x);
+template <>
+KEGFAST_DEVICE bf16 from_float<bf16>(float x) {
+  return {__bfloat16_as_ushort(__float2bfloat16_rn(x))};
+}
+template <>
+KEGFAST_DEVICE fp16 from_float<fp16>(float x) {
+  return {__half_as_ushort(__float2half_rn(x))};
+}
+
+#else  // the emulator's twins
+}  // namespace kegfast::simt
+#include "simt_twins.h"
+namespace kegfast::simt {
+#endif
+
+KEGFAST_DEVICE float to_float(float x) {
+  return x;
+}
+template <>
+KEGFAST_DEVICE float from_float<float>(float x) {
+  return x;
+}
+
+KEGFAST_DEVICE int lane() {
+  return thread() % kWarp;
+}
+KEGFAST_DEVICE int warp() {
+  return thread() / kWarp;
+}
+
+template <class T>
+KEGFAST_DEVICE T smaller(T a, T b) {
+  return b < a ? b : a;
+}
+template <class T>
+KEGFAST_DEVICE T larger(T a, T b) {
+  return a < b ? b : a;
+}
+
+KEGFAST_DEVICE bool finite(float x) {
+  return (float_bits(x) & 0x7f800000u) != 0x7f800000u;
+}
+KEGFAST_DEVICE float quiet_nan() {
+  return bits_float(0x7fc00000u);
+}
+
+KEGFAST_DEVICE Float4 load_float4(const float* p) {
+  const Words4 v = load16(p);
+  return {bits_float(v.w[0]), bits_float(v.w[1]), bits_float(v.w[2]), bits_float(v.w[3])};
+}
+
+// Element i of a 16-byte vector of T.
+template <class T>
+KEGFAST_DEVICE float element(const Words4& v, int i) {
+  if constexpr (sizeof(T) == 4) {
+    return bits_float(v.w[i]);
+  } else {
+    return to_float(T{uint16_t(v.w[i / 2] >> (16 * (i % 2)))});
+  }
+}
+
+// Sum over the block in a fixed order; thread 0 holds it. `scratch`: one double per warp.
+template <int kThreads>
+KEGFAST_DEVICE double block_sum(double value, double* scratch) {
+  for (int mask = kWarp / 2; mask > 0; mask /= 2) value += shuffle_xor(value, mask);
+  if (lane() == 0) scratch[warp()] = value;
+  barrier();
+  if (thread() == 0) {
+    for (int w = 1; w < kThreads / kWarp; ++w) value += scratch[w];
+  }
+  barrier();
+  return value;
+}
+
+}  // namespace kegfast::simt

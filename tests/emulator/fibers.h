@@ -1,0 +1,45 @@
+// Runs one block of a CUDA kernel on one CPU thread: every CUDA thread is a fiber.
+//
+// A fiber runs until it reaches a barrier or a warp collective; then the next one runs. A warp goes as far as
+// it can before the next warp starts, and lanes and warps go upward or downward, so code that lacks a barrier
+// reads what is not there yet in at least one of the two orders. Shared memory starts as NaN bits; an
+// asynchronous copy poisons its target until it is waited for.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+
+namespace kegfast::emulator {
+
+enum class Order { ascending, descending };
+
+struct Position {
+  int thread;
+  int block[3], grid[3];
+  char* shared;
+};
+
+// Runs `body` once per thread of every block of the grid. Throws std::runtime_error on a barrier or
+// collective that not all threads reach, on a misaligned access, and on what `body` throws.
+void run_grid(const int (&grid)[3], int threads, size_t shared_bytes, Order order,
+              const std::function<void()>& body);
+
+// From inside a kernel.
+const Position& here();
+void block_barrier();
+// All 32 lanes hand in `bytes` (<= 64) and get the 32 inputs of their warp back, 64 bytes apart; the last to
+// come calls `combine`.
+constexpr int kSlot = 64;
+char* warp_exchange(const char* what, const void* in, size_t bytes, void (*combine)(char* slots) = nullptr);
+void async_copy16(void* to, const void* from, bool valid);
+void async_commit();
+void async_wait(int pending);
+void require_aligned(const void* pointer, size_t alignment, const char* what);
+
+template <class Kernel>
+void launch(const int (&grid)[3], size_t shared_bytes, Order order, const typename Kernel::Params& params) {
+  run_grid(grid, Kernel::kThreads, shared_bytes, order, [&params] { Kernel::run(params); });
+}
+
+}  // namespace kegfast::emulator

@@ -1,0 +1,185 @@
+// The twins of csrc/cuda/simt.cuh's hardware functions on the fiber emulator. Included by simt.cuh when g++
+// compiles it.
+#pragma once
+
+#include <cstring>
+
+#include "fibers.h"
+
+namespace kegfast::simt {
+
+namespace em = kegfast::emulator;
+
+inline int thread() {
+  return em::here().thread;
+}
+inline Index block() {
+  return {em::here().block[0], em::here().block[1], em::here().block[2]};
+}
+inline Index grid() {
+  return {em::here().grid[0], em::here().grid[1], em::here().grid[2]};
+}
+inline char* shared() {
+  return em::here().shared;
+}
+inline void barrier() {
+  em::block_barrier();
+}
+inline void warp_barrier() {
+  em::warp_exchange("warp_barrier", nullptr, 0);
+}
+
+template <class T>
+T read_lane(const char* slots, int lane) {
+  T value;
+  std::memcpy(&value, slots + lane * em::kSlot, sizeof value);
+  return value;
+}
+
+template <class T>
+T shuffle(T value, int source_lane) {
+  return read_lane<T>(em::warp_exchange("shuffle", &value, sizeof value), source_lane % kWarp);
+}
+template <class T>
+T shuffle_up(T value, int distance) {
+  const int source = thread() % kWarp - distance;
+  const char* slots = em::warp_exchange("shuffle_up", &value, sizeof value);
+  return source < 0 ? value : read_lane<T>(slots, source);
+}
+template <class T>
+T shuffle_xor(T value, int mask) {
+  return read_lane<T>(em::warp_exchange("shuffle_xor", &value, sizeof value), (thread() % kWarp) ^ mask);
+}
+
+inline void combine_ldmatrix(char* slots) {
+  const char* rows[kWarp];
+  for (int l = 0; l < kWarp; ++l) rows[l] = read_lane<const char*>(slots, l);
+  for (int l = 0; l < kWarp; ++l) {
+    for (int i = 0; i < 4; ++i)
+      std::memcpy(slots + l * em::kSlot + 4 * i, rows[8 * i + l / 4] + 4 * (l % 4), 4);
+  }
+}
+
+inline void ldmatrix_x4(uint32_t (&r)[4], const void* row) {
+  em::require_aligned(row, 16, "ldmatrix");
+  const char* slots = em::warp_exchange("ldmatrix_x4", &row, sizeof row, combine_ldmatrix);
+  std::memcpy(r, slots + thread() % kWarp * em::kSlot, sizeof r);
+}
+
+inline void cp_async16(void* to_shared, const void* from_global, bool valid) {
+  em::require_aligned(to_shared, 16, "cp.async to");
+  em::require_aligned(from_global, 16, "cp.async from");
+  em::async_copy16(to_shared, from_global, valid);
+}
+inline void cp_async_commit() {
+  em::async_commit();
+}
+template <int kPending>
+void cp_async_wait() {
+  em::async_wait(kPending);
+}
+
+inline Words4 load16(const void* global) {
+  em::require_aligned(global, 16, "16-byte load");
+  Words4 v;
+  std::memcpy(&v, global, 16);
+  return v;
+}
+inline void store16(void* global, const Words4& v) {
+  em::require_aligned(global, 16, "16-byte store");
+  std::memcpy(global, &v, 16);
+}
+
+inline void opaque(uint32_t&) {}
+inline uint32_t float_bits(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  return bits;
+}
+inline float bits_float(uint32_t bits) {
+  float x;
+  std::memcpy(&x, &bits, 4);
+  return x;
+}
+inline float to_float(bf16 x) {
+  return bits_float(uint32_t(x.bits) << 16);
+}
+inline float to_float(fp16 x) {
+  _Float16 h;
+  std::memcpy(&h, &x.bits, 2);
+  return float(h);
+}
+template <class T>
+T from_float(float x);
+template <>
+inline bf16 from_float<bf16>(float x) {
+  if (x != x) return {0x7fff};
+  const uint32_t bits = float_bits(x);
+  return {uint16_t((bits + 0x7fffu + ((bits >> 16) & 1)) >> 16)};
+}
+template <>
+inline fp16 from_float<fp16>(float x) {
+  const _Float16 h = static_cast<_Float16>(x);
+  fp16 r;
+  std::memcpy(&r.bits, &h, 2);
+  return r;
+}
+
+inline uint32_t round_tf32(uint32_t bits) {
+  return (bits & 0x7f800000u) == 0x7f800000u ? bits : (bits + 0x1000u) & 0xffffe000u;
+}
+
+// One lane's part of an mma: fragments in, accumulators in and out.
+struct MmaLane {
+  uint32_t a[4], b[2];
+  float d[4];
+};
+
+template <class T>
+float mma_operand(uint32_t word, int half) {
+  if constexpr (sizeof(T) == 4) {
+    return bits_float(word & 0xffffe000u);  // the unit ignores the low 13 bits
+  } else {
+    return to_float(T{uint16_t(word >> (16 * half))});
+  }
+}
+
+template <class T>
+void combine_mma(char* slots) {
+  constexpr int kPerWord = 4 / sizeof(T), kDepth = 8 * kPerWord;
+  float a[16][kDepth], b[8][kDepth];
+  MmaLane lanes[kWarp];
+  for (int l = 0; l < kWarp; ++l) {
+    lanes[l] = read_lane<MmaLane>(slots, l);
+    const int row = l / 4, word = l % 4;
+    for (int h = 0; h < kPerWord; ++h) {
+      const int k = word * kPerWord + h;
+      for (int i = 0; i < 4; ++i) {
+        a[row + 8 * (i % 2)][k + 4 * kPerWord * (i / 2)] = mma_operand<T>(lanes[l].a[i], h);
+      }
+      for (int i = 0; i < 2; ++i) b[row][k + 4 * kPerWord * i] = mma_operand<T>(lanes[l].b[i], h);
+    }
+  }
+  for (int l = 0; l < kWarp; ++l) {
+    for (int i = 0; i < 4; ++i) {
+      const int row = l / 4 + 8 * (i / 2), column = 2 * (l % 4) + i % 2;
+      float sum = 0;
+      for (int k = 0; k < kDepth; ++k) sum += a[row][k] * b[column][k];
+      lanes[l].d[i] += sum;
+    }
+    std::memcpy(slots + l * em::kSlot, &lanes[l], sizeof lanes[l]);
+  }
+}
+
+template <class T>
+void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], T) {
+  MmaLane mine;
+  std::memcpy(mine.a, a, sizeof a);
+  std::memcpy(mine.b, b, sizeof b);
+  std::memcpy(mine.d, d, sizeof d);
+  const char* slots = em::warp_exchange("mma", &mine, sizeof mine, combine_mma<T>);
+  mine = read_lane<MmaLane>(slots, thread() % kWarp);
+  std::memcpy(d, mine.d, sizeof d);
+}
+
+}  // namespace kegfast::simt
