@@ -36,6 +36,9 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
         with open(temporary, "rb+") as written:
             os.fsync(written.fileno())
         os.replace(temporary, path)
+    except OSError as error:
+        error.filename = str(path)  # a full disk names no file, a folder in the way the temporary one
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -5,11 +5,11 @@ from pathlib import Path
 import numpy as np
 
 from kegfast.check import expected
-from kegfast.data.catalog import ENTRIES, load_digits, load_entry
+from kegfast.data.catalog import DIGITS, ENTRIES, load_digits, load_entry
 from kegfast.data.formats import read_arrays
 from kegfast.data.splits import DataInfo, Samples, Splits, make_splits
 
-__all__ = ["NAMES", "DataInfo", "Samples", "Splits", "load"]
+__all__ = ["NAMES", "DataInfo", "Samples", "Splits", "describe", "load"]
 
 NAMES = ("digits", *ENTRIES)
 """The data sets that `load` knows by name."""
@@ -32,14 +32,30 @@ def load(name: str | Path, root: str | Path | None = None) -> Splits:
         FileNotFoundError: the data is neither in `root` nor on OpenML; the message says what goes where.
         ValueError: `name` is unknown, or a file is damaged or holds something else.
     """
-    path = Path(name)
-    if path.suffix in (".npz", ".safetensors"):
-        return _load_own(path)
-    if name == "digits":
+    if _is_file(name):
+        return _load_own(Path(name))
+    if describe(name) is DIGITS:
         return load_digits()
+    return load_entry(ENTRIES[str(name)], None if root is None else Path(root))
+
+
+def describe(name: str | Path) -> DataInfo:
+    """Classes, shape and normalisation of a data set, without reading it (but for a file of your own).
+
+    Raises:
+        ValueError: `name` is unknown.
+    """
+    if _is_file(name):
+        return _load_own(Path(name)).info
+    if name == "digits":
+        return DIGITS
     if name not in ENTRIES:
         raise ValueError(expected("name", f"{', '.join(NAMES)} or an .npz or .safetensors file", name))
-    return load_entry(ENTRIES[str(name)], None if root is None else Path(root))
+    return ENTRIES[str(name)].info
+
+
+def _is_file(name: str | Path) -> bool:
+    return Path(name).suffix in (".npz", ".safetensors")
 
 
 def _load_own(path: Path) -> Splits:

@@ -86,14 +86,16 @@ ENTRIES = {
 }  # fmt: skip
 
 
+DIGITS = DataInfo("digits", 10, (1, SIDE, SIDE), (0.3053,), (0.3565,))
+
+
 def load_digits() -> Splits:
     """scikit-learn's bundled digits (1,797 of 8x8), shuffled and split 7:1:2."""
     from sklearn.datasets import load_digits as bundled
 
-    info = DataInfo("digits", 10, (1, SIDE, SIDE), (0.3053,), (0.3565,))
     images, labels = bundled(return_X_y=True)
     pixels = np.rint(images * (255 / 16)).astype(np.uint8).reshape(-1, 1, 8, 8)
-    return make_splits(info, (_prepare(pixels, info), labels))
+    return make_splits(DIGITS, (_prepare(pixels, DIGITS), labels))
 
 
 def load_entry(entry: Entry, root: Path | None) -> Splits:

@@ -60,7 +60,8 @@ def read_table(path: Path) -> Arrays:
         ValueError: it is not such a file.
     """
     try:
-        rows = np.loadtxt(path, skiprows=1, delimiter="\t", ndmin=2)
+        with open(path, encoding="ascii") as file:
+            rows = np.loadtxt(file, skiprows=1, delimiter="\t", ndmin=2)
     except ValueError as error:
         raise ValueError(f"{path}: expected a table of numbers, got {error}") from error
     if rows.shape[0] == 0 or rows.shape[1] < 3:

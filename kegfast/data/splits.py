@@ -31,6 +31,14 @@ class DataInfo:
     mean: tuple[float, ...] = ()
     std: tuple[float, ...] = ()
 
+    @property
+    def input_range(self) -> tuple[list[float], list[float]] | None:
+        """The smallest and the largest normalised pixel per channel; None for tables."""
+        if not self.mean:
+            return None
+        pairs = list(zip(self.mean, self.std, strict=True))
+        return [-mean / std for mean, std in pairs], [(1 - mean) / std for mean, std in pairs]
+
 
 class Samples(TensorDataset):
     """A TensorDataset of samples (N, *sample_shape) float32 and labels (N,) int64 that knows its `info`."""

@@ -1,0 +1,91 @@
+"""From arguments to a command, and from its errors to one line and an exit code."""
+
+import argparse
+import logging
+import shlex
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+from kegfast.cli import evaluate, extract, info, train
+from kegfast.cli.config import with_defaults
+from kegfast.version import __version__
+
+COMMANDS = {
+    "info": info,
+    "train": train,
+    "extract": extract,
+    "evaluate": evaluate,
+}
+
+USAGE_ERROR = 2
+INTERRUPTED = 130
+"""What shells report for a program that Ctrl-C ended."""
+
+BAD_INPUT = (ValueError, TypeError, OSError, FloatingPointError)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        argv: the arguments, by default the process's.
+
+    Returns:
+        0; 2 after bad input or a file that cannot be read or written, said in one line on stderr; 130
+        after Ctrl-C.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    try:
+        args = make_parser().parse_args(with_defaults(argv))
+    except BAD_INPUT as error:
+        return _complain("kegfast", error)
+    except SystemExit as stop:  # argparse has said why
+        return int(stop.code or 0)
+    _log_to_stderr(args.verbose)
+    try:
+        COMMANDS[args.command].run(args)
+    except BAD_INPUT as error:
+        logging.getLogger(__name__).debug("", exc_info=error)
+        return _complain(f"kegfast {args.command}", error)
+    except KeyboardInterrupt as stop:
+        again = argv if "--resume" in argv else [*argv, "--resume"]
+        advice = f"; go on with: kegfast {shlex.join(again)}" if "resume" in args else ""
+        print(f"kegfast {args.command}: {stop or 'interrupted'}{advice}", file=sys.stderr)
+        return INTERRUPTED
+    return 0
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The parser with all commands."""
+    parser = _Parser(prog="kegfast", description="Compress a trained network without its training data.")
+    parser.add_argument("--version", action="version", version=f"kegfast {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
+    for name, module in COMMANDS.items():
+        summary = module.__doc__.splitlines()[0]
+        command = commands.add_parser(name, help=summary, description=module.__doc__)
+        command.add_argument("-v", "--verbose", action="count", default=0, help="log what is done (-vv: all)")
+        command.add_argument("--config", metavar="FILE", help="TOML file with values for these options")
+        module.add_arguments(command)
+    return parser
+
+
+class _Parser(argparse.ArgumentParser):
+    """Complains in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(USAGE_ERROR, f"{self.prog}: {message} (see {self.prog} --help)\n")
+
+
+def _complain(program: str, error: BaseException) -> int:
+    text = str(error)
+    if isinstance(error, OSError) and error.strerror and error.filename:
+        text = f"{error.filename}: {error.strerror}"
+    text = " ".join(text.split()) or type(error).__name__
+    print(f"{program}: {text}", file=sys.stderr)
+    return USAGE_ERROR
+
+
+def _log_to_stderr(verbose: int) -> None:
+    level = (logging.WARNING, logging.INFO, logging.DEBUG)[min(verbose, 2)]
+    logging.basicConfig(level=level, format="%(name)s: %(message)s", force=True)

@@ -1,0 +1,40 @@
+"""Train generators of artificial data against a trained classifier (KegNet)."""
+
+import argparse
+
+from kegfast.cli import options
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    options.add_model(parser)
+    options.add_samples(parser)
+    parser.add_argument("--generators", type=int, default=5, help="how many (default 5)")
+    parser.add_argument(
+        "--recipe", default="kegfast",
+        help="kegfast: short, with BatchNorm statistics; paper: as published (default kegfast)",
+    )  # fmt: skip
+    parser.add_argument("--steps", type=int, help="default: the recipe's")
+    parser.add_argument("--batch-size", type=int, help="samples per generator; default: the recipe's")
+    parser.add_argument("--lr", type=float, help="learning rate; default: the recipe's")
+    options.add_compute(parser)
+    options.add_run(parser, "runs/extract")
+
+
+def run(args: argparse.Namespace) -> None:
+    from kegfast import extract
+
+    device = options.pick_device(args.device)
+    info = options.sample_info(args)
+    teacher = options.load_model(args.model, args.weights, info).to(device)
+    options.check_fit(teacher, info)
+    folder = options.Run(args)
+    generators = extract(
+        teacher, num_classes=info.num_classes, sample_shape=info.sample_shape,
+        input_range=info.input_range, generators=args.generators, recipe=args.recipe, steps=args.steps,
+        batch_size=args.batch_size, learning_rate=args.lr, amp=args.amp, seed=args.seed,
+        checkpoint=folder.checkpoint, resume=args.resume, metrics=folder.metrics, progress=True,
+    )  # fmt: skip
+    generators.save(folder.folder / "generators.safetensors")
+    last = generators.history[-1]
+    print(f"{len(generators)} generators; the teacher agrees with {last['agreement']:.0%} of their labels")
+    folder.finish(last)

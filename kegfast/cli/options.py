@@ -1,0 +1,230 @@
+"""Options that several commands share, and what they stand for."""
+
+import argparse
+import importlib
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kegfast.cli.config import CONFIG
+
+if TYPE_CHECKING:  # the commands' own imports are heavy, and --help should not wait for them
+    import torch
+    from torch import nn
+
+    from kegfast.data import DataInfo
+    from kegfast.loop import MetricsLog
+
+MODELS = ("lenet5", "resnet14", "mlp")
+NOT_THE_RUN = {"command", "config", "out", "resume", "verbose", "device"}
+"""Options that may differ when a run is resumed."""
+
+
+def add_model(parser: argparse.ArgumentParser, weights: str | None = "required") -> None:
+    """--model and --weights."""
+    parser.add_argument(
+        "--model",
+        metavar="NAME",
+        help=f"{', '.join(MODELS)}, or package.module:factory, called without arguments",
+    )
+    if weights:
+        parser.add_argument(
+            "--weights", type=Path, required=weights == "required", metavar="FILE",
+            help="safetensors, a torch state dict, or a checkpoint; never executed",
+        )  # fmt: skip
+
+
+def add_data(parser: argparse.ArgumentParser, what: str, *, required: bool = False) -> None:
+    """--data and --root."""
+    parser.add_argument("--data", required=required, metavar="NAME", help=what)
+    parser.add_argument(
+        "--root", type=Path, metavar="FOLDER", help="folder of data sets; without it OpenML is asked"
+    )
+
+
+def add_samples(parser: argparse.ArgumentParser) -> None:
+    """--data or what one must know of it: --sample-shape, --num-classes, --mean, --std."""
+    add_data(
+        parser, "data set whose shape, classes and normalisation the model expects; or give the next four"
+    )
+    parser.add_argument("--sample-shape", type=int, nargs="+", metavar="N", help="such as 3 32 32")
+    parser.add_argument("--num-classes", type=int, help="number of logits")
+    for name in ("--mean", "--std"):
+        parser.add_argument(
+            name, type=float, nargs="+", default=[], metavar="X",
+            help="of the images' normalisation, per channel, for pixels in [0, 1]",
+        )  # fmt: skip
+
+
+def sample_info(args: argparse.Namespace) -> "DataInfo":
+    """The samples that --data or --sample-shape, --num-classes, --mean and --std describe."""
+    from kegfast import data
+
+    if args.data is not None:
+        return data.describe(args.data)
+    if args.sample_shape is None or args.num_classes is None:
+        raise ValueError("data must be given, or sample-shape and num-classes in its place")
+    if args.num_classes < 2:
+        raise ValueError(f"num-classes must be 2 or more, got {args.num_classes}")
+    if len(args.mean) != len(args.std) or len(args.mean) not in (0, args.sample_shape[0]):
+        raise ValueError(f"mean and std must have {args.sample_shape[0]} values each, one per channel")
+    shape = tuple(args.sample_shape)
+    return data.DataInfo("the samples", args.num_classes, shape, tuple(args.mean), tuple(args.std))
+
+
+def add_compute(parser: argparse.ArgumentParser) -> None:
+    """--device and --amp."""
+    parser.add_argument(
+        "--device", default="auto", help="cpu, cuda, cuda:1, ...; auto takes cuda where it is"
+    )
+    parser.add_argument(
+        "--amp", action=argparse.BooleanOptionalAction, default=False, help="compute in bfloat16 where safe"
+    )
+
+
+def add_run(parser: argparse.ArgumentParser, default: str) -> None:
+    """--seed, --out and --resume."""
+    parser.add_argument("--seed", type=int, default=0, help="seed of everything random (default 0)")
+    parser.add_argument(
+        "--out", type=Path, default=Path(default), metavar="FOLDER",
+        help=f"folder for the results (default {default})",
+    )  # fmt: skip
+    parser.add_argument(
+        "--resume", action=argparse.BooleanOptionalAction, default=False,
+        help="continue the run in --out, with its options",
+    )  # fmt: skip
+
+
+def pick_device(name: str) -> "torch.device":
+    """The device that --device names."""
+    import torch
+
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device must be one that this torch can use, got {name!r}") from error
+
+
+def build_model(name: str | None, info: "DataInfo | None") -> "nn.Module":
+    """The model that --model names; the own ones fit themselves to the data.
+
+    Raises:
+        ValueError: there is no such model, or its factory fails.
+    """
+    if name is None:
+        raise ValueError(f"model must be given: {', '.join(MODELS)} or package.module:factory")
+    if ":" in name:
+        return _call_factory(name)
+    from kegfast import models
+
+    if name not in MODELS:
+        raise ValueError(f"model must be {', '.join(MODELS)} or package.module:factory, got {name!r}")
+    shape, classes = (info.sample_shape, info.num_classes) if info else ((1, 32, 32), 10)
+    if name == "mlp":
+        if len(shape) != 1:
+            raise ValueError(f"model mlp takes rows of a table, got samples of shape {shape}")
+        return models.MLP(shape[0], classes)
+    return {"lenet5": models.LeNet5, "resnet14": models.ResNet14}[name](shape[0], classes)
+
+
+def load_model(name: str | None, weights: Path, info: "DataInfo | None") -> "nn.Module":
+    """The model of --weights: a compressed one tells its structure itself, another needs --model.
+
+    Raises:
+        OSError, ValueError: there is no such model, or the file is none of its weights.
+    """
+    from kegfast.files import load_weights
+
+    return load_weights(build_model(name, info), weights)
+
+
+def check_fit(model: "nn.Module", info: "DataInfo") -> None:
+    """Run the model once on a blank sample.
+
+    Raises:
+        ValueError: it does not take the data's samples, or does not give one logit per class.
+    """
+    import torch
+
+    from kegfast.check import describe
+
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    was_training = model.training
+    try:
+        with torch.inference_mode():
+            logits = model.eval()(torch.zeros(2, *info.sample_shape, device=device))
+    except (RuntimeError, ValueError, TypeError, IndexError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(
+            f"model must take samples of shape {info.sample_shape}, as {info.name} has: {reason}"
+        ) from error
+    finally:
+        model.train(was_training)
+    if not isinstance(logits, torch.Tensor) or logits.shape != (2, info.num_classes):
+        raise ValueError(
+            f"model must give {info.num_classes} logits, as {info.name} has classes, got {describe(logits)}"
+        )
+
+
+class Run:
+    """The folder of one run: its options, checkpoint, metrics and results."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        from kegfast.files import write_json
+
+        self.folder: Path = args.out
+        self.folder.mkdir(parents=True, exist_ok=True)
+        options = {
+            name: str(value) if isinstance(value, Path) else value
+            for name, value in vars(args).items()
+            if name not in NOT_THE_RUN
+        }
+        if args.resume:
+            self._compare(options)
+        write_json(self.folder / CONFIG, options)
+
+    @property
+    def checkpoint(self) -> Path:
+        return self.folder / "checkpoint.pt"
+
+    @property
+    def metrics(self) -> "MetricsLog":
+        from kegfast.loop import MetricsLog
+
+        return MetricsLog(self.folder / "metrics.jsonl")
+
+    def finish(self, results: dict[str, Any]) -> None:
+        """Write results.json and say where everything is."""
+        from kegfast.files import write_json
+
+        write_json(self.folder / "results.json", results)
+        print(f"results in {self.folder}")
+
+    def _compare(self, options: dict[str, Any]) -> None:
+        path = self.folder / CONFIG
+        if not path.exists():
+            return
+        before = json.loads(path.read_text(encoding="utf-8"))
+        for name, value in options.items():
+            if before.get(name) != value:
+                option = "--" + name.replace("_", "-")
+                raise ValueError(f"{option} was {before.get(name)} in the run to resume, got {value}")
+
+
+def _call_factory(name: str) -> "nn.Module":
+    from torch import nn
+
+    module, _, attribute = name.partition(":")
+    sys.path.insert(0, "")  # like `python -m`, so that a user's file in the current folder is found
+    try:
+        model = getattr(importlib.import_module(module), attribute)()
+    except Exception as error:  # the user's own code may fail in any way
+        raise ValueError(f"model {name} must be callable without arguments: {error!r}") from error
+    finally:
+        sys.path.remove("")
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model {name} must give a torch.nn.Module, got {type(model).__name__}")
+    return model

@@ -1,0 +1,80 @@
+"""Run a published experiment and print its table beside what was published."""
+
+import argparse
+from pathlib import Path
+
+DATASETS = ("mnist", "fashion-mnist", "svhn", "pendigits", "letter", "shuttle")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "dataset", choices=DATASETS, help="data set of the KegNet paper: " + ", ".join(DATASETS)
+    )
+    parser.add_argument(
+        "--students", type=_numbers, metavar="1,2,3", help="the paper's students (default all)"
+    )
+    parser.add_argument("--seeds", type=_numbers, default=[0, 1, 2], metavar="0,1,2", help="default 0,1,2")
+    parser.add_argument(
+        "--recipe", type=_names, metavar="METHOD,...",
+        help="tucker-only, uniform, gaussian, procedural, kegnet, kegfast, oracle (default all)",
+    )  # fmt: skip
+    parser.add_argument("--ranks", type=_names, metavar="paper,budget", help="default both")
+    parser.add_argument(
+        "--root", type=Path, metavar="FOLDER", help="folder of data sets; without it OpenML is asked"
+    )
+    parser.add_argument(
+        "--teacher", type=Path, metavar="FILE", help="weights of the teacher; without them one is trained"
+    )
+    parser.add_argument(
+        "--budget-seconds", type=float, metavar="N", help="start no further cell after so long"
+    )
+    for name, what in (
+        ("pool", "samples that each student sees"),
+        ("steps", "steps of each student"),
+        ("generator-steps", "steps of the generators"),
+        ("generator-batch", "samples per generator and step"),
+    ):
+        parser.add_argument(f"--{name}", type=int, metavar="N", help=f"{what} (default: the data set's)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there too")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="default runs/reproduce-<dataset>")
+    parser.add_argument(
+        "--resume", action=argparse.BooleanOptionalAction, default=False,
+        help="continue the run in --out instead of beginning anew",
+    )  # fmt: skip
+
+
+def run(args: argparse.Namespace) -> None:
+    from rich.console import Console
+
+    from kegfast.experiments import tables
+    from kegfast.experiments.paper import METHODS
+    from kegfast.experiments.reproduce import RANKS, reproduce
+    from kegfast.files import write_json
+
+    folder = args.out or Path("runs") / f"reproduce-{args.dataset}"
+    if not args.resume and (folder / "cells.json").exists():
+        raise ValueError(f"out must be an empty folder, or give --resume to continue the run in {folder}")
+    result = reproduce(
+        args.dataset, folder, root=args.root, teacher=args.teacher, students=args.students, seeds=args.seeds,
+        methods=args.recipe or METHODS, ranks=args.ranks or RANKS, seconds=args.budget_seconds, progress=True,
+        pool=args.pool, steps=args.steps, generator_steps=args.generator_steps,
+        generator_batch=args.generator_batch,
+    )  # fmt: skip
+    Console(width=None).print(tables.table(result.study, result.rows))
+    if result.left:
+        print(f"{len(result.left)} cells are missing for lack of time; --resume computes them")
+    write_json(folder / "results.json", result.rows)
+    if args.json is not None:
+        write_json(args.json, result.rows)
+    print(f"report in {result.report}")
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(part) for part in text.split(",")]
+
+
+def _names(text: str) -> list[str]:
+    return text.split(",")
+
+
+_numbers.__name__, _names.__name__ = "list of numbers", "list of names"  # what argparse calls them
