@@ -14,7 +14,7 @@ from kegfast.check import expected
 from kegfast.distillation.ensemble import Ensemble
 from kegfast.distillation.features import Features
 from kegfast.distillation.objective import Batch, Objective, Term
-from kegfast.distillation.sources import Pool, as_source
+from kegfast.distillation.sources import InMemory, as_source
 from kegfast.loop import MetricsLog, mix, run_steps
 
 MakeOptimizer = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
@@ -54,8 +54,8 @@ def distill(
         student: Trained in place. Wrap it in `DistributedDataParallel` to train on several
             processes: each draws samples of its own.
         teacher: A model, or several, whose softened probabilities are then averaged (`Ensemble`).
-        source: A `Generators`, noise, a `Pool` (whose answers the teacher gives only once), a
-            tensor, a data set or a DataLoader; see `kegfast.distillation.sources`.
+        source: A `Generators`, noise, a `Pool` of either (the teacher then answers once per sample, not
+            per step), a tensor, a data set or a DataLoader; see `kegfast.distillation.sources`.
         loss: Text such as `"soft_target+rkd_distance:25"` or `"hint@layers2:0.5"`
             (`kegfast.distillation.objective`), a function of (student logits, teacher
             logits, labels), or a list of `Term`.
@@ -106,7 +106,7 @@ def distill(
         theirs = stack.enter_context(Features(teacher, objective.teacher_layers))
         _fit_regressors(objective, student, teacher, source, ours, theirs, device, seed)
         _train_mode(student, student_batchnorm)
-        draw = _drawer(source, teacher, objective, device, autocast)
+        draw = _drawer(source, teacher, objective, device, autocast, steps * batch_size)
         trainable = [p for m in (student, objective) for p in m.parameters() if p.requires_grad]
         optimiser = _optimizer(optimizer, trainable, lr, weight_decay)
         rates = [group["lr"] for group in optimiser.param_groups]
@@ -145,8 +145,12 @@ def _drawer(
     objective: Objective,
     device: torch.device,
     autocast: torch.autocast,
+    draws: int,
 ) -> Callable[[int], tuple[Tensor, Tensor | None, Tensor]]:
-    """A function that gives n samples, their labels and the teacher's logits, on the device."""
+    """A function that gives n samples, their labels and the teacher's logits, on the device.
+
+    Where fewer samples are in memory than will be drawn, the teacher answers to all of them at once.
+    """
 
     def move(x: Tensor | None) -> Tensor | None:
         return x if x is None else x.to(device, non_blocking=True)
@@ -156,14 +160,14 @@ def _drawer(
         with torch.no_grad(), autocast:
             return samples, labels, teacher(samples)
 
-    if not isinstance(source, Pool) or objective.needs_teacher:
+    if not isinstance(source, InMemory) or objective.needs_teacher or len(source) > draws:
         return draw_and_ask
     answers = source.answers(teacher, device)
 
     def look_up(n: int) -> tuple[Tensor, Tensor | None, Tensor]:
         index = source.draw(n)
         labels = None if source.labels is None else source.labels[index]
-        return move(source.samples[index]), move(labels), answers[index.to(device)]
+        return move(source.samples[index]), move(labels), move(answers[index])
 
     return look_up
 

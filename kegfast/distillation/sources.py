@@ -69,6 +69,9 @@ class GaussianNoise:
 class InMemory:
     """Samples held in memory, drawn with replacement.
 
+    `kegfast.distill` asks the teacher for its answer to each of them once, not at every step, where it
+    draws more samples than there are.
+
     Args:
         samples: (N, *sample_shape).
         labels: (N,) int64, or None.
@@ -80,6 +83,7 @@ class InMemory:
         if labels is not None and labels.shape != samples.shape[:1]:
             raise ValueError(expected("labels", f"shape ({len(samples)},)", tuple(labels.shape)))
         self.samples, self.labels = samples, labels
+        self._answers: tuple[bytes, Tensor] | None = None
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -92,17 +96,31 @@ class InMemory:
         index = self.draw(n)
         return self.samples[index], None if self.labels is None else self.labels[index]
 
+    def answers(
+        self, teacher: nn.Module, device: torch.device | None = None, batch_size: int = 1024
+    ) -> Tensor:
+        """The teacher's logits for every sample, (N, C), kept until its weights change.
+
+        Args:
+            teacher: The model, already in the mode (`eval`) in which it shall answer.
+            device: Where it lives; the samples' device when None. The answers lie with the samples.
+            batch_size: How many samples it sees at a time.
+        """
+        key = _fingerprint(teacher)
+        if self._answers is None or self._answers[0] != key:
+            with torch.no_grad():
+                parts = [teacher(part.to(device)) for part in self.samples.split(batch_size)]
+            self._answers = key, torch.cat(parts).to(self.samples.device)
+        return self._answers[1]
+
 
 class Pool(InMemory):
-    """`size` samples drawn once from another source, with the teacher's answers to them kept.
-
-    `kegfast.distill` then asks the teacher once per sample instead of once per step. The
-    draw happens here, from torch's global generator.
+    """`size` samples drawn once, here, from another source; the draw uses torch's global generator.
 
     Args:
         source: Anything that `as_source` takes.
         size: How many samples.
-        batch_size: How many are drawn, and shown to the teacher, at a time.
+        batch_size: How many are drawn at a time.
     """
 
     def __init__(self, source: Any, size: int, batch_size: int = 1024):
@@ -113,22 +131,6 @@ class Pool(InMemory):
             parts = [source.sample(min(batch_size, size - start)) for start in range(0, size, batch_size)]
         samples, labels = zip(*parts, strict=True)
         super().__init__(torch.cat(samples), None if labels[0] is None else torch.cat(labels))
-        self.batch_size = batch_size
-        self._answers: tuple[bytes, Tensor] | None = None
-
-    def answers(self, teacher: nn.Module, device: torch.device | None = None) -> Tensor:
-        """The teacher's logits for every sample, (size, C), computed when its weights changed.
-
-        Args:
-            teacher: The model, already in the mode (`eval`) in which it shall answer.
-            device: Where it lives; the samples' device when None.
-        """
-        key = _fingerprint(teacher)
-        if self._answers is None or self._answers[0] != key:
-            with torch.no_grad():
-                parts = [teacher(part.to(device)) for part in self.samples.split(self.batch_size)]
-            self._answers = key, torch.cat(parts)
-        return self._answers[1]
 
 
 class Noisy:

@@ -105,8 +105,8 @@ class Counting(nn.Linear):
         return super().forward(x)
 
 
-def test_a_pool_asks_the_teacher_again_only_when_its_weights_changed():
-    pool = Pool(UniformNoise((4,)), 50, batch_size=16)
+def test_the_teacher_is_asked_again_only_when_its_weights_changed():
+    pool = Pool(UniformNoise((4,)), 50)
     teacher = Counting(4, 3)
     torch.testing.assert_close(pool.answers(teacher), nn.Linear.forward(teacher, pool.samples))
     pool.answers(teacher)
