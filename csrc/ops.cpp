@@ -12,10 +12,12 @@ STABLE_TORCH_LIBRARY(kegfast, m) {
   m.def(
       "tucker2(Tensor x, Tensor first, Tensor core, Tensor last, Tensor? bias, Tensor? packed, int stride_h, int stride_w,"
       " int padding_h, int padding_w, int dilation_h, int dilation_w, bool relu) -> Tensor");
-  // The same, keeping what the backward pass needs: t1 (N, H + 2 ph, W + 2 pw, R1) with its zero border, t2 (N, P, Q, R2).
+  // The same for training. keep: also what the weight gradients need, t1 (N, H + 2 ph, W + 2 pw, R1) with its zero border
+  // and t2 (N, P, Q, R2), float32; else both are empty.
   m.def(
       "tucker2_forward(Tensor x, Tensor first, Tensor core, Tensor last, Tensor? bias, int stride_h, int stride_w,"
-      " int padding_h, int padding_w, int dilation_h, int dilation_w, bool relu) -> (Tensor y, Tensor t1, Tensor t2)");
+      " int padding_h, int padding_w, int dilation_h, int dilation_w, bool relu, bool keep)"
+      " -> (Tensor y, Tensor t1, Tensor t2)");
   // Gradients of x, first, core, last at stride 1 (float32; empty where not needed).
   m.def(
       "tucker2_backward(Tensor gradient, Tensor x, Tensor t1, Tensor t2, Tensor first, Tensor core, Tensor last,"

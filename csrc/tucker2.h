@@ -39,8 +39,9 @@ struct Tucker2Params {
 // A factor as its kernel sees it: rows (outputs) x inputs x taps, any strides; a transposed factor is another
 // view.
 struct Tucker2Factor {
-  const float* data;
-  int64_t row, input, tap_h, tap_w;  // strides in floats, taps may be negative
+  const void* data;
+  Tucker2Type type;
+  int64_t row, input, tap_h, tap_w;  // strides in elements, taps may be negative
 };
 
 // Where the forward pass gets its blocking from; filled by tucker2_plan for the instruction set at hand.
@@ -63,16 +64,19 @@ struct Tucker2GradParams {
   float *first, *core, *last;  // sums to add to: (C, R1), (kh, kw, R1, R2), (K, R2); null: not needed
 };
 
-#define KEGFAST_DECLARE(isa)                                                                     \
-  namespace isa {                                                                                \
-  Tucker2Plan tucker2_plan(const Tucker2Params& p, int64_t threads);                             \
-  void tucker2_pack(const Tucker2Params& p, const Tucker2Plan& plan, const Tucker2Factor& first, \
-                    const Tucker2Factor& core, const Tucker2Factor& last, float* packed);        \
-  /* Output rows begin <= n * P + row < end. */                                                  \
-  void tucker2_rows(const Tucker2Params& p, const Tucker2Plan& plan, int64_t begin, int64_t end, \
-                    float* scratch);                                                             \
-  /* Adds the weight gradients of images begin <= n < end. */                                    \
-  void tucker2_weight_gradients(const Tucker2GradParams& p, int64_t begin, int64_t end);         \
+#define KEGFAST_DECLARE(isa)                                                                            \
+  namespace isa {                                                                                       \
+  Tucker2Plan tucker2_plan(const Tucker2Params& p, int64_t threads);                                    \
+  void tucker2_pack(const Tucker2Params& p, const Tucker2Plan& plan, const Tucker2Factor& first,        \
+                    const Tucker2Factor& core, const Tucker2Factor& last, float* packed);               \
+  /* Whether `packed` still holds these factors, by samples of each. */                                 \
+  bool tucker2_packed_from(const Tucker2Params& p, const Tucker2Plan& plan, const Tucker2Factor& first, \
+                           const Tucker2Factor& core, const Tucker2Factor& last, const float* packed);  \
+  /* Output rows begin <= n * P + row < end. */                                                         \
+  void tucker2_rows(const Tucker2Params& p, const Tucker2Plan& plan, int64_t begin, int64_t end,        \
+                    float* scratch);                                                                    \
+  /* Adds the weight gradients of images begin <= n < end. */                                           \
+  void tucker2_weight_gradients(const Tucker2GradParams& p, int64_t begin, int64_t end);                \
   }
 KEGFAST_EACH_ISA(KEGFAST_DECLARE)
 #undef KEGFAST_DECLARE

@@ -1,11 +1,12 @@
 """What users call: argument checks, then one operator each."""
 
+import functools
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from kegfast import reference
+from kegfast import native, ops, reference  # noqa: F401  (ops registers the operators)
 from kegfast.check import expected
 
 Metric = Literal["l1", "sqeuclidean", "l2", "euclidean", "cosine"]
@@ -57,6 +58,7 @@ def tucker_conv2d(
     padding: Pair = 0,
     dilation: Pair = 1,
     activation: Literal["relu"] | None = None,
+    recompute: bool = False,
 ) -> Tensor:  # (N, K, H', W')
     """last(core(first(x))) + bias, then the activation: a Tucker-2 convolution as one operator.
 
@@ -68,11 +70,101 @@ def tucker_conv2d(
         bias: (K,) added after `last`, or None.
         stride, padding, dilation: of the core; an int or a (vertical, horizontal) pair.
         activation: None or "relu", applied in the operator's last store.
+        recompute: compute the two intermediates anew in the backward pass instead of keeping them:
+            less memory for about a third more time. Forward values are the same.
 
     Returns:
         (N, K, H', W') in x's dtype and memory format.
+
+    Raises:
+        TypeError: for something other than floating-point tensors of one dtype.
+        ValueError: for shapes, devices or geometry that do not fit together.
     """
-    pair = torch.nn.modules.utils._pair
-    return reference.tucker_conv2d(
-        x, first, core, last, bias, pair(stride), pair(padding), pair(dilation), activation
+    geometry = _check_tucker2(x, first, core, last, bias, stride, padding, dilation, activation)
+    x, first, core, last, bias = _autocast(x, first, core, last, bias)
+    if not _fuses(x, core):
+        return reference.tucker_conv2d(x, first, core, last, bias, *geometry, activation)
+    ints = [n for pair in geometry for n in pair]
+    weights = (x, first, core, last, bias)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in weights):
+        keep = not recompute and any(t.requires_grad for t in (first, core, last))
+        return torch.ops.kegfast.tucker2_forward(*weights, *ints, activation == "relu", keep)[0]
+    return torch.ops.kegfast.tucker2(*weights, None, *ints, activation == "relu")
+
+
+def _pair(name: str, value: Pair, least: int) -> tuple[int, int]:
+    pair = (value, value) if isinstance(value, int) else tuple(value)
+    if len(pair) != 2 or not all(isinstance(n, int | torch.SymInt) and n >= least for n in pair):
+        what = f"an int or a pair of ints, each at least {least}"
+        raise ValueError(expected(name, what, value))
+    return pair
+
+
+def _check_tucker2(
+    x: Tensor,
+    first: Tensor,
+    core: Tensor,
+    last: Tensor,
+    bias: Tensor | None,
+    stride: Pair,
+    padding: Pair,
+    dilation: Pair,
+    activation: str | None,
+) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int]]:
+    """Raises ValueError or TypeError for what `tucker_conv2d` cannot take; the geometry as pairs."""
+    if activation not in (None, "relu"):
+        raise ValueError(expected("activation", "None or 'relu'", activation))
+    tensors = {"x": x, "first": first, "core": core, "last": last, "bias": bias}
+    for name, t in tensors.items():
+        if t is None and name == "bias":
+            continue
+        if not isinstance(t, Tensor):
+            raise TypeError(expected(name, "a tensor", t))
+        if not t.is_floating_point():
+            raise TypeError(expected(name, "a floating-point tensor", t))
+        if t.device != x.device:
+            raise ValueError(expected(name, f"on x's device, {x.device}", t))
+        if t.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
+            raise TypeError(expected(name, f"of x's dtype, {x.dtype}", t))
+        if name != "bias" and t.dim() != 4:
+            raise ValueError(expected(name, "4-dimensional", t))
+    if first.shape[1:] != (x.shape[1], 1, 1):
+        raise ValueError(expected("first", f"(R1, {x.shape[1]}, 1, 1), x's channels", first))
+    if core.shape[1] != first.shape[0] or 0 in core.shape:
+        raise ValueError(expected("core", f"(R2, {first.shape[0]}, kh, kw), first's rank", core))
+    if last.shape[1:] != (core.shape[0], 1, 1) or last.shape[0] == 0:
+        raise ValueError(expected("last", f"(K, {core.shape[0]}, 1, 1), core's rank", last))
+    if bias is not None and bias.shape != last.shape[:1]:
+        raise ValueError(expected("bias", f"({last.shape[0]},), one per output channel", bias))
+    geometry = _pair("stride", stride, 1), _pair("padding", padding, 0), _pair("dilation", dilation, 1)
+    reach = [d * (k - 1) + 1 - 2 * p for k, p, d in zip(core.shape[2:], *geometry[1:], strict=True)]
+    if x.shape[2] < reach[0] or x.shape[3] < reach[1] or x.shape[2] == 0 or x.shape[3] == 0:
+        what = f"at least {max(reach[0], 1)} x {max(reach[1], 1)} pixels, the core's window"
+        raise ValueError(expected("x", what, x))
+    return geometry
+
+
+def _autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Inputs in autocast's dtype where it is on, as torch's own convolutions take them."""
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device) or tensors[0].dtype == torch.float64:
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(t if t is None else t.to(dtype) for t in tensors)
+
+
+@functools.cache
+def _has_tucker2(device: str) -> bool:
+    registered = hasattr(torch.ops.kegfast, "tucker2")
+    key = device.upper()
+    return registered and torch._C._dispatch_has_kernel_for_dispatch_key("kegfast::tucker2", key)
+
+
+def _fuses(x: Tensor, core: Tensor) -> bool:
+    """Whether a compiled kernel takes this call; otherwise torch's own convolutions do."""
+    return (
+        x.dtype in (torch.float32, torch.bfloat16, torch.float16)
+        and core.shape[2] * core.shape[3] <= 256
+        and native.use_native()
+        and _has_tucker2(x.device.type)
     )

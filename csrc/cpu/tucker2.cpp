@@ -84,20 +84,35 @@ Tensor readable(const Tensor& x) {
   return torch::stable::contiguous(x);
 }
 
+// Both layouts of the gradient kernels are dense.
+Tensor dense(const Tensor& x) {
+  const int64_t c = x.size(1), h = x.size(2), w = x.size(3);
+  if (reads_channels_last(x) && x.stride(3) == c && x.stride(2) == w * c && x.stride(0) == h * w * c)
+    return x;
+  return torch::stable::contiguous(x);
+}
+
+Tucker2Type type_of(const Tensor& t) {
+  if (t.scalar_type() == ScalarType::Float) return Tucker2Type::float32;
+  KEGFAST_CHECK(t.scalar_type() == ScalarType::BFloat16 || t.scalar_type() == ScalarType::Half, "x",
+                "float32, bfloat16 or float16", static_cast<int>(t.scalar_type()));
+  return t.scalar_type() == ScalarType::BFloat16 ? Tucker2Type::bfloat16 : Tucker2Type::float16;
+}
+
 Tensor as_float(const Tensor& t) {
   return t.scalar_type() == ScalarType::Float ? t : torch::stable::to(t, ScalarType::Float);
 }
 
 Tucker2Factor factor(const Tensor& weight) {  // (O, I, kh, kw)
-  return {weight.const_data_ptr<float>(), weight.stride(0), weight.stride(1), weight.stride(2),
-          weight.stride(3)};
+  return {weight.const_data_ptr(), type_of(weight),  weight.stride(0),
+          weight.stride(1),        weight.stride(2), weight.stride(3)};
 }
 
-// The same factor run backwards: outputs and inputs change places, taps reverse.
+// The same factor run backwards: outputs and inputs change places, taps reverse. float32 only.
 Tucker2Factor transposed(const Tensor& weight) {
   const Tucker2Factor w = factor(weight);
-  return {w.data + (weight.size(2) - 1) * w.tap_h + (weight.size(3) - 1) * w.tap_w, w.input, w.row, -w.tap_h,
-          -w.tap_w};
+  const int64_t last_tap = (weight.size(2) - 1) * w.tap_h + (weight.size(3) - 1) * w.tap_w;
+  return {weight.const_data_ptr<float>() + last_tap, w.type, w.input, w.row, -w.tap_h, -w.tap_w};
 }
 
 void check_weights(const Tensor& x, const Tensor& first, const Tensor& core, const Tensor& last,
@@ -136,9 +151,7 @@ Tucker2Params geometry(int64_t images, int64_t channels, int64_t height, int64_t
 
 void set_input(Tucker2Params& p, const Tensor& x) {
   p.channels_last = reads_channels_last(x);
-  p.type = x.scalar_type() == ScalarType::Float      ? Tucker2Type::float32
-           : x.scalar_type() == ScalarType::BFloat16 ? Tucker2Type::bfloat16
-                                                     : Tucker2Type::float16;
+  p.type = type_of(x);
   p.x = x.const_data_ptr();
   p.x_image = x.stride(0), p.x_channel = x.stride(1), p.x_row = x.stride(2), p.x_pixel = x.stride(3);
 }
@@ -180,11 +193,6 @@ void run_rows(const Tucker2Params& p, const Tucker2Plan& plan, int64_t threads) 
     share_out(threads, p.images * p.out_height, 1, f);
 }
 
-void pack(const Tucker2Params& p, const Tucker2Plan& plan, const Tensor& first, const Tensor& core,
-          const Tensor& last, float* to) {
-  KEGFAST_SELECT(tucker2_pack)(p, plan, factor(first), factor(core), factor(last), to);
-}
-
 struct Run {
   Tensor y;
   std::optional<Tensor> t1, t2;
@@ -218,14 +226,14 @@ Run forward(const Tensor& input, const Tensor& first_weight, const Tensor& core_
   }
   const int64_t threads = threads_for(multiply_adds(p), p.images * p.out_height);
   const Tucker2Plan plan = KEGFAST_SELECT(tucker2_plan)(p, threads);
+  const Tucker2Factor first = factor(first_weight), core = factor(core_weight), last = factor(last_weight);
   std::optional<Tensor> fresh;
   if (packed && packed->numel() == plan.packed_floats &&
-      *packed->const_data_ptr<float>() == plan.packed_layout) {
+      KEGFAST_SELECT(tucker2_packed_from)(p, plan, first, core, last, packed->const_data_ptr<float>())) {
     p.packed = packed->const_data_ptr<float>();
   } else {
     fresh = empty_flat(plan.packed_floats);
-    pack(p, plan, as_float(first_weight), as_float(core_weight), as_float(last_weight),
-         fresh->mutable_data_ptr<float>());
+    KEGFAST_SELECT(tucker2_pack)(p, plan, first, core, last, fresh->mutable_data_ptr<float>());
     p.packed = fresh->const_data_ptr<float>();
   }
   run_rows(p, plan, threads);
@@ -245,9 +253,10 @@ std::tuple<Tensor, Tensor, Tensor> tucker2_forward(const Tensor& x, const Tensor
                                                    const Tensor& last, const std::optional<Tensor>& bias,
                                                    int64_t stride_h, int64_t stride_w, int64_t padding_h,
                                                    int64_t padding_w, int64_t dilation_h, int64_t dilation_w,
-                                                   bool relu) {
+                                                   bool relu, bool keep) {
   Run run = forward(x, first, core, last, bias, {},
-                    {stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w}, relu, true);
+                    {stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w}, relu, keep);
+  if (!keep) return {std::move(run.y), empty_flat(0), empty_flat(0)};
   return {std::move(run.y), std::move(*run.t1), std::move(*run.t2)};
 }
 
@@ -261,7 +270,8 @@ Tensor tucker2_pack(const Tensor& first, const Tensor& core, const Tensor& last,
   p.channels_last = channels_last;
   const Tucker2Plan plan = KEGFAST_SELECT(tucker2_plan)(p, 1);
   Tensor packed = empty_flat(plan.packed_floats);
-  pack(p, plan, as_float(first), as_float(core), as_float(last), packed.mutable_data_ptr<float>());
+  KEGFAST_SELECT(tucker2_pack)
+  (p, plan, factor(first), factor(core), factor(last), packed.mutable_data_ptr<float>());
   return packed;
 }
 
@@ -292,7 +302,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> tucker2_backward(
   const int64_t border_h = (core.size(2) - 1) * dilation_h - padding_h;
   const int64_t border_w = (core.size(3) - 1) * dilation_w - padding_w;
   KEGFAST_CHECK(border_h >= 0 && border_w >= 0, "padding", "at most dilation * (kernel - 1)", padding_h);
-  const Tensor x = readable(input), grad = readable(gradient);
+  for (const Tensor* t : {&gradient, &input, &t1, &t2, &first, &core, &last})
+    KEGFAST_CHECK(t->scalar_type() == ScalarType::Float && t->is_cpu(), "arguments",
+                  "float32 tensors on the CPU", static_cast<int>(t->scalar_type()));
+  const Tensor x = readable(input), grad = dense(gradient);
   const int64_t n = x.size(0), h = x.size(2), w = x.size(3), r1 = core.size(1), r2 = core.size(0);
 
   // The same operator with transposed factors; its intermediates are dz2 (with its border) and dz1.

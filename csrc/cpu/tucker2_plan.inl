@@ -1,6 +1,7 @@
 // Blocking of tucker2 and the packed form of its factors.
 #pragma once
 
+#include "cpu/tucker2_convert.inl"
 #include "cpu/tucker2_tile.inl"
 #include "tucker2.h"
 
@@ -127,6 +128,18 @@ Tucker2Plan tucker2_plan(const Tucker2Params& p, int64_t threads) {
 
 namespace {
 
+float element(const Tucker2Factor& w, int64_t at) {
+  if (w.type == Tucker2Type::float32) return static_cast<const float*>(w.data)[at];
+  return half_bits_to_float(w.type, static_cast<const uint16_t*>(w.data)[at]);
+}
+
+// Where a factor's input k of segment s starts, for output 0.
+int64_t element_at(const Tucker2Factor& w, int64_t inputs, int64_t taps_w, Window window, int64_t s,
+                   int64_t k) {
+  const int64_t tap = (s * window.length + k) / inputs, i = (s * window.length + k) % inputs;
+  return i * w.input + tap / taps_w * w.tap_h + tap % taps_w * w.tap_w;
+}
+
 void pack_factor(const Tucker2Factor& w, int64_t outputs, int64_t inputs, int64_t taps_w, Window window,
                  int group, float* out) {
   const int channels = kLanes / group;
@@ -135,13 +148,30 @@ void pack_factor(const Tucker2Factor& w, int64_t outputs, int64_t inputs, int64_
     for (int64_t s = 0; s < window.segments; ++s)
       for (int64_t step = 0; step < steps; ++step, out += kLanes)
         for (int g = 0; g < group; ++g) {
-          const int64_t k = step * group + g, in_core = s * window.length + k;
-          const int64_t tap = in_core / inputs, i = in_core % inputs;
-          const float* from =
-              w.data + first * w.row + i * w.input + tap / taps_w * w.tap_h + tap % taps_w * w.tap_w;
+          const int64_t k = step * group + g;
+          const int64_t from = first * w.row + element_at(w, inputs, taps_w, window, s, k);
           const int64_t present = k < window.length ? smaller(channels, outputs - first) : 0;
-          for (int c = 0; c < channels; ++c) out[c * group + g] = c < present ? from[c * w.row] : 0.0f;
+          for (int c = 0; c < channels; ++c)
+            out[c * group + g] = c < present ? element(w, from + c * w.row) : 0.0f;
         }
+}
+
+// Compares up to kSamples elements, spread over outputs and inputs alike, bit by bit.
+bool packed_matches(const Tucker2Factor& w, int64_t outputs, int64_t inputs, int64_t taps_w, Window window,
+                    int lanes, int group, const float* packed) {
+  constexpr int64_t kSamples = 32;
+  const int channels = lanes / group;
+  const int64_t steps = ceil_div(window.length, group), depth = window.segments * window.length;
+  const int64_t elements = outputs * depth, samples = smaller(elements, kSamples);
+  for (int64_t i = 0; i < samples; ++i) {
+    const int64_t e = i * elements / samples, o = e / depth, s = e % depth / window.length,
+                  k = e % window.length;
+    const int64_t vector = (o / channels * window.segments + s) * steps + k / group;
+    const float here = packed[vector * lanes + o % channels * group + k % group];
+    const float there = element(w, o * w.row + element_at(w, inputs, taps_w, window, s, k));
+    if (memcmp(&here, &there, sizeof here) != 0) return false;
+  }
+  return true;
 }
 
 }  // namespace
@@ -156,8 +186,20 @@ void tucker2_pack(const Tucker2Params& p, const Tucker2Plan& plan, const Tucker2
   } else {
     float* out = packed + plan.last_at;
     for (int64_t k = 0; k < p.features; ++k)
-      for (int64_t r = 0; r < p.rank_out; ++r) *out++ = last.data[k * last.row + r * last.input];
+      for (int64_t r = 0; r < p.rank_out; ++r) *out++ = element(last, k * last.row + r * last.input);
   }
+}
+
+bool tucker2_packed_from(const Tucker2Params& p, const Tucker2Plan& plan, const Tucker2Factor& first,
+                         const Tucker2Factor& core, const Tucker2Factor& last, const float* packed) {
+  if (packed[0] != plan.packed_layout) return false;
+  const int last_lanes = p.channels_last ? kLanes : 1, last_packing = p.channels_last ? last_group(p) : 1;
+  return packed_matches(first, p.rank_in, p.channels, 1, {1, p.channels}, kLanes, first_group(p),
+                        packed + plan.first_at) &&
+         packed_matches(core, p.rank_out, p.rank_in, p.kernel_w, core_window(p), kLanes, core_group(p),
+                        packed + plan.core_at) &&
+         packed_matches(last, p.features, p.rank_out, 1, {1, p.rank_out}, last_lanes, last_packing,
+                        packed + plan.last_at);
 }
 
 }  // namespace kegfast::KEGFAST_ISA
