@@ -71,7 +71,8 @@ def distill(
         temperature: For losses that soften logits.
         alpha: Weight of `soft_target`'s soft part; `1 - alpha` goes to the source's labels.
         student_batchnorm: "eval" keeps the student's running statistics, and normalises with them:
-            right for samples whose statistics are not the data's, such as noise.
+            right for samples whose statistics are not the data's, such as noise. Layers whose parameters
+            ask for no gradient keep theirs in any case.
         seed: Seed of all draws.
         checkpoint: File that a stopped run continues from.
         resume: Continue from `checkpoint` where it exists, to the same result.
@@ -249,7 +250,8 @@ def _train_mode(student: nn.Module, batchnorm: str) -> None:
     student.train()
     for module in student.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            module.train(batchnorm == "train")
+            frozen = module.affine and not any(p.requires_grad for p in module.parameters())
+            module.train(batchnorm == "train" and not frozen)
 
 
 def _optimizer(

@@ -63,6 +63,10 @@ class Recipe:
         ]
         return [term for term in terms if term.weight != 0]
 
+    def but(self, **changes: float) -> "Recipe":
+        """The same recipe with other values, those that are None left out of account."""
+        return replace(self, **{name: v for name, v in changes.items() if v is not None})
+
 
 RECIPES = {
     "paper": Recipe(),
@@ -223,7 +227,7 @@ def _resolve(recipe: str | Recipe, **overrides: float | None) -> Recipe:
         recipe = RECIPES[recipe]
     if not isinstance(recipe, Recipe):
         raise TypeError(expected("recipe", f"one of {sorted(RECIPES)} or a Recipe", recipe))
-    recipe = replace(recipe, **{k: v for k, v in overrides.items() if v is not None})
+    recipe = recipe.but(**overrides)
     _check_sizes(steps=recipe.steps, batch_size=recipe.batch_size)
     if not recipe.learning_rate > 0:
         raise ValueError(expected("learning_rate", "a positive number", recipe.learning_rate))

@@ -1,0 +1,399 @@
+"""The main job from end to end on data that ships with scikit-learn: minutes on two cores.
+
+A teacher is trained, knowledge is extracted from it, three students are cut from it, and each is taught with
+samples from every source: none, noise, generators, and, as the bound, real unlabelled data. All students
+and sources get the same schedule and the same number of samples.
+"""
+
+import copy
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from fnmatch import fnmatchcase
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kegfast import data
+from kegfast.check import expected
+from kegfast.compression import compress
+from kegfast.data import Splits
+from kegfast.distillation import GaussianNoise, InMemory, Pool, UniformNoise, distill
+from kegfast.experiments.ledger import Ledger
+from kegfast.extraction import RECIPES, Generators, extract
+from kegfast.files import load_weights, save_tensors, write_json
+from kegfast.loop import MetricsLog, mix
+from kegfast.models import ResNet14
+from kegfast.training import evaluate, train
+
+SOURCES = ("tucker", "uniform", "gaussian", "kegnet", "real")
+"""What a student is taught with: nothing, noise, generated samples, real unlabelled ones."""
+TITLES = {
+    "tucker": "Tucker only",
+    "uniform": "+ uniform noise",
+    "gaussian": "+ Gaussian noise",
+    "kegnet": "+ KegNet",
+    "real": "+ real data (oracle)",
+}
+
+_BATCHNORM = {"uniform": "eval", "gaussian": "eval", "kegnet": "train", "real": "train"}
+
+
+@dataclass(frozen=True)
+class DemoConfig:
+    """Everything that the demo's numbers depend on.
+
+    Attributes:
+        dataset: A data set of 32x32 images by its name in `kegfast.data`.
+        seed: Of all parameters and draws.
+        amp: bfloat16 autocast in training; None: where the CPU or GPU computes in it.
+        teacher_steps, teacher_batch, teacher_lr: The teacher's training.
+        generators, generator_steps, generator_batch, generator_lr: Extraction; the batch is each
+            generator's.
+        batch_norm: Weight of the teacher's BatchNorm statistics in extraction.
+        layers: The convolutions that are decomposed.
+        ranks: Per student, the share of channels that its Tucker-2 ranks keep.
+        trained: Parameters that students train: the decomposed layers and what follows them.
+        pool: Different samples per source.
+        student_steps, student_batch, student_lr, temperature: Distillation.
+        batchnorm: Per source, whether students re-estimate BatchNorm statistics ("train") or keep the
+            teacher's ("eval"): what suits it best, for noise is so unlike data that it needs the latter.
+        latency_batch, latency_rounds: Samples per timed call, and timed calls per model.
+    """
+
+    dataset: str = "digits"
+    seed: int = 0
+    amp: bool | None = None
+    teacher_steps: int = 300
+    teacher_batch: int = 64
+    teacher_lr: float = 3e-3
+    generators: int = 3
+    generator_steps: int = 300
+    generator_batch: int = 64
+    generator_lr: float = 2e-3
+    batch_norm: float = 0.1
+    layers: str = "layers3*"
+    ranks: tuple[float, ...] = (0.5, 0.3, 0.12)
+    trained: tuple[str, ...] = ("layers3*", "linear*")
+    pool: int = 6400
+    student_steps: int = 300
+    student_batch: int = 64
+    student_lr: float = 2e-3
+    temperature: float = 1.0
+    batchnorm: Mapping[str, str] = field(default_factory=lambda: dict(_BATCHNORM))
+    latency_batch: int = 64
+    latency_rounds: int = 15
+
+
+def run_demo(
+    config: DemoConfig,
+    out: Path,
+    *,
+    resume: bool = False,
+    progress: bool = False,
+    device: torch.device | str = "cpu",
+    root: Path | None = None,
+) -> dict[str, Any]:
+    """Trains, extracts, compresses, distils and evaluates; leaves everything in a run folder.
+
+    The folder gets config.json, metrics.jsonl, cells.json, teacher.safetensors, generators.safetensors,
+    images.safetensors (`save_images`), students/<student>-<source>.safetensors and results.json.
+
+    Args:
+        config: What to run.
+        out: The run folder, made if missing. Without `resume` an earlier run in it is replaced.
+        resume: Whether to continue the run in `out`. Stages that have ended are not run again, one that
+            was cut short goes on from its checkpoint; accuracies are those of an uninterrupted run.
+        progress: Whether to show bars.
+        device: Where to train.
+        root: Folder of the data set's files, where it does not come with scikit-learn.
+
+    Returns:
+        The contents of results.json: "teacher", "students" (name, rank, parameters, ratio, latency_ms and
+        accuracy by source) and "seconds" by stage.
+
+    Raises:
+        ValueError: `out` holds a run of another configuration, or `config` does not fit the data.
+        OSError: `out` cannot be written.
+    """
+    return _Demo(config, Path(out), resume, progress, torch.device(device), root).run()
+
+
+class _Demo:
+    def __init__(
+        self,
+        config: DemoConfig,
+        out: Path,
+        resume: bool,
+        progress: bool,
+        device: torch.device,
+        root: Path | None,
+    ):
+        self.config, self.out, self.progress, self.device = config, out, progress, device
+        self.amp = _computes_in_bfloat16(device) if config.amp is None else config.amp
+        self.splits = data.load(config.dataset, root)
+        self.info = self.splits.info
+        if len(self.info.sample_shape) != 3:
+            raise ValueError(expected("dataset", "one of images", config.dataset))
+        if not resume:
+            _clear(out)
+        self.cells = Ledger(out / "cells.json", asdict(config))
+        write_json(out / "config.json", asdict(config))
+        self.metrics = MetricsLog(out / "metrics.jsonl")
+
+    def run(self) -> dict[str, Any]:
+        teacher = self.teacher()
+        accuracy = self.accuracy("teacher", teacher)
+        generators = self.generators(teacher)
+        save_images(self.out / "images.safetensors", generators, self.splits, self.config.seed)
+        students = self.students(teacher)
+        latency = self.cells.cell("latency_ms", lambda: self.latency({"teacher": teacher, **students}))
+        pools = {source: self.pool(source, generators) for source in SOURCES if source != "tucker"}
+        rows = []
+        for (name, student), rank in zip(students.items(), self.config.ranks, strict=True):
+            rows.append(
+                {
+                    "name": name,
+                    "rank": rank,
+                    "parameters": _parameters(student),
+                    "ratio": _parameters(teacher) / _parameters(student),
+                    "latency_ms": latency[name],
+                    "accuracy": {
+                        source: self.taught(name, student, source, pools.get(source), teacher)
+                        for source in SOURCES
+                    },
+                }
+            )
+        results = {
+            "dataset": self.config.dataset,
+            "seed": self.config.seed,
+            "teacher": {
+                "accuracy": accuracy,
+                "parameters": _parameters(teacher),
+                "latency_ms": latency["teacher"],
+            },
+            "students": rows,
+            "seconds": stage_seconds(self.metrics),
+        }
+        write_json(self.out / "results.json", results)
+        return results
+
+    def teacher(self) -> nn.Module:
+        with _seeded(self.config.seed):
+            teacher = ResNet14(self.info.sample_shape[0], self.info.num_classes)
+        teacher.to(self.device, memory_format=torch.channels_last)
+        return self.trained(
+            "teacher",
+            teacher,
+            lambda checkpoint, teacher: train(
+                teacher,
+                self.splits.train,
+                steps=self.config.teacher_steps,
+                batch_size=self.config.teacher_batch,
+                lr=self.config.teacher_lr,
+                seed=self.config.seed,
+                amp=self.amp,
+                checkpoint=checkpoint,
+                resume=True,
+                metrics=self.metrics,
+                progress=self.progress,
+            ),
+        ).eval()
+
+    def generators(self, teacher: nn.Module) -> Generators:
+        path = self.out / "generators.safetensors"
+        if path.exists():
+            return Generators.load(path).to(self.device)
+        config = self.config
+        checkpoint = path.with_suffix(".pt")
+        made = extract(
+            teacher,
+            num_classes=self.info.num_classes,
+            sample_shape=self.info.sample_shape,
+            generators=config.generators,
+            recipe=RECIPES["kegfast"].but(batch_norm=config.batch_norm),
+            steps=config.generator_steps,
+            batch_size=config.generator_batch,
+            learning_rate=config.generator_lr,
+            input_range=self.info.input_range,
+            seed=config.seed,
+            amp=self.amp,
+            checkpoint=checkpoint,
+            resume=True,
+            metrics=self.metrics,
+            progress=self.progress,
+        )
+        made.save(path)
+        checkpoint.unlink(missing_ok=True)
+        return made
+
+    def students(self, teacher: nn.Module) -> dict[str, nn.Module]:
+        """The decomposed, untaught students by name; those of the ranks' order."""
+        students = {}
+        for i, rank in enumerate(self.config.ranks, start=1):
+            student, _ = compress(teacher, rank, include=self.config.layers)
+            student.to(memory_format=torch.channels_last)
+            for name, parameter in student.named_parameters():
+                kept = any(fnmatchcase(name, pattern) for pattern in self.config.trained)
+                parameter.requires_grad_(kept)
+            students[f"S{i}"] = self.trained(f"students/S{i}-tucker", student, _leave)
+        return students
+
+    def pool(self, source: str, generators: Generators) -> Pool:
+        low, high = self.info.input_range
+        shape = self.info.sample_shape
+        sources = {
+            "uniform": lambda: UniformNoise(shape, min(low), max(high)),
+            "gaussian": lambda: GaussianNoise(shape),
+            "kegnet": lambda: generators,
+            "real": lambda: InMemory(self.splits.train.tensors[0]),
+        }
+        with _seeded(mix(self.config.seed, SOURCES.index(source))):
+            return Pool(sources[source](), self.config.pool)
+
+    def taught(
+        self, name: str, student: nn.Module, source: str, pool: Pool | None, teacher: nn.Module
+    ) -> float:
+        """Test accuracy of a student after it was taught with a source."""
+        label = f"students/{name}-{source}"
+        if pool is None:
+            return self.accuracy(label, student)
+        config = self.config
+        student = self.trained(
+            label,
+            copy.deepcopy(student),
+            lambda checkpoint, student: distill(
+                student,
+                teacher,
+                pool,
+                steps=config.student_steps,
+                batch_size=config.student_batch,
+                lr=config.student_lr,
+                temperature=config.temperature,
+                student_batchnorm=config.batchnorm[source],
+                seed=config.seed,
+                amp=self.amp,
+                checkpoint=checkpoint,
+                resume=True,
+                metrics=self.metrics,
+                progress=self.progress,
+                label=f"{name} {source}",
+            ),
+        )
+        return self.accuracy(label, student)
+
+    def trained(self, name: str, model: nn.Module, fit: Callable[[Path, nn.Module], object]) -> nn.Module:
+        """The model with the weights that `fit` gives it, or gave it in an earlier run."""
+        path = self.out / f"{name}.safetensors"
+        if path.exists():
+            return load_weights(model, path)
+        checkpoint = path.with_suffix(".pt")
+        fit(checkpoint, model)
+        save_tensors(path, model.state_dict())
+        checkpoint.unlink(missing_ok=True)
+        return model
+
+    def accuracy(self, label: str, model: nn.Module) -> float:
+        return self.cells.cell(label, lambda: evaluate(model, self.splits.test, device=self.device))
+
+    def latency(self, models: Mapping[str, nn.Module]) -> dict[str, float]:
+        """Median milliseconds per call, the models taking turns."""
+        with _seeded(0):
+            x = torch.randn(self.config.latency_batch, *self.info.sample_shape).to(self.device)
+        seconds: dict[str, list[float]] = {name: [] for name in models}
+        with torch.inference_mode():
+            for i in range(self.config.latency_rounds + 3):
+                for name, model in models.items():
+                    took = _timed(model.eval(), x)
+                    if i >= 3:  # the first calls choose kernels and pack weights
+                        seconds[name].append(took)
+        return {name: 1e3 * median(values) for name, values in seconds.items()}
+
+
+def save_images(path: Path, generators: Generators, splits: Splits, seed: int, columns: int = 8) -> None:
+    """Writes the images of the report as tensors of one safetensors file.
+
+    "grid" (generators, classes, columns, C, H, W): rows share a label, columns a noise vector.
+    "generated_mean" and "real_mean" (classes, C, H, W): means over 100 generated and all real samples.
+    """
+    classes, copies, device = generators.num_classes, generators.copies, generators.device
+    with _seeded(mix(seed, 100)):
+        noise = torch.randn(copies, 1, columns, generators.noise_size, device=device)
+        many = torch.randn(copies, classes * 100 // copies, generators.noise_size, device=device)
+    labels = torch.arange(classes, device=device).repeat_interleave(columns).expand(copies, -1)
+    grid = generators.generate(labels, noise.expand(-1, classes, -1, -1).flatten(1, 2))
+    drawn = torch.arange(many.shape[1], device=device).remainder(classes).expand(copies, -1)
+    samples = generators.generate(drawn, many)
+    real, real_labels = splits.train.tensors
+    tensors = {
+        "grid": grid.unflatten(1, (classes, columns)),
+        "generated_mean": _class_means(samples.flatten(0, 1), drawn.flatten(), classes),
+        "real_mean": _class_means(real, real_labels, classes),
+    }
+    save_tensors(path, tensors)
+
+
+def demo_table(results: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """The results as a table: its header, and a row per model and property."""
+    students = results["students"]
+    teacher = results["teacher"]
+    header = ["", "teacher", *(s["name"] for s in students)]
+    rows = [
+        ["parameters", f"{teacher['parameters']:,}", *(f"{s['parameters']:,}" for s in students)],
+        ["ratio", "1.0x", *(f"{s['ratio']:.1f}x" for s in students)],
+        ["latency (ms)", *(f"{m['latency_ms']:.1f}" for m in (teacher, *students))],
+    ]
+    for source in SOURCES:
+        own = f"{teacher['accuracy']:.1f}" if source == "tucker" else ""
+        rows.append([TITLES[source], own, *(f"{s['accuracy'][source]:.1f}" for s in students)])
+    return header, rows
+
+
+def stage_seconds(metrics: MetricsLog) -> dict[str, float]:
+    """The seconds that each stage took, interruptions left out."""
+    return {entry["stage"]: entry["seconds"] for entry in metrics.read()}
+
+
+def _class_means(samples: Tensor, labels: Tensor, classes: int) -> Tensor:
+    return torch.stack([samples[labels == k].mean(0) for k in range(classes)])
+
+
+def _parameters(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def _timed(model: nn.Module, x: Tensor) -> float:
+    start = time.perf_counter()
+    model(x)
+    if x.is_cuda:
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def _computes_in_bfloat16(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def _leave(checkpoint: Path, model: nn.Module) -> None:
+    """The training of a student that gets none."""
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """Draws from a seed of their own; the global generator is left as it was."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        yield
+
+
+def _clear(out: Path) -> None:
+    """Removes what an earlier run left, and nothing else."""
+    for pattern in ("*.safetensors", "*.pt", "cells.json", "metrics.jsonl", "results.json"):
+        for path in [*out.glob(pattern), *(out / "students").glob(pattern)]:
+            path.unlink()
