@@ -27,14 +27,16 @@ def run(args: argparse.Namespace) -> None:
     info = options.sample_info(args)
     teacher = options.load_model(args.model, args.weights, info).to(device)
     options.check_fit(teacher, info)
-    folder = options.Run(args)
-    generators = extract(
-        teacher, num_classes=info.num_classes, sample_shape=info.sample_shape,
-        input_range=info.input_range, generators=args.generators, recipe=args.recipe, steps=args.steps,
-        batch_size=args.batch_size, learning_rate=args.lr, amp=args.amp, seed=args.seed,
-        checkpoint=folder.checkpoint, resume=args.resume, metrics=folder.metrics, progress=True,
-    )  # fmt: skip
-    generators.save(folder.folder / "generators.safetensors")
-    last = generators.history[-1]
-    print(f"{len(generators)} generators; the teacher agrees with {last['agreement']:.0%} of their labels")
-    folder.finish(last)
+    with options.Run(args) as folder:
+        generators = extract(
+            teacher, num_classes=info.num_classes, sample_shape=info.sample_shape,
+            input_range=info.input_range, generators=args.generators, recipe=args.recipe, steps=args.steps,
+            batch_size=args.batch_size, learning_rate=args.lr, amp=args.amp, seed=args.seed,
+            checkpoint=folder.checkpoint, resume=args.resume, metrics=folder.metrics, progress=True,
+        )  # fmt: skip
+        generators.save(folder.folder / "generators.safetensors")
+        last = generators.history[-1]
+        print(
+            f"{len(generators)} generators; the teacher agrees with {last['agreement']:.0%} of their labels"
+        )
+        folder.finish(last)

@@ -170,21 +170,41 @@ def check_fit(model: "nn.Module", info: "DataInfo") -> None:
 
 
 class Run:
-    """The folder of one run: its options, checkpoint, metrics and results."""
+    """The folder of one run: its options, checkpoint, metrics and results.
+
+    As a context: an error before the first checkpoint leaves the folder as it was.
+    """
 
     def __init__(self, args: argparse.Namespace) -> None:
-        from kegfast.files import write_json
-
         self.folder: Path = args.out
-        self.folder.mkdir(parents=True, exist_ok=True)
-        options = {
+        self.resume: bool = args.resume
+        self.options = {
             name: str(value) if isinstance(value, Path) else value
             for name, value in vars(args).items()
             if name not in NOT_THE_RUN
         }
-        if args.resume:
-            self._compare(options)
-        write_json(self.folder / CONFIG, options)
+
+    def __enter__(self) -> "Run":
+        from kegfast.files import write_json
+
+        path = self.folder / CONFIG
+        self._before = path.read_bytes() if path.exists() else None
+        self._began = self._last_checkpoint()
+        if self.resume and self._before is not None:
+            self._compare(json.loads(self._before))
+        write_json(path, self.options)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        if kind is None or self._last_checkpoint() != self._began:
+            return
+        path = self.folder / CONFIG
+        if self._before is not None:
+            path.write_bytes(self._before)
+            return
+        path.unlink()
+        if not any(self.folder.iterdir()):
+            self.folder.rmdir()
 
     @property
     def checkpoint(self) -> Path:
@@ -203,12 +223,11 @@ class Run:
         write_json(self.folder / "results.json", results)
         print(f"results in {self.folder}")
 
-    def _compare(self, options: dict[str, Any]) -> None:
-        path = self.folder / CONFIG
-        if not path.exists():
-            return
-        before = json.loads(path.read_text(encoding="utf-8"))
-        for name, value in options.items():
+    def _last_checkpoint(self) -> int | None:
+        return self.checkpoint.stat().st_mtime_ns if self.checkpoint.exists() else None
+
+    def _compare(self, before: dict[str, Any]) -> None:
+        for name, value in self.options.items():
             if before.get(name) != value:
                 option = "--" + name.replace("_", "-")
                 raise ValueError(f"{option} was {before.get(name)} in the run to resume, got {value}")

@@ -36,15 +36,15 @@ def run(args: argparse.Namespace) -> None:
         load_weights(model, args.weights)
     model.to(device)
     options.check_fit(model, splits.info)
-    folder = options.Run(args)
-    epochs = 20.0 if args.steps is None and args.epochs is None else args.epochs
-    history = training.train(
-        model, splits.train, steps=args.steps, epochs=epochs, batch_size=args.batch_size,
-        optimizer=args.optimizer, lr=args.lr, weight_decay=args.weight_decay,
-        label_smoothing=args.label_smoothing, shift=args.shift, amp=args.amp, seed=args.seed,
-        checkpoint=folder.checkpoint, resume=args.resume, metrics=folder.metrics, progress=True,
-    )  # fmt: skip
-    save_tensors(folder.folder / "model.safetensors", model.state_dict())
-    accuracy = {name: training.evaluate(model, getattr(splits, name)) for name in ("val", "test")}
-    print(f"accuracy {accuracy['val']:.2f} % (validation), {accuracy['test']:.2f} % (test)")
-    folder.finish({"accuracy": accuracy, "steps": history[-1]["step"], "loss": history[-1]["loss"]})
+    with options.Run(args) as folder:
+        epochs = 20.0 if args.steps is None and args.epochs is None else args.epochs
+        history = training.train(
+            model, splits.train, steps=args.steps, epochs=epochs, batch_size=args.batch_size,
+            optimizer=args.optimizer, lr=args.lr, weight_decay=args.weight_decay,
+            label_smoothing=args.label_smoothing, shift=args.shift, amp=args.amp, seed=args.seed,
+            checkpoint=folder.checkpoint, resume=args.resume, metrics=folder.metrics, progress=True,
+        )  # fmt: skip
+        save_tensors(folder.folder / "model.safetensors", model.state_dict())
+        accuracy = {name: training.evaluate(model, getattr(splits, name)) for name in ("val", "test")}
+        print(f"accuracy {accuracy['val']:.2f} % (validation), {accuracy['test']:.2f} % (test)")
+        folder.finish({"accuracy": accuracy, "steps": history[-1]["step"], "loss": history[-1]["loss"]})

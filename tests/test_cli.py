@@ -1,0 +1,301 @@
+"""The command line: what it writes, what it says, and its exit codes."""
+
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import kegfast
+from kegfast.cli import main
+from kegfast.files import read_state_dict, read_tensors, save_tensors
+
+MODELS = """
+import os, signal
+import torch
+from torch import nn
+
+class Net(nn.Module):
+    '''Sends Ctrl-C to its own process at call CTRL_C_AT.'''
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3))
+        self.calls = 0
+    def forward(self, x):
+        self.calls += self.training
+        if self.calls == int(os.environ.get("CTRL_C_AT", -1)):
+            os.kill(os.getpid(), signal.SIGINT)
+        return self.net(x)
+
+def broken():
+    raise RuntimeError("broken inside")
+
+def number():
+    return 3
+"""
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    """An empty current folder with a user's model and data."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "nets.py").write_text(MODELS)
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 3, 200)
+    samples = rng.normal(size=(200, 6)) + 3 * np.eye(6)[labels]
+    np.savez("mine.npz", samples=samples, labels=labels)
+    yield tmp_path
+    sys.modules.pop("nets", None)
+
+
+@pytest.fixture(autouse=True)
+def interrupts():
+    """Ctrl-C as on a terminal; a background job's tests would start with the signal ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def run(command: str) -> int:
+    return main(shlex.split(command))
+
+
+def run_process(command: str, **options) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-m", "kegfast", *shlex.split(command)], capture_output=True, text=True, **options
+    )
+
+
+def last_line(capsys) -> str:
+    """The one line on stderr."""
+    err = capsys.readouterr().err
+    assert err.endswith("\n")
+    assert err.count("\n") == 1, err
+    return err.strip()
+
+
+TRAIN = "train --data mine.npz --model nets:Net --steps 30 --batch-size 20 --out a"
+
+
+def test_info(capsys):
+    assert run("info --json") == 0
+    assert json.loads(capsys.readouterr().out) == json.loads(json.dumps(kegfast.build_info()))
+    assert run("info") == 0
+    assert torch.__version__ in capsys.readouterr().out
+
+
+def test_help_lists_the_commands(capsys):
+    assert run("--help") == 0
+    out = capsys.readouterr().out
+    for command in ("info", "train", "extract", "evaluate"):
+        assert command in out
+        assert run(f"{command} --help") == 0
+    assert run("--version") == 0
+    assert kegfast.__version__ in capsys.readouterr().out
+
+
+def test_a_process_ends_with_the_same_code():
+    done = run_process("evaluate --data none --model lenet5 --weights none.pth")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("kegfast evaluate: name must be digits,")
+    assert done.stderr.count("\n") == 1
+
+
+def test_train_then_evaluate(home, capsys):
+    assert run(f"{TRAIN} --epochs 20".replace("--steps 30", "")) == 0
+    results = json.loads((home / "a/results.json").read_text())
+    assert results["accuracy"]["test"] > 80
+    assert results["steps"] == 20 * (140 // 20)
+    steps = [json.loads(line)["step"] for line in (home / "a/metrics.jsonl").read_text().splitlines()]
+    assert steps == list(range(10, 141, 10))
+    capsys.readouterr()
+    assert run("evaluate --data mine.npz --model nets:Net --weights a/model.safetensors") == 0
+    accuracy = float(capsys.readouterr().out.split(" %")[0])
+    assert accuracy == pytest.approx(results["accuracy"]["test"], abs=0.005)
+
+
+def test_published_teacher_from_the_command_line(shared, capsys):
+    weights = shared / "pretrained/kegnet/mnist.pth.tar"
+    assert run(f"evaluate --data mnist --root {shared}/data --model lenet5 --weights {weights}") == 0
+    assert capsys.readouterr().out == "98.91 % of 10000 samples (mnist, test)\n"
+
+
+def test_extract_writes_generators_that_load(home, capsys):
+    assert run(TRAIN) == 0
+    options = "--model nets:Net --weights a/model.safetensors --steps 12 --batch-size 16 --generators 2"
+    assert run(f"extract --data mine.npz {options} --out g") == 0
+    generators = kegfast.Generators.load(home / "g/generators.safetensors")
+    assert len(generators) == 2
+    assert generators.sample(5)[0].shape == (5, 6)
+    # The same from the shape alone, without data.
+    assert run(f"extract --sample-shape 6 --num-classes 3 {options} --out h") == 0
+    g, h = (read_tensors(home / name / "generators.safetensors") for name in "gh")
+    assert g[1] == h[1]
+    assert all(torch.equal(g[0][name], h[0][name]) for name in g[0])
+
+
+def test_ctrl_c_says_how_to_go_on_to_the_same_result(home, monkeypatch, capsys):
+    assert run(TRAIN.replace("--out a", "--out whole")) == 0
+    monkeypatch.setenv("CTRL_C_AT", "17")
+    capsys.readouterr()
+    assert run(TRAIN) == 130
+    line = last_line(capsys)
+    assert line == f"kegfast train: train stopped at step 17 of 30; go on with: kegfast {TRAIN} --resume"
+    assert not (home / "a/model.safetensors").exists()
+    monkeypatch.delenv("CTRL_C_AT")
+    assert run("train --out a --resume") == 0  # its options are in the folder
+    whole, resumed = (read_state_dict(home / name / "model.safetensors") for name in ("whole", "a"))
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    assert (home / "a/results.json").read_text() == (home / "whole/results.json").read_text()
+
+
+def test_a_process_that_ctrl_c_stops_ends_with_130(home):
+    done = run_process(
+        TRAIN, env=os.environ | {"CTRL_C_AT": "5"},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
+    assert done.returncode == 130
+    assert done.stderr.count("\n") == 1
+    assert done.stderr.endswith("--resume\n")
+
+
+def test_resume_refuses_other_options(home, capsys):
+    assert run(TRAIN) == 0
+    capsys.readouterr()
+    assert run("train --out a --resume --lr 0.5") == 2
+    assert last_line(capsys) == "kegfast train: --lr was None in the run to resume, got 0.5"
+
+
+def test_an_error_before_the_first_step_leaves_an_older_run_alone(home):
+    assert run(TRAIN) == 0
+    before = {path.name: path.read_bytes() for path in (home / "a").iterdir()}
+    assert run(f"{TRAIN} --batch-size -1") == 2
+    assert {path.name: path.read_bytes() for path in (home / "a").iterdir()} == before
+
+
+def test_a_run_without_a_seed_of_its_own_repeats_itself(home):
+    for out in ("x", "y"):
+        assert run(TRAIN.replace("--out a", f"--out {out}")) == 0
+    assert run(TRAIN.replace("--out a", "--out z --seed 1")) == 0
+    x, y, z = (read_state_dict(home / out / "model.safetensors")["net.0.weight"] for out in "xyz")
+    assert torch.equal(x, y)
+    assert not torch.equal(x, z)
+
+
+def test_config_lies_under_the_command_line(home):
+    (home / "c.toml").write_text(
+        'data = "mine.npz"\nmodel = "nets:Net"\nbatch_size = 10\nsteps = 7\n'
+        "[train]\nsteps = 9\namp = true\n[evaluate]\nsplit = 'val'\n"
+    )
+    assert run("train --config c.toml --batch-size 25 --out a") == 0
+    options = json.loads((home / "a/config.json").read_text())
+    assert (options["batch_size"], options["steps"], options["amp"]) == (25, 9, True)
+    assert run("train --config c.toml --no-amp --out b") == 0
+    assert json.loads((home / "b/config.json").read_text())["amp"] is False
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("steps =", "expected TOML"),
+        ("no_such_option = 3", "unrecognized arguments: --no-such-option=3"),
+        ("steps = 'many'", "invalid int value: 'many'"),
+        ("optimizer = 'lbfgs'", "invalid choice: 'lbfgs'"),
+        ("lr = 1979-05-27", "lr must be a string, number"),
+    ],
+)
+def test_a_wrong_config_is_one_line(home, capsys, text, message):
+    (home / "c.toml").write_text(text)
+    assert run("train --config c.toml --data mine.npz --model nets:Net") == 2
+    assert message in last_line(capsys)
+
+
+def wrong_weights(home, name: str) -> None:
+    net = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3))
+    state = {f"net.{key}": value for key, value in net.state_dict().items()}
+    if name == "nan.safetensors":
+        state["net.0.weight"][2, 3] = float("nan")
+    if name == "shape.safetensors":
+        state["net.0.weight"] = torch.ones(8, 7)
+    if name == "foreign.safetensors":
+        state = {"embedding": torch.ones(2)}
+    save_tensors(home / name, state)
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("", "the following arguments are required: command"),
+        ("fly", "invalid choice: 'fly'"),
+        ("train --data mine.npz --model nets:Net --steps x", "invalid int value"),
+        ("train --data mine.npz --model nets:Net --steps 0", "steps must be a positive int, got 0"),
+        ("train --data mine.npz --model nets:Net --lr -1", "lr must be a positive number"),
+        ("train --data cifar --model lenet5", "name must be digits, mnist,"),
+        ("train --data svhn --model resnet14 --root .", "svhn/train_32x32.mat is missing; put"),
+        ("train --data none.npz --model mlp", "none.npz: No such file or directory"),
+        ("train --data one_class.npz --model mlp", "num_classes must be 2 or more, got 1"),
+        ("train --data no_class.npz --model mlp", "samples must be"),
+        ("train --data mine.npz --model vgg", "model must be lenet5, resnet14, mlp or package.module"),
+        ("train --data mine.npz", "model must be given"),
+        ("train --data mine.npz --model nets:Missing", "has no attribute 'Missing'"),
+        ("train --data mine.npz --model no_module:Net", "No module named 'no_module'"),
+        ("train --data mine.npz --model nets:broken", "broken inside"),
+        ("train --data mine.npz --model nets:number", "must give a torch.nn.Module, got int"),
+        ("train --data digits --model nets:Net", "model must take samples of shape (1, 32, 32)"),
+        ("train --data digits --model mlp", "model mlp takes rows of a table"),
+        ("train --data four.npz --model nets:Net", "model must give 4 logits"),
+        ("train --data mine.npz --model nets:Net --device tpu9", "device must be one"),
+        ("train --data mine.npz --model nets:Net --out mine.npz/sub", "mine.npz/sub: Not a directory"),
+        ("train --data mine.npz --model nets:Net --lr 1e30 --optimizer sgd", "lower learning rate"),
+        ("evaluate --data mine.npz --model nets:Net --weights none.pth", "none.pth: No such file"),
+        ("evaluate --data mine.npz --model nets:Net --weights mine.npz", "damaged, foreign"),
+        ("evaluate --data mine.npz --model nets:Net --weights text.safetensors", "expected a safetensors"),
+        ("evaluate --data mine.npz --model nets:Net --weights nan.safetensors", "not finite: net.0.weight"),
+        ("evaluate --data mine.npz --model nets:Net --weights shape.safetensors", "shape: net.0.weight"),
+        ("evaluate --data mine.npz --model nets:Net --weights foreign.safetensors", "unexpected: embedding"),
+        ("extract --model nets:Net --weights good.safetensors", "data must be given"),
+        ("extract --model nets:Net --weights good.safetensors --sample-shape 6 --num-classes 1",
+         "num-classes must be 2 or more"),
+        ("extract --model nets:Net --weights good.safetensors --sample-shape 5 --num-classes 3",
+         "model must take samples of shape (5,)"),
+        ("extract --model nets:Net --weights good.safetensors --data mine.npz --recipe none",
+         "recipe must be one of"),
+        ("extract --model nets:Net --weights good.safetensors --sample-shape 3 8 8 --num-classes 3 --mean 1",
+         "mean and std must have 3 values"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_one_line_and_leaves_nothing(home, capsys, command, message):
+    np.savez("one_class.npz", samples=np.ones((9, 6)), labels=np.zeros(9, int))
+    np.savez("no_class.npz", samples=np.ones((0, 6)), labels=np.zeros(0, int))
+    np.savez("four.npz", samples=np.ones((9, 6)), labels=np.arange(9) % 4)
+    (home / "text.safetensors").write_text("this is text and no safetensors file")
+    for name in ("good", "nan", "shape", "foreign"):
+        wrong_weights(home, f"{name}.safetensors")
+    assert run(command) == 2
+    line = last_line(capsys)
+    assert line.startswith("kegfast")
+    assert message in line
+    left = {path.name for path in home.glob("runs/*/*")}
+    assert left == ({"config.json", "checkpoint.pt", "metrics.jsonl"} if "lr 1e30" in command else set())
+
+
+def test_a_full_disk_is_one_line_and_leaves_the_old_files(home):
+    assert run(TRAIN) == 0
+    before = {path.name: path.read_bytes() for path in (home / "a").iterdir()}
+    # A limit on the size of files fails as a full disk does: in the middle of writing.
+    script = f"""
+import resource, sys
+from kegfast.cli import main
+resource.setrlimit(resource.RLIMIT_FSIZE, (800, 800))
+sys.exit(main({shlex.split(TRAIN)!r}))
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr == f"kegfast train: {home}/a/checkpoint.pt: File too large\n"
+    assert {path.name: path.read_bytes() for path in (home / "a").iterdir()} == before
