@@ -69,9 +69,8 @@ def factorize(
     if not bool(target.isfinite().all()):
         raise ValueError("weight must be finite, got NaN or infinite values")
     if metric is not None:
-        roots = [_root(part.to(target)) for part in metric]
-        factors = factorize(_change_basis(target, roots[0][0], roots[1][0]), rank)
-        return _back(factors, roots[0][1], roots[1][1]).to(weight)
+        (_, inputs), (_, output) = (_root(part.to(target)) for part in metric)
+        return _unwhiten(factorize(whiten(target, metric), rank), inputs, output).to(weight)
     matrix = weight[0, 0].numel() == 1
     if matrix and (in_rank is None or out_rank is None):
         factors = _low_rank(target, in_rank, out_rank)
@@ -121,20 +120,24 @@ def _root(moments: Tensor) -> tuple[Tensor, Tensor]:  # (C, C) -> (C, C), (C, C)
     return (vectors * values.sqrt()) @ vectors.T, (vectors * values.rsqrt()) @ vectors.T
 
 
-def _change_basis(weight: Tensor, inputs: Tensor, output: Tensor) -> Tensor:
+def whiten(weight: Tensor, metric: Metric | None) -> Tensor:
+    """The weight in the basis where the metric is the plain squared error."""
+    dtype = torch.float64 if weight.numel() <= DOUBLE_UNTIL else torch.float32
+    weight = weight.detach().to(dtype)
+    if metric is None:
+        return weight
+    (inputs, _), (output, _) = (_root(part.to(weight)) for part in metric)
     return torch.einsum("ik,kc...,cj->ij...", output, weight, inputs)
 
 
-def _back(factors: Factors, inputs: Tensor, output: Tensor) -> Factors:
-    """Factors of a weight in another basis, in the original one."""
+def _unwhiten(factors: Factors, inputs: Tensor, output: Tensor) -> Factors:
+    """Factors of a whitened weight, in the original basis."""
     first, core, last = factors
     if first is None:
         core = torch.einsum("rc...,cj->rj...", core, inputs)
     if last is None:
         core = torch.einsum("ik,kr...->ir...", output, core)
-    return Factors(
-        None if first is None else first @ inputs, core, None if last is None else output @ last
-    )
+    return Factors(None if first is None else first @ inputs, core, None if last is None else output @ last)
 
 
 def reconstruct(factors: Factors) -> Tensor:  # (K, C, kh, kw) or (K, C)

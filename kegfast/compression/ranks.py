@@ -27,9 +27,7 @@ class EVBMF(NamedTuple):
     singular_values: np.ndarray  # (rank,) after shrinkage
 
 
-def evbmf(
-    singular_values: np.ndarray, rows: int, columns: int, *, exact: bool = False
-) -> EVBMF:
+def evbmf(singular_values: np.ndarray, rows: int, columns: int, *, exact: bool = False) -> EVBMF:
     """Solves fully observed EVBMF from a matrix's singular values.
 
     Nakajima, Sugiyama, Babacan and Tomioka, "Global Analytic Solution of Fully-observed Variational
@@ -78,9 +76,7 @@ def _detection_root(alpha: float) -> float:
     return brentq(lambda tau: phi(tau) + phi(tau / alpha), guess / 8, guess * 8, xtol=1e-13)
 
 
-def _variance_bounds(
-    values: np.ndarray, small: int, large: int, x_detect: float
-) -> tuple[float, float]:
+def _variance_bounds(values: np.ndarray, small: int, large: int, x_detect: float) -> tuple[float, float]:
     """The interval that holds the noise variance of least free energy."""
     squares = values**2
     upper = squares.sum() / (small * large)
@@ -140,9 +136,10 @@ def layer_rank(
     Args:
         weight: the layer's weight. A matrix (a Linear, a 1x1 convolution) has one rank only; every
             rule but an explicit pair then gives `(rank, None)`, the two factors of its SVD.
-        rule: "evbmf" or "evbmf-exact" (see `evbmf`); a float in (0, 1], the share of the channels that each side keeps;
-            "energy=E", the least ranks whose unfoldings keep the share E of the squared norm; or an
-            explicit (in_rank, out_rank), where None leaves a side without a factor.
+        rule: "evbmf" or "evbmf-exact" (see `evbmf`); a float in (0, 1], the share of the channels
+            that each side keeps; "energy=E", the least ranks whose unfoldings keep the share E of
+            the squared norm; or an explicit (in_rank, out_rank), where None leaves a side without a
+            factor.
 
     Raises:
         ValueError: a rule that is none of these, or a rank outside 1..channels.

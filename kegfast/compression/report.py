@@ -116,16 +116,12 @@ class CompressionReport:
                 _change(layer.parameters_before, layer.parameters),
                 _change(layer.flops_before, layer.flops),
                 f"{layer.error:.4f}" if layer.rank else "",
-                " / ".join("-" if s is None else f"{1e6 * s:.0f}" for s in ways)
-                if layer.latency
-                else "",
+                " / ".join("-" if s is None else f"{1e6 * s:.0f}" for s in ways) if layer.latency else "",
                 f"{layer.decision}: {layer.reason}" if layer.reason else layer.decision,
             ]
 
     def _totals(self) -> list[str]:
-        totals = [
-            f"{self.parameters_before:,} -> {self.parameters:,} parameters ({self.ratio:.2f}x)"
-        ]
+        totals = [f"{self.parameters_before:,} -> {self.parameters:,} parameters ({self.ratio:.2f}x)"]
         if self.flops and self.flops_before:
             totals.append(
                 f"{self.flops_before:,} -> {self.flops:,} FLOPs ({self.flops_before / self.flops:.2f}x)"

@@ -1,5 +1,6 @@
 """Finding the layers of a model that can be factorised, and replacing them."""
 
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
@@ -105,9 +106,7 @@ def build(module: nn.Conv2d | nn.Linear, factors: Factors) -> nn.Module:
         plain convolutions under the same names (first, core, last).
     """
     if isinstance(module, nn.Linear):
-        layer = TuckerLinear(
-            module.in_features, module.out_features, factors.rank, module.bias is not None
-        )
+        layer = TuckerLinear(module.in_features, module.out_features, factors.rank, module.bias is not None)
     elif None not in factors.rank and _fits_tucker(module):
         layer = TuckerConv2d(
             module.in_channels,
@@ -262,3 +261,10 @@ def _dense(layer: nn.Module) -> nn.Module:
     if tail.bias is not None:
         dense.bias.copy_(tail.bias)
     return dense.requires_grad_(layer.core.weight.requires_grad).train(layer.training)
+
+
+@torch.no_grad()
+def unfused(layer: TuckerConv2d) -> nn.Module:
+    """The plain convolutions of a fused layer, on the same parameters."""
+    parts = FactorChain(OrderedDict(first=layer.first, core=layer.core, last=layer.last))
+    return nn.Sequential(parts, nn.ReLU()) if layer.activation == "relu" else parts

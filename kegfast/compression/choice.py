@@ -1,0 +1,179 @@
+"""Never slower: what runs fastest is measured, layer by layer and then as a whole."""
+
+import logging
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from kegfast.compression.calibration import Inputs, Traffic, evaluation
+from kegfast.compression.report import CompressionReport, LayerReport
+from kegfast.compression.surgery import Site, replace, unfused
+from kegfast.nn import TuckerConv2d, TuckerLinear
+
+log = logging.getLogger(__name__)
+
+NOISE = 0.02
+"""Differences below this share are those of the clock, not of the model."""
+
+
+def interleaved(
+    calls: Mapping[str, Callable[[], object]], *, seconds: float = 0.1, least: int = 5
+) -> dict[str, float]:
+    """Median seconds of each call, the calls taking turns so that a busy machine hits all alike.
+
+    Args:
+        calls: what to time, by name.
+        seconds: roughly the time to spend on all of them together.
+        least: rounds at least.
+    """
+    with torch.inference_mode():
+        for call in calls.values():
+            call()
+        times: dict[str, list[float]] = {name: [] for name in calls}
+        end = time.perf_counter() + seconds
+        while len(next(iter(times.values()))) < least or time.perf_counter() < end:
+            for name, call in calls.items():
+                start = time.perf_counter()
+                call()
+                _wait()
+                times[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def _wait() -> None:
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+
+
+def time_layers(
+    student: nn.Module,
+    sites: Mapping[str, Site],
+    traffic: Mapping[str, Traffic],
+    example: Inputs,
+    seconds: float,
+) -> dict[str, tuple[dict[str, nn.Module], dict[str, float]]]:
+    """For each factored site its ways to run ("dense", "unfused", "fused") and their median seconds."""
+    found = {}
+    for name, site in sites.items():
+        if name not in traffic:
+            continue
+        ways = _ways(site.module, student.get_submodule(name))
+        x = like(example, traffic[name].inputs, site.module.weight)
+        found[name] = ways, _time_ways(ways, x, seconds)
+    return found
+
+
+def _ways(dense: nn.Module, layer: nn.Module) -> dict[str, nn.Module]:
+    ways = {"dense": dense}
+    if isinstance(layer, TuckerConv2d):
+        return {**ways, "unfused": unfused(layer), "fused": layer}
+    return {**ways, "unfused": layer}
+
+
+def _time_ways(ways: Mapping[str, nn.Module], x: Tensor, seconds: float) -> dict[str, float]:
+    modes = {layer: layer.training for way in ways.values() for layer in way.modules()}
+    try:
+        for way in ways.values():
+            way.eval()
+        return interleaved({way: lambda m=m: m(x) for way, m in ways.items()}, seconds=seconds)
+    finally:
+        for layer, mode in modes.items():
+            layer.training = mode
+
+
+def like(example: Inputs, shape: Sequence[int], weight: Tensor) -> Tensor:
+    """Random input of a layer in its weight's dtype and the example's memory format."""
+    x = torch.randn(tuple(shape), device=weight.device).to(weight.dtype)
+    wanted = example[0]
+    last = wanted.dim() == 4 and wanted.is_contiguous(memory_format=torch.channels_last)
+    if x.dim() == 4 and last and not wanted.is_contiguous():
+        return x.contiguous(memory_format=torch.channels_last)
+    return x
+
+
+def keep_fastest(
+    student: nn.Module,
+    teacher: nn.Module,
+    sites: Mapping[str, Site],
+    traffic: Mapping[str, Traffic],
+    example: Inputs,
+    report: CompressionReport,
+    *,
+    keep_small: bool,
+    seconds: float = 0.1,
+) -> nn.Module:
+    """Replaces layers of the student by whichever way of running them is fastest.
+
+    Args:
+        student: the compressed model.
+        teacher: the original, to be timed against.
+        sites: the factored sites by name, with their original modules.
+        traffic: shapes at the sites for `example`.
+        example: input of the model.
+        report: gets the latencies, decisions and reasons.
+        keep_small: keep a layer factored although it is slower, as long as the whole model is not.
+        seconds: for each layer's timing.
+
+    Returns:
+        The student, which in the last measurement was not slower than the teacher.
+    """
+    timed = time_layers(student, sites, traffic, example, seconds)
+    losses: dict[str, float] = {}
+    for name, (ways, times) in timed.items():
+        entry = report[name]
+        entry.latency = times
+        low = min((way for way in times if way != "dense"), key=times.__getitem__)
+        losses[name] = times[low] - times["dense"]
+        student = replace(student, sites[name], ways[low])
+        entry.decision = _decision(ways[low])
+        entry.reason += f"; {low} is the faster way" if len(ways) == 3 else ""
+        if losses[name] > 0 and not keep_small:
+            student = _restore(student, sites[name], entry, "slower than the dense layer")
+            del losses[name]
+    return _not_slower(student, teacher, sites, losses, example, report, 4 * seconds)
+
+
+def _decision(layer: nn.Module) -> str:
+    return "tucker" if isinstance(layer, TuckerConv2d | TuckerLinear) else "factors"
+
+
+def _restore(student: nn.Module, site: Site, entry: LayerReport, reason: str) -> nn.Module:
+    entry.decision, entry.rank, entry.error = "dense", None, 0.0
+    entry.parameters, entry.flops = entry.parameters_before, entry.flops_before
+    entry.reason += f"; {reason}"
+    log.info("%s stays dense: %s", entry.name, reason)
+    return replace(student, site, site.module)
+
+
+def _not_slower(
+    student: nn.Module,
+    teacher: nn.Module,
+    sites: Mapping[str, Site],
+    losses: dict[str, float],
+    example: Inputs,
+    report: CompressionReport,
+    seconds: float,
+) -> nn.Module:
+    """Times the whole model, and restores the layers that lost most until it is not slower."""
+    worst = sorted(losses, key=losses.__getitem__)
+    while True:
+        with evaluation(student), evaluation(teacher):
+            models = {"before": teacher, "after": student}
+            calls = {name: lambda m=m: m(*example) for name, m in models.items()}
+            report.latency = interleaved(calls, seconds=seconds)
+        before, after = report.latency["before"], report.latency["after"]
+        if after <= before:
+            return student
+        if not worst:
+            report.notes.append("every layer is dense again; the rest is the clock's noise")
+            return student
+        # A quarter of the layers at once when it is far off.
+        step = max(1, len(worst) // 4) if after > before * (1 + NOISE) else 1
+        for _ in range(step):
+            name = worst.pop()
+            student = _restore(
+                student, sites[name], report[name], "restored, the whole model was slower without it"
+            )

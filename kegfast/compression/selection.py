@@ -1,0 +1,63 @@
+"""Which layers of a model a call to compress means."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from fnmatch import fnmatchcase
+from typing import Any
+
+from kegfast.check import expected
+from kegfast.compression import ranks
+from kegfast.compression.ranks import RankRules
+from kegfast.compression.surgery import Site
+
+Patterns = str | Sequence[str] | None
+
+
+def select(sites: list[Site], include: Patterns, exclude: Patterns, rules: RankRules = "evbmf") -> list[Site]:
+    """The sites that the patterns choose and that can be factored; notes why the others are not."""
+    taken, left = _patterns("include", include), _patterns("exclude", exclude)
+    for argument, patterns in (("include", taken or []), ("exclude", left or [])):
+        _check_matches(argument, patterns, sites)
+    if isinstance(rules, Mapping):
+        _check_matches("rank", rules, sites)
+        for rule in rules.values():
+            ranks.check_rule(rule)
+    else:
+        ranks.check_rule(rules)
+    selected = []
+    for site in sites:
+        if taken is not None and not _matches(site, taken):
+            site.refusal = "not in include"
+        elif left is not None and _matches(site, left):
+            site.refusal = "in exclude"
+        elif site.refusal is None and rule_of(site, rules) is None:
+            site.refusal = "no rank given"
+        if site.refusal is None:
+            if not bool(site.module.weight.isfinite().all()):
+                raise ValueError(f"model must have finite weights, got NaN or inf in {site.name!r}")
+            selected.append(site)
+    return selected
+
+
+def _patterns(argument: str, patterns: Patterns) -> list[str] | None:
+    if patterns is None:
+        return None
+    patterns = [patterns] if isinstance(patterns, str) else list(patterns)
+    if not all(isinstance(pattern, str) for pattern in patterns):
+        raise TypeError(expected(argument, "glob patterns of layer names", patterns))
+    return patterns
+
+
+def _check_matches(argument: str, patterns: Iterable[str], sites: list[Site]) -> None:
+    for pattern in patterns:
+        if not any(_matches(site, [pattern]) for site in sites):
+            known = ", ".join(site.name for site in sites[:8])
+            raise ValueError(f"{argument} must match a layer ({known}, ...), got {pattern!r}")
+
+
+def _matches(site: Site, patterns: Iterable[str]) -> bool:
+    return any(fnmatchcase(name, pattern) for name in site.names for pattern in patterns)
+
+
+def rule_of(site: Site, rules: RankRules) -> Any:
+    found = (ranks.rule_for(rules, name) for name in site.names)
+    return next((rule for rule in found if rule is not None), None)
