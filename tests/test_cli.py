@@ -194,10 +194,10 @@ def test_config_lies_under_the_command_line(home):
         "[train]\nsteps = 9\namp = true\n[evaluate]\nsplit = 'val'\n"
     )
     assert run("train --config c.toml --batch-size 25 --out a") == 0
-    options = json.loads((home / "a/config.json").read_text())
+    options = json.loads((home / "a/options.json").read_text())
     assert (options["batch_size"], options["steps"], options["amp"]) == (25, 9, True)
     assert run("train --config c.toml --no-amp --out b") == 0
-    assert json.loads((home / "b/config.json").read_text())["amp"] is False
+    assert json.loads((home / "b/options.json").read_text())["amp"] is False
 
 
 @pytest.mark.parametrize(
@@ -282,7 +282,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(home, capsys, command, message
     assert line.startswith("kegfast")
     assert message in line
     left = {path.name for path in home.glob("runs/*/*")}
-    assert left == ({"config.json", "checkpoint.pt", "metrics.jsonl"} if "lr 1e30" in command else set())
+    assert left == ({"options.json", "checkpoint.pt", "metrics.jsonl"} if "lr 1e30" in command else set())
 
 
 def test_a_full_disk_is_one_line_and_leaves_the_old_files(home):

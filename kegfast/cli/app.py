@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from kegfast.cli import evaluate, extract, info, train
+from kegfast.cli import demo, evaluate, extract, info, reproduce, train
 from kegfast.cli.config import with_defaults
 from kegfast.version import __version__
 
@@ -16,6 +16,8 @@ COMMANDS = {
     "train": train,
     "extract": extract,
     "evaluate": evaluate,
+    "demo": demo,
+    "reproduce": reproduce,
 }
 
 USAGE_ERROR = 2
@@ -49,9 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         logging.getLogger(__name__).debug("", exc_info=error)
         return _complain(f"kegfast {args.command}", error)
     except KeyboardInterrupt as stop:
-        again = argv if "--resume" in argv else [*argv, "--resume"]
-        advice = f"; go on with: kegfast {shlex.join(again)}" if "resume" in args else ""
-        print(f"kegfast {args.command}: {stop or 'interrupted'}{advice}", file=sys.stderr)
+        print(f"kegfast {args.command}: {stop or 'interrupted'}{_advice(args, argv)}", file=sys.stderr)
         return INTERRUPTED
     return 0
 
@@ -75,6 +75,13 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         self.exit(USAGE_ERROR, f"{self.prog}: {message} (see {self.prog} --help)\n")
+
+
+def _advice(args: argparse.Namespace, argv: list[str]) -> str:
+    """How to go on after Ctrl-C."""
+    if "resume" not in args:
+        return ""
+    return f"; go on with: kegfast {shlex.join(argv if '--resume' in argv else [*argv, '--resume'])}"
 
 
 def _complain(program: str, error: BaseException) -> int:

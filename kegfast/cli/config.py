@@ -7,8 +7,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-CONFIG = "config.json"
+OPTIONS = "options.json"
 """The options of a run, in its folder."""
+
+
+def default_out(command: str) -> Path:
+    """The folder of a run whose --out is not given."""
+    return Path("runs") / command
 
 
 def with_defaults(argv: Sequence[str]) -> list[str]:
@@ -35,8 +40,9 @@ def with_defaults(argv: Sequence[str]) -> list[str]:
     values: dict[str, Any] = {}
     if known.config is not None:
         values |= _read_toml(known.config, known.command)
-    if known.resume and known.out is not None and (known.out / CONFIG).exists():
-        values |= json.loads((known.out / CONFIG).read_text(encoding="utf-8"))
+    before = (known.out or default_out(argv[0])) / OPTIONS
+    if known.resume and before.exists():
+        values |= json.loads(before.read_text(encoding="utf-8"))
     return [argv[0], *_tokens(values), *argv[1:]]
 
 

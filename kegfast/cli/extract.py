@@ -17,7 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch-size", type=int, help="samples per generator; default: the recipe's")
     parser.add_argument("--lr", type=float, help="learning rate; default: the recipe's")
     options.add_compute(parser)
-    options.add_run(parser, "runs/extract")
+    options.add_run(parser, "extract")
 
 
 def run(args: argparse.Namespace) -> None:

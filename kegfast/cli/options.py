@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kegfast.cli.config import CONFIG
+from kegfast.cli.config import OPTIONS, default_out
 
 if TYPE_CHECKING:  # the commands' own imports are heavy, and --help should not wait for them
     import torch
@@ -73,21 +73,27 @@ def sample_info(args: argparse.Namespace) -> "DataInfo":
     return data.DataInfo("the samples", args.num_classes, shape, tuple(args.mean), tuple(args.std))
 
 
-def add_compute(parser: argparse.ArgumentParser) -> None:
-    """--device and --amp."""
+def add_device(parser: argparse.ArgumentParser) -> None:
+    """--device."""
     parser.add_argument(
         "--device", default="auto", help="cpu, cuda, cuda:1, ...; auto takes cuda where it is"
     )
+
+
+def add_compute(parser: argparse.ArgumentParser) -> None:
+    """--device and --amp."""
+    add_device(parser)
     parser.add_argument(
         "--amp", action=argparse.BooleanOptionalAction, default=False, help="compute in bfloat16 where safe"
     )
 
 
-def add_run(parser: argparse.ArgumentParser, default: str) -> None:
+def add_run(parser: argparse.ArgumentParser, command: str) -> None:
     """--seed, --out and --resume."""
+    default = default_out(command)
     parser.add_argument("--seed", type=int, default=0, help="seed of everything random (default 0)")
     parser.add_argument(
-        "--out", type=Path, default=Path(default), metavar="FOLDER",
+        "--out", type=Path, default=default, metavar="FOLDER",
         help=f"folder for the results (default {default})",
     )  # fmt: skip
     parser.add_argument(
@@ -187,7 +193,7 @@ class Run:
     def __enter__(self) -> "Run":
         from kegfast.files import write_json
 
-        path = self.folder / CONFIG
+        path = self.folder / OPTIONS
         self._before = path.read_bytes() if path.exists() else None
         self._began = self._last_checkpoint()
         if self.resume and self._before is not None:
@@ -198,7 +204,7 @@ class Run:
     def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
         if kind is None or self._last_checkpoint() != self._began:
             return
-        path = self.folder / CONFIG
+        path = self.folder / OPTIONS
         if self._before is not None:
             path.write_bytes(self._before)
             return

@@ -19,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--label-smoothing", type=float, default=0.0, help="default 0")
     parser.add_argument("--shift", type=int, default=0, help="random shift of images in pixels (default 0)")
     options.add_compute(parser)
-    options.add_run(parser, "runs/train")
+    options.add_run(parser, "train")
 
 
 def run(args: argparse.Namespace) -> None:
