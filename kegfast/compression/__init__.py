@@ -1,7 +1,19 @@
 """compress(): a trained network in low-rank layers, by measurement never slower than before."""
 
 from kegfast.compression.compress import compress
+from kegfast.compression.fuse import fuse
+from kegfast.compression.interop import from_state_dict
 from kegfast.compression.report import CompressionReport, LayerReport
+from kegfast.compression.saving import load, save
 from kegfast.compression.surgery import densify
 
-__all__ = ["CompressionReport", "LayerReport", "compress", "densify"]
+__all__ = [
+    "CompressionReport",
+    "LayerReport",
+    "compress",
+    "densify",
+    "from_state_dict",
+    "fuse",
+    "load",
+    "save",
+]

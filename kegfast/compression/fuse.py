@@ -1,0 +1,126 @@
+"""Folding what follows a layer into it: BatchNorm into the weights, ReLU into the fused operator."""
+
+import copy
+import logging
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from kegfast.compression.structure import trace_graph
+from kegfast.compression.surgery import FactorChain
+from kegfast.nn import TuckerConv2d, TuckerLinear
+
+log = logging.getLogger(__name__)
+
+LAYERS = (nn.Conv2d, nn.Linear, TuckerConv2d, TuckerLinear, FactorChain)
+RELU = (torch.relu, nn.functional.relu, torch.relu_)
+
+
+def fuse(model: nn.Module) -> nn.Module:
+    """Folds BatchNorm and ReLU into the layers before them, for inference.
+
+    A BatchNorm (by its running statistics) goes into the weights and bias of the convolution or Linear
+    before it, factored or dense; a ReLU that follows a TuckerConv2d goes into its operator, which
+    applies it in its last store, at no cost. Both only where nothing else reads the value between.
+
+    Args:
+        model: any module; it stays as it is.
+
+    Returns:
+        The folded model in eval mode: a torch.fx GraphModule with the same names. Where the forward
+        pass cannot be traced, a copy in which only neighbours inside an `nn.Sequential` are folded.
+    """
+    folded = copy.deepcopy(model).eval()
+    graph = trace_graph(folded)
+    if graph is None:
+        log.info("%s cannot be traced: only neighbours in Sequentials are folded", type(model).__name__)
+        for module in list(folded.modules()):
+            if type(module) is nn.Sequential:
+                _fuse_sequential(module)
+        return folded
+    _fuse_graph(graph)
+    return graph.eval()
+
+
+def _fuse_graph(model: fx.GraphModule) -> None:
+    modules = dict(model.named_modules(remove_duplicate=False))
+    calls: dict[int, int] = {}
+    for node in model.graph.nodes:
+        if node.op == "call_module":
+            calls[id(modules[node.target])] = calls.get(id(modules[node.target]), 0) + 1
+    for node in list(model.graph.nodes):
+        if node.op != "call_module" or not isinstance(modules[node.target], LAYERS):
+            continue
+        layer = modules[node.target]
+        if calls[id(layer)] > 1:  # what follows differs from call to call
+            continue
+        follower = _only_user(node)
+        if follower is not None and follower.op == "call_module":
+            norm = modules[follower.target]
+            if _folds(layer, norm) and calls[id(norm)] == 1:
+                _fold(layer, norm)
+                model.set_submodule(follower.target, nn.Identity())
+                _skip(model, follower)
+                follower = _only_user(node)
+        if isinstance(layer, TuckerConv2d) and follower is not None and _is_relu(follower, modules):
+            layer.activation = "relu"
+            _skip(model, follower)
+    model.graph.lint()
+    model.recompile()
+
+
+def _only_user(node: fx.Node) -> fx.Node | None:
+    return next(iter(node.users)) if len(node.users) == 1 else None
+
+
+def _is_relu(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
+    if node.op == "call_module":
+        return type(modules[node.target]) is nn.ReLU
+    return node.target in RELU if node.op == "call_function" else node.target in ("relu", "relu_")
+
+
+def _skip(model: fx.GraphModule, node: fx.Node) -> None:
+    node.replace_all_uses_with(node.all_input_nodes[0])
+    model.graph.erase_node(node)
+
+
+def _fuse_sequential(parts: nn.Sequential) -> None:
+    layer: nn.Module | None = None
+    for name, follower in list(parts._modules.items()):
+        if layer is not None and _folds(layer, follower):
+            _fold(layer, follower)
+            parts._modules[name] = nn.Identity()
+        elif isinstance(layer, TuckerConv2d) and type(follower) is nn.ReLU:
+            layer.activation = "relu"
+            parts._modules[name] = nn.Identity()
+            layer = None
+        elif not isinstance(follower, nn.Identity):
+            layer = follower if isinstance(follower, LAYERS) else None
+
+
+def _folds(layer: nn.Module, norm: nn.Module) -> bool:
+    if not isinstance(norm, nn.BatchNorm2d | nn.BatchNorm1d) or norm.running_mean is None:
+        return False
+    if isinstance(layer, TuckerConv2d) and layer.activation is not None:
+        return False
+    # BatchNorm1d behind a Linear normalises features only on 2-d input; behind a convolution it cannot be.
+    linear = isinstance(layer, nn.Linear | TuckerLinear)
+    return linear == isinstance(norm, nn.BatchNorm1d)
+
+
+@torch.no_grad()
+def _fold(layer: nn.Module, norm: _BatchNorm) -> None:
+    tail = layer if isinstance(layer, nn.Conv2d | nn.Linear) else layer.last
+    if tail is None or (isinstance(layer, FactorChain) and not hasattr(layer, "last")):
+        tail = layer.core
+    scale = (norm.running_var.double() + norm.eps).rsqrt()
+    if norm.weight is not None:
+        scale = scale * norm.weight.double()
+    bias = tail.bias.double() if tail.bias is not None else torch.zeros_like(scale)
+    shift = (bias - norm.running_mean.double()) * scale
+    if norm.bias is not None:
+        shift = shift + norm.bias.double()
+    weight: Tensor = tail.weight
+    weight.copy_(weight.double() * scale.reshape(-1, *[1] * (weight.dim() - 1)))
+    tail.bias = nn.Parameter(shift.to(weight), requires_grad=weight.requires_grad)

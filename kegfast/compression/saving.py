@@ -1,0 +1,214 @@
+"""One safetensors file for a compressed model: weights, structure, ranks and versions; no pickle."""
+
+import importlib
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from kegfast.check import expected
+from kegfast.compression.structure import graph_from, graph_of, module_from, module_spec, module_specs
+from kegfast.compression.surgery import Site, factored_layers, factors_of, replace
+from kegfast.files import read_tensors, save_tensors
+from kegfast.version import __version__
+
+FORMAT = "kegfast-model-1"
+
+Factory = str | Callable[[], nn.Module]
+
+
+def save(model: nn.Module, path: str | Path, *, factory: str | None = None) -> None:
+    """Writes a model, compressed or not, as one safetensors file, atomically.
+
+    The metadata holds the arguments of every layer, the ranks, the versions of kegfast and torch, and,
+    where the forward pass can be traced by torch.fx, that too: `load` then needs no other code.
+
+    Args:
+        model: any module.
+        path: the file, usually `*.safetensors`.
+        factory: import path of what makes the uncompressed architecture ("package.module:function"),
+            kept as a hint for models that cannot be traced.
+
+    Raises:
+        TypeError, ValueError: no module, or a factory that is no import path.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(expected("model", "a torch.nn.Module", model))
+    if factory is not None:
+        _split(factory)
+    modules, aliases = module_specs(model)
+    structure = {
+        "modules": modules,
+        "aliases": aliases,
+        "graph": graph_of(model),
+        "loose": _loose(model, modules),
+    }
+    ranks = {name: factors_of(layer).rank for name, layer in factored_layers(model)}
+    metadata = {
+        "format": FORMAT,
+        "kegfast": __version__,
+        "torch": str(torch.__version__),
+        "factory": factory or "",
+        "ranks": json.dumps(ranks),
+        "structure": json.dumps(structure),
+    }
+    save_tensors(path, model.state_dict(), metadata)
+
+
+def _loose(model: nn.Module, modules: Mapping[str, Any]) -> dict[str, str]:
+    """Parameters and buffers that hang in modules without a spec, and which of both they are."""
+    kinds = {name: "parameter" for name, _ in model.named_parameters(remove_duplicate=False)}
+    kinds |= {name: "buffer" for name, _ in model.named_buffers(remove_duplicate=False)}
+    inside = tuple(f"{name}." if name else "" for name in modules)
+    saved = model.state_dict()
+    return {
+        name: kind
+        for name, kind in kinds.items()
+        if name in saved and not (inside and name.startswith(inside))
+    }
+
+
+def load(path: str | Path, model: nn.Module | None = None, *, factory: Factory | None = None) -> nn.Module:
+    """Reads what `save` wrote, without executing anything that is in the file.
+
+    Args:
+        path: the file.
+        model: the uncompressed architecture (any weights); its layers are replaced in place. None
+            rebuilds the model from the file alone.
+        factory: makes that architecture; a callable or its import path.
+
+    Returns:
+        The model in eval mode on the CPU. Without `model` and `factory` it is a torch.fx GraphModule
+        with the same state dict.
+
+    Raises:
+        OSError: the file cannot be opened.
+        ValueError: it is no such file, does not fit the model, holds NaN or infinity, or needs a
+            factory.
+    """
+    tensors, metadata = read_tensors(path)
+    if metadata.get("format") != FORMAT:
+        raise ValueError(f"{path}: expected a file of kegfast.save, got format {metadata.get('format')!r}")
+    bad = [name for name, tensor in tensors.items() if not bool(tensor.isfinite().all())]
+    if bad:
+        raise ValueError(f"{path}: expected finite weights, got NaN or infinity in {', '.join(bad[:3])}")
+    try:
+        structure = json.loads(metadata["structure"])
+        base = _base(model, factory, structure, tensors, metadata.get("factory"))
+        if isinstance(structure["graph"], list) and model is None and factory is None:
+            found: nn.Module = _complete(graph_from(structure["graph"], base), base)
+        else:
+            found = base
+        found.load_state_dict(_with_shared(found, tensors), assign=True)
+    except (KeyError, TypeError, AttributeError, RuntimeError, json.JSONDecodeError) as error:
+        reason = str(error).strip().splitlines()
+        raise ValueError(f"{path}: expected a model that fits, got {' '.join(reason)[:300]}") from error
+    return found.eval()
+
+
+def _base(
+    model: nn.Module | None,
+    factory: Factory | None,
+    structure: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    hint: str | None,
+) -> nn.Module:
+    if model is None and factory is not None:
+        model = resolve(factory)()
+    if model is None and structure["graph"] is None:
+        if not hint or not hint.startswith("kegfast."):  # never import what a file asks for
+            wanted = f"factory={hint!r}" if hint else "the architecture"
+            raise ValueError(f"model or factory must be given, this file cannot be traced; pass {wanted}")
+        model = resolve(hint)()
+    if model is not None:
+        return _adapt(model, structure)
+    root = nn.Module()
+    for name, spec in structure["modules"].items():
+        _hang(root, name, module_from(spec))
+    for alias, name in structure["aliases"].items():
+        _hang(root, alias, root.get_submodule(name))
+    for name, kind in structure["loose"].items():
+        owner, _, last = name.rpartition(".")
+        holder = _container(root, owner)
+        if kind == "parameter":
+            floating = tensors[name].is_floating_point()
+            holder.register_parameter(last, nn.Parameter(tensors[name], requires_grad=floating))
+        else:
+            holder.register_buffer(last, tensors[name])
+    return root
+
+
+def _with_shared(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors, those of shared modules under each of their names in the model."""
+    own = model.state_dict(keep_vars=True)
+    by_identity = {id(own[name]): tensors[name] for name in own if name in tensors}
+    shared = {name: by_identity[id(own[name])] for name in own if id(own[name]) in by_identity}
+    return {**shared, **tensors}
+
+
+def _complete(graph: fx.GraphModule, root: nn.Module) -> fx.GraphModule:
+    """Adds what the forward pass does not use, under all names, so that the state dict is the model's."""
+    present = dict(graph.named_modules(remove_duplicate=False))
+    for name, module in root.named_modules(remove_duplicate=False):
+        if name not in present and not any(module.children()):
+            graph.add_submodule(name, module)
+    for name, tensor in [*root.named_parameters(), *root.named_buffers()]:
+        owner, _, last = name.rpartition(".")
+        holder = _container(graph, owner)
+        if last not in holder._parameters and last not in holder._buffers:
+            setattr(holder, last, tensor)
+    return graph
+
+
+def _adapt(model: nn.Module, structure: Mapping[str, Any]) -> nn.Module:
+    """The model with every layer that the structure describes differently replaced."""
+    shared: dict[str, list[str]] = {}
+    for alias, name in structure["aliases"].items():
+        shared.setdefault(name, []).append(alias)
+    for name, spec in structure["modules"].items():
+        if module_spec(model.get_submodule(name)) != spec:
+            new = module_from(spec)
+            model = replace(model, Site(name, new, [name, *shared.get(name, [])]), new)
+    return model
+
+
+def _hang(root: nn.Module, name: str, module: nn.Module) -> None:
+    owner, _, last = name.rpartition(".")
+    _container(root, owner).add_module(last or "model", module)
+
+
+def _container(root: nn.Module, name: str) -> nn.Module:
+    """The module of that name, made of empty ones where there is none yet."""
+    for part in filter(None, name.split(".")):
+        if part not in root._modules:
+            root.add_module(part, nn.Module())
+        root = root._modules[part]
+    return root
+
+
+def resolve(factory: Factory) -> Callable[[], nn.Module]:
+    """The callable of an import path.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if callable(factory):
+        return factory
+    module, name = _split(factory)
+    try:
+        found = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"factory must be importable, got {factory!r}: {error}") from error
+    if not callable(found):
+        raise ValueError(expected("factory", "a callable", found))
+    return found
+
+
+def _split(factory: str) -> tuple[str, str]:
+    module, _, name = factory.partition(":") if isinstance(factory, str) else ("", "", "")
+    if not module or not name.isidentifier():
+        raise ValueError(expected("factory", "an import path 'package.module:function'", factory))
+    return module, name
