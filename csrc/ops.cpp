@@ -7,6 +7,11 @@ STABLE_TORCH_LIBRARY(kegfast, m) {
       "diversity_forward(Tensor noises, Tensor samples, int metric, int noise_metric, bool noise_grad, bool sample_grad)"
       " -> (Tensor exponent, Tensor noise_gradient, Tensor sample_gradient)");
 
+  // T^2 KL(softmax(teacher / T) || softmax(student / T)), batch mean (float32 scalar), and its gradient in the student, or none.
+  m.def(
+      "soft_target_forward(Tensor student, Tensor teacher, float temperature, bool want_gradient)"
+      " -> (Tensor loss, Tensor gradient)");
+
   // A Tucker-2 convolution last(core(first(x))) + bias, then ReLU if asked. packed: tucker2_pack of these factors, or none.
   // Strides, paddings and dilations come as single ints: lists cost a microsecond a call.
   m.def(
