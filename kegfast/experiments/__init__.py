@@ -1,0 +1,1 @@
+"""Published experiments as configurations, each run by one command."""

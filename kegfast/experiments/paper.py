@@ -1,0 +1,183 @@
+"""The experiments of KegNet (Yoo et al., NeurIPS 2019): teachers, students and what was published."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from torch import nn
+
+from kegfast.check import expected
+from kegfast.models import MLP, LeNet5, ResNet14
+
+Ranks = Mapping[str, tuple[int, int]]
+
+METHODS = ("tucker-only", "uniform", "gaussian", "procedural", "kegnet", "kegfast", "oracle")
+"""What a compressed student is taught with: nothing, noise, dead leaves, the published generators, the
+default mixture, real unlabelled training samples."""
+
+
+@dataclass(frozen=True)
+class Student:
+    """One student of the paper.
+
+    Attributes:
+        ranks: (in_rank, out_rank) by layer name or pattern.
+        published: accuracy in percent by method, as far as it is known here.
+    """
+
+    ranks: Ranks
+    published: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Config:
+    """What a result depends on besides the data set, the student, the method and the seed.
+
+    Attributes:
+        pool: different samples that a student sees, whatever the method.
+        steps: its optimizer steps.
+        batch_size: samples of a step.
+        temperature: of the KL divergence from the teacher.
+        generator_steps: steps of the generators, all of them at once.
+        generator_batch: samples per generator and step.
+        probe: held-out samples per source that students are chosen by.
+    """
+
+    pool: int
+    steps: int
+    batch_size: int = 128
+    temperature: float = 1.0
+    generator_steps: int = 1_000
+    generator_batch: int = 64
+    probe: int = 2_000
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How a student is taught: one leg of Adam and a cosine per learning rate, the steps shared equally.
+
+    The end of every leg, and the start, are candidates for the choice without data.
+
+    Attributes:
+        rates: the learning rate at the start of each leg.
+        batchnorm: the mode of the student's BatchNorm layers; see `kegfast.distill`.
+    """
+
+    rates: tuple[float, ...]
+    batchnorm: Literal["train", "eval"]
+
+
+STRUCTURED = Schedule((2e-3,), "train")
+"""For samples that look like images: a student cannot learn too much from them."""
+NOISE = Schedule((1e-5, 1e-4, 1e-3), "eval")
+"""For noise and KegNet's samples, from which a student drifts away when it learns fast."""
+TABULAR = Schedule((1e-3,), "train")
+"""For rows of a table, where noise is not far from data."""
+
+
+@dataclass(frozen=True)
+class Paper:
+    """One data set of the paper.
+
+    Attributes:
+        dataset: the name that `kegfast.data.load` takes.
+        model: the teacher's architecture.
+        build: makes an untrained teacher.
+        students: by number.
+        config: the budget of every student and method.
+        teacher: the published teacher's accuracy.
+        beta: weight of the generators' diversity term.
+        generator_lr: the generators' learning rate.
+        training: arguments of `kegfast.training.train` for a teacher that is trained here.
+    """
+
+    dataset: str
+    model: str
+    build: Callable[[], nn.Module]
+    students: Mapping[int, Student]
+    config: Config
+    teacher: float
+    beta: float
+    generator_lr: float = 1e-3
+    training: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def tabular(self) -> bool:
+        """Whether the samples are rows of a table."""
+        return self.model == "MLP"
+
+    def schedule(self, method: str) -> Schedule:
+        """How a student is taught with the samples of a method."""
+        if self.tabular:
+            return TABULAR
+        return NOISE if method in ("uniform", "gaussian", "kegnet") else STRUCTURED
+
+
+def _kegnet(
+    ranks: Ranks, tucker: float, uniform: float | None, gaussian: float | None, kegnet: float
+) -> Student:
+    published = {"tucker-only": tucker, "uniform": uniform, "gaussian": gaussian, "kegnet": kegnet}
+    return Student(ranks, {method: value for method, value in published.items() if value is not None})
+
+
+_CONV1 = {"layers3.0.conv1": (8, 11), "layers3.1.conv1": (15, 15)}
+_CONV2 = {"layers3.0.conv2": (24, 10), "layers3.1.conv2": (21, 18)}
+_SVHN1 = {"layers3.0.conv1": (2, 2), "layers3.1.conv1": (10, 9)}
+_SVHN2 = {"layers3.0.conv2": (8, 7), "layers3.1.conv2": (21, 10)}
+
+
+def _table(dataset: str, features: int, classes: int, rank: int, teacher: float, *published: float) -> Paper:
+    tucker, gaussian, kegnet = published
+    return Paper(
+        dataset, "MLP", lambda: MLP(features, classes),
+        {1: _kegnet({"*": (rank, rank)}, tucker, None, gaussian, kegnet)},
+        Config(pool=200_000, steps=10_000, generator_steps=1_500),
+        teacher, beta=10.0, training={"steps": 12_000},
+    )  # fmt: skip
+
+
+PAPERS = {
+    paper.dataset: paper
+    for paper in (
+        Paper(
+            "mnist", "LeNet5", LeNet5,
+            {
+                1: _kegnet({"conv3": (7, 11)}, 85.18, 95.48, 95.45, 96.32),
+                2: _kegnet({"conv2": (3, 4), "conv3": (7, 11)}, 67.35, 88.27, 87.70, 90.89),
+                3: _kegnet({"conv2": (3, 4), "conv3": (5, 8)}, 50.01, 69.89, 71.76, 89.94),
+            },
+            Config(pool=65_536, steps=3_000),
+            98.90, beta=0.0, training={"epochs": 5, "shift": 2},
+        ),
+        Paper(
+            "fashion-mnist", "ResNet14", ResNet14,
+            {
+                1: _kegnet(_CONV1, 65.09, None, None, 85.23),
+                2: _kegnet(_CONV2, 75.80, None, None, 87.80),
+                3: _kegnet(_CONV1 | _CONV2, 46.55, None, None, 79.95),
+            },
+            Config(pool=32_768, steps=1_500, generator_steps=500),
+            92.50, beta=10.0, generator_lr=1e-2, training={"epochs": 8, "shift": 2},
+        ),
+        Paper(
+            "svhn", "ResNet14", lambda: ResNet14(in_channels=3),
+            {1: Student(_SVHN1), 2: Student(_SVHN2), 3: Student(_SVHN1 | _SVHN2)},
+            Config(pool=32_768, steps=1_500, generator_steps=500),
+            93.23, beta=1.0, generator_lr=1e-2, training={"epochs": 8, "shift": 2},
+        ),
+        _table("pendigits", 16, 10, 5, 96.56, 26.44, 78.22, 82.62),
+        _table("letter", 16, 26, 10, 95.63, 31.40, 76.80, 77.73),
+        _table("shuttle", 9, 7, 5, 99.83, 75.49, 94.00, 94.21),
+    )
+}  # fmt: skip
+
+
+def paper(dataset: str) -> Paper:
+    """The experiment on one data set.
+
+    Raises:
+        ValueError: the paper has none of that name.
+    """
+    if dataset not in PAPERS:
+        raise ValueError(expected("dataset", f"one of {', '.join(PAPERS)}", dataset))
+    return PAPERS[dataset]

@@ -1,0 +1,154 @@
+"""What the students of the paper's tables are taught with, by the name of the method."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from zlib import crc32
+
+import torch
+from torch import Tensor, nn
+
+from kegfast.data import DataInfo
+from kegfast.data.splits import Samples
+from kegfast.distillation import GaussianNoise, InMemory, Mixture, Pool, UniformNoise
+from kegfast.distillation.sources import Source
+from kegfast.experiments.ledger import Ledger
+from kegfast.experiments.paper import Config, Paper
+from kegfast.extraction import RECIPES, Generators, Recipe, extract
+from kegfast.extraction.procedural import DeadLeaves
+from kegfast.loop import mix
+
+PROBES = ("uniform", "gaussian", "procedural", "kegnet")
+"""Sources whose samples judge a student that was taught with another."""
+MADE_OF = {"kegfast": ("procedural", "kegfast")}
+"""Sources that a mixture contains, and that must not judge its students."""
+LEAVES = 0.75
+"""Share of dead leaves in the default mixture; the rest comes from generators."""
+
+
+class Sources:
+    """The sources of one data set, teacher and seed; generators are trained when first asked for.
+
+    Args:
+        paper: the data set's experiment.
+        info: its samples' shape and normalisation.
+        teacher: in eval mode.
+        train: real samples for the oracle, or None where there are none.
+        output: folder for the generators.
+        ledger: keeps the generators' seconds and curves.
+        config: budgets.
+        seed: of all draws.
+        progress: show bars on a terminal.
+    """
+
+    def __init__(
+        self,
+        paper: Paper,
+        info: DataInfo,
+        teacher: nn.Module,
+        train: Samples | None,
+        output: Path,
+        ledger: Ledger,
+        config: Config,
+        seed: int,
+        progress: bool = False,
+    ):
+        self.paper, self.info, self.teacher, self.train = paper, info, teacher, train
+        self.output, self.ledger, self.config = output, ledger, config
+        self.seed, self.progress = seed, progress
+        self._probes: dict[str, Tensor] = {}
+
+    def pool(self, method: str) -> tuple[Pool, float]:
+        """The samples of a method, and the seconds that making them took, training included."""
+        source = self.source(method)
+        start = time.monotonic()
+        with _seeded(self.seed, method):
+            pool = Pool(source, self.config.pool)
+        return pool, time.monotonic() - start + self._training_seconds(method)
+
+    def probes(self, method: str) -> dict[str, Tensor]:
+        """Held-out samples of the sources that `method` does not draw from."""
+        own = MADE_OF.get(method, (method,))
+        names = [name for name in PROBES if name not in own and self.has(name)]
+        for name in names:
+            if name not in self._probes:
+                self._probes[name] = self.draw(name, self.config.probe)
+        return {name: self._probes[name] for name in names}
+
+    def draw(self, method: str, n: int) -> Tensor:
+        """`n` samples of a method that are in no pool."""
+        source = self.source(method)
+        with _seeded(self.seed, f"{method} held out"):
+            return source.sample(n)[0]
+
+    def has(self, method: str) -> bool:
+        """Whether there is such a source: no dead leaves for tables, no oracle without data."""
+        if method == "procedural":
+            return not self.paper.tabular
+        return method != "oracle" or self.train is not None
+
+    def source(self, method: str) -> Source:
+        """The source of a method; noise has the mean 0 and the variance 1 of normalised data."""
+        shape = self.info.sample_shape
+        if method == "uniform":
+            return UniformNoise(shape, -(3**0.5), 3**0.5)
+        if method == "gaussian":
+            return GaussianNoise(shape)
+        if method == "procedural":
+            return DeadLeaves(shape, self.info.mean, self.info.std)
+        if method == "oracle":
+            return InMemory(self.train.tensors[0])
+        if method == "kegnet" or self.paper.tabular:
+            return self.generators(method)
+        return Mixture([self.source("procedural"), self.generators(method)], [LEAVES, 1 - LEAVES])
+
+    def generators(self, recipe: str) -> Generators:
+        """The generators of the paper ("kegnet") or of the default recipe ("kegfast")."""
+        path = self.output / f"generators-{recipe}-{self.seed}.safetensors"
+        if path.exists():
+            return Generators.load(path)
+        start = time.monotonic()
+        checkpoint = path.with_suffix(".pt")
+        made = extract(
+            self.teacher,
+            num_classes=self.info.num_classes,
+            sample_shape=self.info.sample_shape,
+            recipe=self._recipe(recipe),
+            input_range=self.info.input_range,
+            seed=mix(self.seed, crc32(recipe.encode())),
+            checkpoint=checkpoint,
+            resume=True,
+            progress=self.progress,
+            label=f"{recipe} generators",
+        )
+        made.save(path)
+        seconds = time.monotonic() - start
+        self.ledger.cell(_key(recipe, self.seed), lambda: {"seconds": seconds, "history": made.history})
+        checkpoint.unlink(missing_ok=True)
+        return made
+
+    def _recipe(self, name: str) -> Recipe:
+        config = self.config
+        size = {"steps": config.generator_steps, "batch_size": config.generator_batch}
+        if name == "kegnet":
+            return replace(
+                RECIPES["paper"], learning_rate=self.paper.generator_lr, beta=self.paper.beta, **size
+            )
+        return replace(RECIPES["kegfast"], **size)
+
+    def _training_seconds(self, method: str) -> float:
+        return self.ledger.cells.get(_key(method, self.seed), {"seconds": 0.0})["seconds"]
+
+
+def _key(recipe: str, seed: int) -> str:
+    return f"generators/{recipe}/{seed}"
+
+
+@contextmanager
+def _seeded(seed: int, name: str) -> Iterator[None]:
+    """Draw from torch's generator as (seed, name) has it; give it back as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(mix(seed, crc32(name.encode())))
+        yield

@@ -1,0 +1,217 @@
+"""The paper's tables from the cells of a study: rows, the printed table, the report page."""
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.table import Table
+from torch import Tensor
+
+from kegfast.experiments.ledger import spread
+from kegfast.experiments.paper import METHODS
+from kegfast.experiments.sources import Sources
+from kegfast.experiments.study import RANKS, Study, cell_name
+from kegfast.extraction import Generators
+from kegfast.extraction.generators import one_hot
+from kegfast.report import Page
+
+SHOWN = 1_000
+"""Samples that the page's statistics are taken from."""
+
+
+def rows(study: Study, students: Iterable[int], seeds: Sequence[int]) -> list[dict[str, Any]]:
+    """One row per student, kind of ranks and method that has a result.
+
+    Each has dataset, model, student, ranks, method, accuracy (percent, one per seed; of the student that was
+    chosen without data), oracle (that of the best candidate), mean, std, agreement (percent, mean
+    over the held-out sources), params, ratio, published, seconds and samples.
+    """
+    cells = study.ledger.cells
+    found = []
+    for student in students:
+        for ranks in RANKS:
+            for method in METHODS:
+                names = [cell_name(student, ranks, method, seed) for seed in seeds]
+                values = [cells[name] for name in names if name in cells]
+                if values:
+                    found.append(_row(study, student, ranks, method, values))
+    return found
+
+
+def _row(study: Study, student: int, ranks: str, method: str, values: list[dict[str, Any]]) -> dict[str, Any]:
+    paper = study.paper
+    row: dict[str, Any] = {
+        "dataset": paper.dataset,
+        "model": paper.model,
+        "student": student,
+        "ranks": ranks,
+        "method": method,
+        "params": values[0]["params"],
+        "ratio": values[0]["ratio"],
+        "published": paper.students[student].published.get(method),
+        "seconds": spread([value["seconds"] for value in values])["mean"],
+        "samples": values[0]["samples"],
+    }
+    if study.splits is not None:
+        row["accuracy"] = [value["accuracy"] for value in values]
+        row["oracle"] = [max(value["candidates"]) for value in values]
+        row |= {key: value for key, value in spread(row["accuracy"]).items() if key != "n"}
+    chosen = [value["agreement"][value["chosen"]] for value in values]
+    if chosen[0]:
+        row["agreement"] = [sum(probe.values()) / len(probe) for probe in chosen]
+    return row
+
+
+def table(study: Study, found: Sequence[dict[str, Any]]) -> Table:
+    """The rows for a terminal."""
+    result = Table(title=title(study))
+    for name in HEADERS:
+        result.add_column(name, justify="left" if name in ("student", "ranks", "method") else "right")
+    before = None
+    for row in found:
+        group = (row["student"], row["ranks"])
+        if before not in (None, group):
+            result.add_section()
+        before = group
+        result.add_row(*cells(row))
+    return result
+
+
+HEADERS = (
+    "student", "ranks", "method", "published", "ours", "spread", "best candidate", "agreement",
+    "seconds", "samples",
+)  # fmt: skip
+
+
+def cells(row: dict[str, Any]) -> list[str]:
+    """A row as text, by `HEADERS`."""
+    known = "accuracy" in row
+    return [
+        f"{row['student']} ({row['ratio']:.2f}x)",
+        row["ranks"],
+        row["method"],
+        _percent(row["published"] if row["ranks"] == "paper" else None),
+        _percent(row["mean"] if known else None),
+        f"± {row['std']:.2f}" if known and len(row["accuracy"]) > 1 else "-",
+        _percent(sum(row["oracle"]) / len(row["oracle"]) if known else None),
+        _percent(sum(row["agreement"]) / len(row["agreement"]) if "agreement" in row else None),
+        f"{row['seconds']:.0f}",
+        f"{row['samples']:,}",
+    ]
+
+
+def title(study: Study) -> str:
+    """The data set, the teacher and its accuracy."""
+    paper = study.paper
+    if study.teacher_accuracy is None:
+        return f"{paper.dataset}: {paper.model}, no test set: agreement with the teacher only"
+    published = f"published {paper.teacher:.2f} %"
+    return f"{paper.dataset}: {paper.model}, teacher {study.teacher_accuracy:.2f} % ({published})"
+
+
+def page(study: Study, found: Sequence[dict[str, Any]], seed: int, path: Path) -> None:
+    """Write the report: the table, then what the samples look like and how the teacher sees them."""
+    result = Page(f"kegfast reproduce {study.paper.dataset}", title(study))
+    result.section(
+        "Accuracy",
+        "Percent of the test set. 'ours' is the student that agreement with the teacher on the samples of "
+        "the other sources chose, without data; 'best candidate' is the choice of the test set itself.",
+    )
+    result.table(HEADERS, [cells(row) for row in found])
+    sources = study.sources(seed)
+    recipes = [name for name in ("kegnet", "kegfast") if f"generators/{name}/{seed}" in study.ledger.cells]
+    for recipe in recipes:
+        _generators(result, study, sources.generators(recipe), recipe, seed)
+    _samples(result, study, sources)
+    result.write(path)
+
+
+def _generators(page: Page, study: Study, generators: Generators, recipe: str, seed: int) -> None:
+    history = study.ledger.cells[f"generators/{recipe}/{seed}"]["history"]
+    page.section(
+        f"Generators of the recipe {recipe}", f"{len(generators)} generators, {history[-1]['step']} steps."
+    )
+    terms = [name for name in history[0] if name not in ("step", "agreement")]
+
+    def curves(axes: Any) -> None:
+        for name in terms:
+            axes.plot([entry["step"] for entry in history], [entry[name] for entry in history], label=name)
+        axes.set(xlabel="step", yscale="log")
+        axes.legend()
+
+    page.chart(curves, "Terms of the objective, mean over the generators.")
+    if len(generators.sample_shape) == 3:
+        draw = torch.Generator().manual_seed(seed)
+        grid, walk = _grid(generators, draw), _walk(generators, draw)
+        page.images({"a row per label, a column per noise vector": grid, "each label to the next": walk})
+
+
+def _grid(generators: Generators, generator: torch.Generator, columns: int = 8) -> Tensor:
+    labels = torch.arange(generators.num_classes).repeat_interleave(columns)
+    noise = torch.randn(1, columns, generators.noise_size, generator=generator)
+    samples = _first(
+        generators, one_hot(labels, generators.num_classes), noise.repeat(generators.num_classes, 1, 1)
+    )
+    return samples.unflatten(0, (-1, columns))
+
+
+def _walk(generators: Generators, generator: torch.Generator, columns: int = 9) -> Tensor:
+    classes = generators.num_classes
+    labels = one_hot(torch.arange(classes), classes)
+    share = torch.linspace(0, 1, columns)[None, :, None]
+    path = labels[:, None] * (1 - share) + labels.roll(-1, 0)[:, None] * share  # (classes, columns, classes)
+    noise = torch.randn(classes, 1, generators.noise_size, generator=generator).expand(-1, columns, -1)
+    return _first(generators, path.flatten(0, 1), noise).unflatten(0, (classes, columns))
+
+
+@torch.no_grad()
+def _first(generators: Generators, labels: Tensor, noise: Tensor) -> Tensor:  # (n, *sample_shape)
+    """The first generator's samples for label vectors (n, classes) and noise (..., noise_size)."""
+    generators.network.eval()
+    copies = generators.copies
+    noise = noise.reshape(1, -1, generators.noise_size).expand(copies, -1, -1)
+    return generators.network(labels.expand(copies, -1, -1), noise)[0]
+
+
+def _samples(page: Page, study: Study, sources: Sources) -> None:
+    """How the teacher sees each source: confidence, class balance; how far apart the samples are."""
+    page.section("Samples", f"The teacher's view of {SHOWN} samples of each source.")
+    classes = study.info.num_classes
+    shown, entries, counts = {}, [], {}
+    for method in METHODS:
+        if method == "tucker-only" or not sources.has(method) or not _made(study, sources, method):
+            continue
+        samples = sources.draw(method, SHOWN)
+        with torch.no_grad():
+            probability = study.teacher(samples).softmax(1)
+        counts[method] = probability.argmax(1).bincount(minlength=classes) / len(samples)
+        share = counts[method].clamp(min=1e-12)
+        entries.append([
+            method,
+            f"{probability.amax(1).mean():.3f}",
+            f"{(-(share * share.log()).sum()).exp():.1f} of {classes}",
+            f"{torch.pdist(samples[:200].flatten(1)).mean():.1f}",
+        ])  # fmt: skip
+        shown[method] = samples[:32].unflatten(0, (4, 8))
+    page.table(["source", "teacher's confidence", "classes in effect", "mean pairwise distance"], entries)
+
+    def balance(axes: Any) -> None:
+        for method, share in counts.items():
+            axes.plot(range(classes), share, marker="o", label=method)
+        axes.set(xlabel="class", ylabel="share of the samples", ylim=(0, None))
+        axes.legend()
+
+    page.chart(balance, "The classes that the teacher sees.")
+    if len(study.info.sample_shape) == 3:
+        page.images(shown)
+
+
+def _made(study: Study, sources: Sources, method: str) -> bool:
+    """Whether showing a source would not train its generators first."""
+    needs = method in ("kegnet", "kegfast")
+    return not needs or f"generators/{method}/{sources.seed}" in study.ledger.cells
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"

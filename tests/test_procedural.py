@@ -1,0 +1,106 @@
+import pytest
+import torch
+
+from kegfast.extraction import procedural
+from kegfast.extraction.procedural import MOST, DeadLeaves
+
+
+def draw(n, *args, seed=0, **options):
+    torch.manual_seed(seed)
+    return DeadLeaves(*args, **options).sample(n)[0]
+
+
+@pytest.mark.parametrize("mean", [(0.1307,), (0.2856,), (0.4378, 0.4439, 0.4729)])
+def test_pixels_have_the_moments_that_the_normalisation_tells(mean):
+    std = {0.1307: (0.3081,), 0.2856: (0.3385,)}.get(mean[0], (0.1980, 0.2011, 0.1971))
+    images = draw(1500, (len(mean), 32, 32), mean, std)
+    assert images.shape == (1500, len(mean), 32, 32)
+    assert images.dtype == torch.float32
+    assert images.isfinite().all()
+    assert images.mean().abs() < 0.04
+    # Blurring takes a little of the variance away.
+    assert 0.9 < images.std() < 1.04
+
+
+def test_pixels_stay_in_the_range_of_images():
+    images = draw(300, (1, 32, 32), 0.1307, 0.3081) * 0.3081 + 0.1307
+    assert images.min() > -1e-5
+    assert images.max() < 1 + 1e-5
+
+
+def test_uniform_greys_are_uniform():
+    images = draw(1500, (1, 32, 32), 0.1307, 0.3081, levels="uniform") * 0.3081 + 0.1307
+    assert images.mean() == pytest.approx(0.5, abs=0.02)
+    assert images[:, 0, 0, 0].var() == pytest.approx(1 / 12, rel=0.15)
+
+
+def test_half_of_the_images_are_sharp_and_none_has_more_than_eight_leaves(monkeypatch):
+    blurred = []
+    monkeypatch.setattr(procedural, "_blur", lambda images: blurred.append(images) or images + 5)
+    images = draw(400, (1, 24, 24), 0.5, 0.25)
+    soft = images.flatten(1).amin(1) > 10
+    assert 150 < soft.sum() < 250
+    greys = [len(image.unique()) for image in images]
+    assert max(greys) <= MOST + 1
+    assert min(greys) <= 2
+    assert len(set(greys)) >= MOST - 1
+
+
+def test_leaves_are_rectangles_and_ellipses_at_any_angle():
+    torch.manual_seed(0)
+    covered = procedural._leaves(200, 32, 32, torch.device("cpu"))
+    assert covered.shape == (200, MOST, 1, 32, 32)
+    share = covered.float().mean((2, 3, 4)).flatten()
+    assert share.max() < 1
+    # Shares follow from log-uniform half sides: a median near 4 * 0.12^2, minus what the border cuts off.
+    assert 0.01 < share.median() < 0.06
+
+
+def test_blur_keeps_flat_regions_and_borders():
+    image = torch.zeros(1, 1, 6, 6)
+    image[..., 3:] = 1
+    blurred = procedural._blur(image)
+    assert torch.equal(blurred[0, 0, 0], torch.tensor([0, 0, 0.25, 0.75, 1, 1]))
+    flat = torch.full((2, 3, 5, 7), 0.3)
+    torch.testing.assert_close(procedural._blur(flat), flat)
+
+
+def test_colours_differ_between_channels():
+    images = draw(50, (3, 16, 16), 0.5, 0.25)
+    assert not torch.allclose(images[:, 0], images[:, 1])
+
+
+def test_draws_depend_on_the_seed_alone():
+    assert torch.equal(draw(100, (1, 9, 13)), draw(100, (1, 9, 13)))
+    assert not torch.equal(draw(100, (1, 9, 13)), draw(100, (1, 9, 13), seed=1))
+
+
+def test_chunks_give_as_many_images_as_asked_for():
+    assert len(draw(procedural.CHUNK + 1, (1, 4, 4))) == procedural.CHUNK + 1
+
+
+def test_is_a_source_without_labels():
+    assert DeadLeaves((1, 8, 8)).sample(2)[1] is None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"sample_shape": (32, 32)}, "sample_shape"),
+        ({"mean": 1.5}, "mean"),
+        ({"mean": (0.5, 0.5)}, "mean"),
+        ({"std": 0.0}, "std"),
+        ({"std": float("nan")}, "std"),
+        ({"mean": 0.5, "std": 0.6}, "std must be below"),
+        ({"levels": "dark"}, "levels"),
+    ],
+)
+def test_bad_arguments_are_named(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        DeadLeaves(**{"sample_shape": (1, 8, 8), **arguments})
+
+
+@pytest.mark.parametrize("n", [0, -1, 2.0])
+def test_a_bad_count_is_named(n):
+    with pytest.raises(ValueError, match="n must be"):
+        DeadLeaves((1, 8, 8)).sample(n)
