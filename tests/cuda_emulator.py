@@ -5,6 +5,7 @@ import functools
 import shutil
 import subprocess
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -13,6 +14,7 @@ METRICS = ("l1", "sqeuclidean", "euclidean", "cosine")
 NOISE_METRICS = ("sqeuclidean", "euclidean")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ORDERS = ("ascending", "descending")
+FORMS = ("automatic", "fused", "stages")
 H200_SHARED = 227 * 1024
 A100_SHARED = 163 * 1024
 
@@ -54,12 +56,48 @@ def pointer(tensor: torch.Tensor | None) -> ctypes.c_void_p:
     return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
 
 
+class Tucker2Call(ctypes.Structure):
+    """tests/emulator/tucker2_harness.cpp's Call."""
+
+    _fields_ = (
+        [(name, ctypes.c_void_p) for name in ("x", "first", "core", "last", "bias", "y", "t1", "t2")]
+        + [(f"{name}_strides", ctypes.c_int64 * 4) for name in ("x", "y", "first", "core", "last")]
+        + [(name, ctypes.c_int) for name in ("images", "channels", "height", "width", "rank_in", "rank_out")]
+        + [(name, ctypes.c_int) for name in ("features", "out_height", "out_width")]
+        + [("window", ctypes.c_int * 8)]
+        + [
+            (name, ctypes.c_int)
+            for name in ("relu", "form", "dtype", "split", "multiprocessors", "descending")
+        ]
+        + [("shared_bytes", ctypes.c_int64), ("launches", ctypes.c_int)]
+    )
+
+
+class View(NamedTuple):
+    """A factor as the kernels see it: torch has no negative strides."""
+
+    pointer: ctypes.c_void_p
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+
+    @classmethod
+    def of(cls, weight: torch.Tensor) -> "View":
+        return cls(pointer(weight), tuple(weight.shape), weight.stride())
+
+    @classmethod
+    def transposed(cls, weight: torch.Tensor) -> "View":
+        """Rows and inputs exchanged, taps backward."""
+        (rows, inputs, kh, kw), (a, b, c, d) = weight.shape, weight.stride()
+        last_tap = ((kh - 1) * c + (kw - 1) * d) * weight.element_size()
+        return cls(ctypes.c_void_p(weight.data_ptr() + last_tap), (inputs, rows, kh, kw), (b, a, -c, -d))
+
+
 class Emulator:
     """The library's entry points on tensors."""
 
     def __init__(self, library: Path):
         self.library = ctypes.CDLL(str(library))
-        for name in ("diversity_error", "broken_error"):
+        for name in ("diversity_error", "tucker2_error", "broken_error"):
             getattr(self.library, name).restype = ctypes.c_char_p
 
     def call(self, name: str, errors: str, *arguments: object) -> None:
@@ -98,6 +136,34 @@ class Emulator:
             ORDERS.index(order),
         )
         return exponent, noise_gradient, sample_gradient
+
+    def tucker2(
+        self, x, first, core, last, bias, stride, padding, dilation, relu, order,
+        form="fused", split=True, keep=False, multiprocessors=132, shared=H200_SHARED,
+    ):  # fmt: skip
+        """y, t1, t2 (None where not kept) and the number of kernels; the outputs start as NaN."""
+        first, core, last = (w if isinstance(w, View) else View.of(w) for w in (first, core, last))
+        (n, _, h, w), (r2, r1, kh, kw) = x.shape, core.shape
+        sizes = zip((h, w), (kh, kw), stride, padding, dilation, strict=True)
+        out_h, out_w = ((s + 2 * p - d * (k - 1) - 1) // t + 1 for s, k, t, p, d in sizes)
+        y = torch.full((n, last.shape[0], out_h, out_w), float("nan"), dtype=x.dtype)
+        t1 = t2 = None
+        if x.stride(1) == 1 and h * w > 1:
+            y = y.contiguous(memory_format=torch.channels_last)
+        if keep:
+            t1 = torch.full((n, h + 2 * padding[0], w + 2 * padding[1], r1), float("nan"), dtype=x.dtype)
+            t2 = torch.full((n, out_h, out_w, r2), float("nan"), dtype=x.dtype)
+        tensors = (x.stride(), y.stride(), first.strides, core.strides, last.strides)
+        call = Tucker2Call(
+            pointer(x), first.pointer, core.pointer, last.pointer, *(pointer(t) for t in (bias, y, t1, t2)),
+            *((ctypes.c_int64 * 4)(*strides) for strides in tensors),
+            *x.shape, r1, r2, last.shape[0], out_h, out_w,
+            (ctypes.c_int * 8)(kh, kw, *stride, *padding, *dilation),
+            relu, FORMS.index(form), DTYPES.index(x.dtype), split, multiprocessors, ORDERS.index(order),
+            shared, 0,
+        )  # fmt: skip
+        self.call("emulate_tucker2", "tucker2_error", ctypes.byref(call))
+        return y, t1, t2, call.launches
 
 
 @functools.cache

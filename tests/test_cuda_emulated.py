@@ -1,25 +1,24 @@
-"""Every CUDA kernel on the fiber emulator: values, gradients, both orders of the fibers. Needs g++, no GPU."""
+"""Every CUDA kernel on the fiber emulator: values, gradients, both fiber orders. Needs g++, no GPU."""
 
-import ctypes
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
-
-from kegfast import reference
 from cuda_emulator import (
     A100_SHARED,
     DTYPES,
     METRICS,
     NOISE_METRICS,
     ORDERS,
+    View,
     available,
     compile_emulator,
     emulator,
     pointer,
 )
+
+from kegfast import reference
 
 pytestmark = pytest.mark.skipif(not available(), reason="the emulator needs g++")
 
@@ -46,20 +45,26 @@ def draw(batch, noise_size, features, dtype, seed=0):
     return noises, (torch.randn(batch, features, generator=generator) + 3).to(dtype)
 
 
-# The batch sizes take the pair kernel, the sort with 1, 4 and 16 warps a feature, and a last partial tile of each.
+# Batches for the pair kernel and for the sort, each with a partial last tile.
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(
-    ("batch", "noise_size", "features"), [(5, 1, 3), (33, 10, 37), (70, 3, 19), (257, 14, 24)]
-)
+@pytest.mark.parametrize(("batch", "noise_size", "features"), [(5, 1, 3), (33, 10, 37), (70, 3, 19)])
 @pytest.mark.parametrize("noise_metric", NOISE_METRICS)
 @pytest.mark.parametrize("metric", METRICS)
 def test_diversity(device, metric, noise_metric, batch, noise_size, features, dtype, order):
-    if batch > 200 and (noise_metric == "euclidean" or dtype == torch.float16):
-        pytest.skip("the same kernels as at a smaller batch")
     noises, samples = draw(batch, noise_size, features, dtype)
     got = device.diversity(noises, samples, metric, noise_metric, order)
     for value, want in zip(got, definition(noises, samples, metric, noise_metric), strict=True):
+        assert error(value, want) < 1e-6
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("metric", ["l1", "sqeuclidean"])
+def test_diversity_with_a_wide_noise(device, metric, dtype, order):
+    noises, samples = draw(257, 14, 24, dtype)
+    got = device.diversity(noises, samples, metric, "sqeuclidean", order)
+    for value, want in zip(got, definition(noises, samples, metric, "sqeuclidean"), strict=True):
         assert error(value, want) < 1e-6
 
 
@@ -137,6 +142,120 @@ def test_diversity_is_deterministic_over_orders(device):
     up, down = (device.diversity(noises, samples, "l1", "sqeuclidean", order) for order in ORDERS)
     for a, b in zip(up, down, strict=True):
         assert torch.equal(a, b)
+
+
+# tucker2: (N, C, H, W), ranks, K, kernel, stride, padding, dilation
+TUCKER2 = {
+    "plain": ((2, 16, 9, 9), (8, 8), 16, (3, 3), (1, 1), (1, 1), (1, 1)),
+    "lenet": ((1, 3, 14, 14), (3, 8), 6, (5, 5), (1, 1), (0, 0), (1, 1)),
+    "odd ranks, stride 2": ((2, 20, 7, 11), (10, 25), 50, (3, 3), (2, 2), (1, 1), (1, 1)),
+    "uneven": ((1, 32, 12, 10), (20, 70), 40, (3, 1), (1, 2), (2, 0), (2, 1)),
+    "one pixel": ((3, 8, 1, 1), (4, 4), 8, (1, 1), (1, 1), (0, 0), (1, 1)),
+}
+WIDE = ((1, 72, 5, 6), (130, 100), 136, (3, 3), (1, 1), (1, 1), (1, 1))
+# Rounding of x, t1, t2 and y to the type; float32 by three TF32 products has float32's own accuracy.
+TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 6e-3, torch.float16: 8e-4, "tf32": 1e-3}
+
+
+def tucker2_case(case, dtype, layout=torch.channels_last, seed=0):
+    shape, (r1, r2), k, kernel, stride, padding, dilation = case
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*size, fan=1):
+        return (torch.randn(size, generator=generator) / fan**0.5).to(dtype)
+
+    x = normal(*shape).contiguous(memory_format=layout)
+    first, last = normal(r1, shape[1], 1, 1, fan=shape[1]), normal(k, r2, 1, 1, fan=r2)
+    core = normal(r2, r1, *kernel, fan=r1 * kernel[0] * kernel[1])
+    return (x, first, core, last, normal(k)), (stride, padding, dilation)
+
+
+def tucker2_definition(tensors, geometry, activation="relu"):
+    return reference.tucker_conv2d(*(t.double() for t in tensors), *geometry, activation)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("form", ["fused", "stages"])
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format], ids=["nhwc", "nchw"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", TUCKER2.values(), ids=TUCKER2)
+def test_tucker2(device, case, dtype, layout, form, order):
+    tensors, geometry = tucker2_case(case, dtype, layout)
+    y, *_, launches = device.tucker2(*tensors, *geometry, True, order, form=form)
+    assert launches == (2 if form == "fused" else 4)
+    assert error(y, tucker2_definition(tensors, geometry)) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("form", ["fused", "stages"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_tucker2_above_rank_64(device, dtype, form, order):
+    tensors, geometry = tucker2_case(WIDE, dtype)
+    y, *_ = device.tucker2(*tensors, *geometry, True, order, form=form)
+    assert error(y, tucker2_definition(tensors, geometry)) < TOLERANCE[dtype]
+
+
+def test_tucker2_tf32_is_one_product(device):
+    tensors, geometry = tucker2_case(TUCKER2["plain"], torch.float32)
+    want = tucker2_definition(tensors, geometry)
+    three = device.tucker2(*tensors, *geometry, True, "ascending")[0]
+    one = device.tucker2(*tensors, *geometry, True, "ascending", split=False)[0]
+    assert error(three, want) < TOLERANCE[torch.float32] < error(one, want) < TOLERANCE["tf32"]
+
+
+@pytest.mark.parametrize("case", TUCKER2.values(), ids=TUCKER2)
+def test_tucker2_keeps_the_intermediates(device, case):
+    tensors, geometry = tucker2_case(case, torch.float32, torch.contiguous_format)
+    y, t1, t2, _ = device.tucker2(*tensors, *geometry, False, "ascending", keep=True)
+    x, first, core = (t.double() for t in tensors[:3])
+    (ph, pw), want1 = geometry[1], torch.nn.functional.conv2d(x, first)
+    want2 = torch.nn.functional.conv2d(want1, core, None, *geometry)
+    assert error(t1.permute(0, 3, 1, 2), torch.nn.functional.pad(want1, (pw, pw, ph, ph))) < 1e-6
+    assert error(t2.permute(0, 3, 1, 2), want2) < 1e-6
+    assert error(y, tucker2_definition(tensors, geometry, None)) < 1e-6
+
+
+@pytest.mark.parametrize("form", ["fused", "stages"])
+@pytest.mark.parametrize("case", ["plain", "lenet", "one pixel"])
+def test_tucker2_gradient_is_the_operator_on_transposed_factors(device, case, form):
+    tensors, (stride, padding, dilation) = tucker2_case(TUCKER2[case], torch.float32)
+    x = tensors[0].double().requires_grad_()
+    y = reference.tucker_conv2d(x, *(t.double() for t in tensors[1:]), stride, padding, dilation, None)
+    grad = torch.randn(y.shape, generator=torch.Generator().manual_seed(1))
+    y.backward(grad.double())
+    first, core, last = (View.transposed(w) for w in (tensors[3], tensors[2], tensors[1]))
+    border = [d * (k - 1) - p for k, p, d in zip(core.shape[2:], padding, dilation, strict=True)]
+    dx, *_ = device.tucker2(
+        grad, first, core, last, None, stride, border, dilation, False, "ascending", form=form
+    )
+    assert error(dx, x.grad) < 1e-6
+
+
+def test_tucker2_reads_any_strides(device):
+    tensors, geometry = tucker2_case(TUCKER2["plain"], torch.bfloat16)
+    x = torch.randn(2, 9, 9, 40, generator=torch.Generator().manual_seed(2)).bfloat16()
+    for view in (
+        x[..., 3:35:2].permute(0, 3, 1, 2),
+        x[..., 8:24].permute(0, 3, 1, 2),
+        x[..., 8:24].transpose(1, 3),
+    ):
+        y, *_ = device.tucker2(view, *tensors[1:], *geometry, True, "ascending")
+        want = tucker2_definition((view, *tensors[1:]), geometry)
+        assert error(y, want) < TOLERANCE[torch.bfloat16]
+
+
+def test_tucker2_nan_stays_where_its_window_is(device):
+    tensors, geometry = tucker2_case(TUCKER2["plain"], torch.float32)
+    tensors[0][1, 3, 0, 0] = float("nan")
+    y, *_ = device.tucker2(*tensors, *geometry, True, "ascending")
+    assert torch.equal(y.isnan(), tucker2_definition(tensors, geometry).isnan())
+
+
+def test_tucker2_falls_back_to_stages_without_shared_memory(device):
+    tensors, geometry = tucker2_case(WIDE, torch.float32)
+    y, *_, launches = device.tucker2(*tensors, *geometry, True, "ascending", shared=84 * 1024)
+    assert launches == 4
+    assert error(y, tucker2_definition(tensors, geometry)) < 1e-6
 
 
 # The emulator itself: a mistake must show in at least one of the two orders.

@@ -197,11 +197,11 @@ KEGFAST_DEVICE int warp() {
 }
 
 template <class T>
-KEGFAST_DEVICE T smaller(T a, T b) {
+KEGFAST_ANYWHERE T smaller(T a, T b) {
   return b < a ? b : a;
 }
 template <class T>
-KEGFAST_DEVICE T larger(T a, T b) {
+KEGFAST_ANYWHERE T larger(T a, T b) {
   return a < b ? b : a;
 }
 

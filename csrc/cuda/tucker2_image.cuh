@@ -1,0 +1,130 @@
+// tucker2 on CUDA: images in global memory, in any strides, and how tiles of them come to and go from shared
+// memory.
+#pragma once
+
+#include "tucker2_mma.cuh"
+
+namespace kegfast::cuda {
+
+// (N, C, H, W) with strides in elements.
+template <class T>
+struct Image {
+  T* data;
+  int64_t image, channel, row, pixel;
+  int channels, height, width;
+  bool vectors;  // channels lie together, and every pixel starts at a multiple of 16 bytes
+};
+
+template <class T>
+Image<T> make_image(T* data, const int64_t (&strides)[4], int channels, int height, int width) {
+  constexpr int kVector = 16 / sizeof(T);
+  const bool vectors = strides[1] == 1 && channels % kVector == 0 && strides[0] % kVector == 0 &&
+                       strides[2] % kVector == 0 && strides[3] % kVector == 0 &&
+                       reinterpret_cast<uintptr_t>(data) % 16 == 0;
+  return {data, strides[0], strides[1], strides[2], strides[3], channels, height, width, vectors};
+}
+
+// Channels first .. first + 16 bytes of pixel (y, x), zeros outside of the image, to shared memory.
+template <class T>
+KEGFAST_DEVICE void load_piece(const Image<const T>& x, char* to, int64_t n, int y, int column, int first) {
+  constexpr int kVector = 16 / sizeof(T);
+  const bool inside = unsigned(y) < unsigned(x.height) && unsigned(column) < unsigned(x.width);
+  const T* from = x.data + (inside ? n * x.image + y * x.row + column * x.pixel : 0);
+  if (x.vectors) {
+    const bool valid = inside && first < x.channels;
+    cp_async16(to, from + (valid ? first : 0), valid);
+    return;
+  }
+  uint32_t words[4] = {};
+  KEGFAST_UNROLL
+  for (int e = 0; e < kVector; ++e) {
+    if (!inside || first + e >= x.channels) break;
+    const T value = from[(first + e) * x.channel];
+    if constexpr (sizeof(T) == 4) {
+      words[e] = float_bits(value);
+    } else {
+      words[e / 2] |= uint32_t(value.bits) << (16 * (e % 2));
+    }
+  }
+  store16(to, {{words[0], words[1], words[2], words[3]}});
+}
+
+// Piece i of a tile of kRows rows: neighbouring threads go along what lies together in memory.
+template <class T>
+KEGFAST_DEVICE void piece_of(const Image<T>& x, int i, int& row, int& piece) {
+  row = x.vectors ? i / kPieces : i % kRows;
+  piece = x.vectors ? i % kPieces : i / kRows;
+}
+
+template <class T>
+struct Epilogue {
+  const T* bias;  // [K], or null
+  bool relu;
+};
+
+// Accumulators -> shared memory -> 16-byte stores. pixel(row): where channel 0 of the row's pixel lies in y,
+// or -1.
+template <class T, int kTiles, int kThreads, class Pixel>
+KEGFAST_DEVICE void store_tile(const Image<T>& y, const float (&acc)[2][kTiles][4], char* scratch,
+                               int first_column, const Epilogue<T>& epilogue, Pixel pixel) {
+  constexpr int kColumns = 16 * kTiles, kVector = 16 / sizeof(T), kOutPitch = kColumns * sizeof(T) + 16;
+  const Place<kTiles> place;
+  barrier();  // the stages under `scratch` are read
+  KEGFAST_UNROLL
+  for (int m = 0; m < 2; ++m) {
+    KEGFAST_UNROLL
+    for (int t = 0; t < kTiles; ++t) {
+      KEGFAST_UNROLL
+      for (int i = 0; i < 4; ++i) {
+        const int column = place.out_column(t, i);
+        float value = acc[m][t][i];
+        if (epilogue.bias != nullptr && first_column + column < y.channels)
+          value += to_float(epilogue.bias[first_column + column]);
+        if (epilogue.relu) value = value > 0 || value != value ? value : 0;  // NaN stays
+        reinterpret_cast<T*>(scratch + place.out_row(m, i) * kOutPitch)[column] = from_float<T>(value);
+      }
+    }
+  }
+  barrier();
+  const int columns = smaller(kColumns, y.channels - first_column);
+  if (y.vectors) {
+    const int pieces = columns / kVector;
+    for (int i = thread(); i < kRows * pieces; i += kThreads) {
+      const int64_t at = pixel(i / pieces);
+      if (at >= 0) {
+        store16(y.data + at + first_column + i % pieces * kVector,
+                load16(scratch + i / pieces * kOutPitch + i % pieces * 16));
+      }
+    }
+  } else {
+    const bool planes = y.channel != 1;
+    for (int i = thread(); i < kRows * columns; i += kThreads) {
+      const int row = planes ? i % kRows : i / columns, column = planes ? i / kRows : i % columns;
+      const int64_t at = pixel(row);
+      if (at >= 0)
+        y.data[at + (first_column + column) * y.channel] =
+            reinterpret_cast<T*>(scratch + row * kOutPitch)[column];
+    }
+  }
+}
+
+// Accumulators -> rows of shared memory, as the next stage's A.
+template <class T, int kTiles>
+KEGFAST_DEVICE void keep_tile(char* rows, int pitch, int row_count, const float (&acc)[2][kTiles][4],
+                              int first_row, int first_column, int columns) {
+  const Place<kTiles> place;
+  KEGFAST_UNROLL
+  for (int m = 0; m < 2; ++m) {
+    KEGFAST_UNROLL
+    for (int t = 0; t < kTiles; ++t) {
+      KEGFAST_UNROLL
+      for (int i = 0; i < 4; ++i) {
+        const int row = first_row + place.out_row(m, i), column = first_column + place.out_column(t, i);
+        if (row < row_count && column < columns)
+          reinterpret_cast<T*>(rows + row * pitch)[column] = from_float<T>(acc[m][t][i]);
+      }
+    }
+  }
+}
+
+}  // namespace kegfast::cuda

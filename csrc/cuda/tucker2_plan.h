@@ -1,0 +1,204 @@
+// tucker2 on CUDA: which form runs, with which tile, on what workspace.
+//
+// Free of torch and of the CUDA runtime, like diversity_plan.h: launch(Kernel{}, params, x, y, shared_bytes).
+#pragma once
+
+#include "arena.h"
+#include "tucker2_kernels.cuh"
+
+namespace kegfast::cuda {
+
+enum class Form { automatic, fused, stages };
+
+struct DeviceLimits {
+  size_t shared_bytes;  // that a block may ask for
+  int multiprocessors;
+};
+
+template <class T>
+struct Tucker2Problem {
+  Image<const T> x;             // (N, C, H, W)
+  Image<T> y;                   // (N, K, P, Q)
+  Factor<T> first, core, last;  // (R1, C), (R2, R1, kh, kw), (K, R2)
+  T* t1;                        // (N, H + 2 ph, W + 2 pw, R1) with its zero border, or null: not kept
+  T* t2;                        // (N, P, Q, R2), or null: not kept
+  Epilogue<T> epilogue;
+  Window window;
+  int images;
+  Form form;
+  DeviceLimits limits;
+};
+
+// A calculated model, until measured entries replace it: time in multiply-adds of one multiprocessor, at
+// about 5e11 a second.
+struct Estimate {
+  static constexpr double kLaunch = 2.5e-6 * 5e11;  // what one more launch costs
+  static constexpr int kMostBlocks = 4;  // of 128 threads that a multiprocessor is expected to hold
+
+  static double time(double blocks, double work, size_t shared_bytes, const DeviceLimits& limits) {
+    const int fit = int((limits.shared_bytes + 1024) / (shared_bytes + 1024));
+    const int together = smaller(kMostBlocks, larger(fit, 1));
+    const double waves = std::ceil(blocks / (double(limits.multiprocessors) * together));
+    return waves * work * together;
+  }
+};
+
+constexpr double multiply_adds(double rows, double columns, double depth) {
+  return std::ceil(rows / 32) * 32 * std::ceil(columns / 16) * 16 * std::ceil(depth / 16) * 16;
+}
+
+template <class T>
+struct Packed {
+  PackedFactor first, core, last;
+};
+
+// The fused form's parameters with the tile that the model likes best; `time` infinite where none fits in
+// shared memory.
+template <class Kernel, class T>
+typename Kernel::Params fused_params(const Tucker2Problem<T>& p, const Packed<T>& packed, double& time) {
+  typename Kernel::Params q{p.x, p.y, packed.first, packed.core, packed.last, p.window, p.core.tap_bytes(),
+                            1,   1,   p.images,     p.epilogue};
+  typename Kernel::Params best = q;
+  time = INFINITY;
+  for (q.tile_h = 1; q.tile_h <= smaller(kRows, p.y.height); ++q.tile_h) {
+    // For a height only the widest tile, or one of equal parts of the row, can be best.
+    const int widest = smaller(kRows / q.tile_h, p.y.width), parts = (p.y.width + widest - 1) / widest;
+    q.tile_w = (p.y.width + parts - 1) / parts;
+    const size_t shared_bytes = Kernel::shared_bytes(q);
+    if (shared_bytes > p.limits.shared_bytes) continue;
+    const double work =
+        multiply_adds(double(q.halo_h()) * q.halo_w(), p.first.rows, p.first.inputs) +
+        multiply_adds(kRows, p.core.rows, double(p.core.inputs) * p.core.kernel_h * p.core.kernel_w) +
+        multiply_adds(kRows, p.last.rows, p.last.inputs);
+    const double now = Estimate::time(double(Kernel::blocks(q)), work, shared_bytes, p.limits);
+    if (now < time) {
+      time = now;
+      best = q;
+    }
+  }
+  return best;
+}
+
+template <class M, int kTiles, class T>
+double stage_time(const Tucker2Problem<T>& p, const Factor<T>& factor, double pixels) {
+  using Kernel = Tucker2Stage<M, kTiles>;
+  const double blocks = std::ceil(pixels / kRows) * std::ceil(factor.rows / double(Kernel::kColumnsPerBlock));
+  const double work = multiply_adds(kRows, smaller(factor.rows, Kernel::kColumnsPerBlock),
+                                    double(factor.inputs) * factor.kernel_h * factor.kernel_w);
+  return Estimate::time(blocks, work, Kernel::kShared, p.limits) + Estimate::kLaunch;
+}
+
+template <class M, int kTiles, class T, class Launch>
+void launch_stage(const Tucker2Problem<T>& p, const Image<const T>& from, const Image<T>& to,
+                  const Factor<T>& factor, const PackedFactor& packed, const Window& window,
+                  const Epilogue<T>& epilogue, Launch&& launch) {
+  using Kernel = Tucker2Stage<M, kTiles>;
+  const typename Kernel::Params q{
+      from, to, packed, window, factor.tap_bytes(), p.images * to.height * to.width, epilogue};
+  launch(Kernel{}, q, Kernel::blocks_x(q), Kernel::blocks_y(q), Kernel::kShared);
+}
+
+// A stage with 64 columns a block, or 128 where the factor is wide and the blocks would be many anyway.
+template <class M, class T, class Launch>
+void run_stage(const Tucker2Problem<T>& p, const Image<const T>& from, const Image<T>& to,
+               const Factor<T>& factor, const PackedFactor& packed, const Window& window,
+               const Epilogue<T>& epilogue, Launch&& launch) {
+  const double pixels = double(p.images) * to.height * to.width;
+  if (factor.rows > 64 && stage_time<M, 8>(p, factor, pixels) <= stage_time<M, 4>(p, factor, pixels)) {
+    launch_stage<M, 8>(p, from, to, factor, packed, window, epilogue, launch);
+  } else {
+    launch_stage<M, 4>(p, from, to, factor, packed, window, epilogue, launch);
+  }
+}
+
+template <class T>
+Image<const T> readable(const Image<T>& x) {
+  return {x.data, x.image, x.channel, x.row, x.pixel, x.channels, x.height, x.width, x.vectors};
+}
+
+template <class T>
+Image<T> pixels_image(T* data, int channels, int height, int width) {  // NHWC, dense
+  return make_image<T>(data, {int64_t(height) * width * channels, 1, int64_t(width) * channels, channels},
+                       channels, height, width);
+}
+
+// Three launches through device memory. t1 gets its border from `first` itself: outside of the image its
+// input is 0.
+template <class M, class T, class Launch>
+void run_stages(const Tucker2Problem<T>& p, const Packed<T>& packed, T* t1, T* t2, Launch&& launch) {
+  const Window& w = p.window;
+  const Window pad{1, 1, 1, 1, w.padding_h, w.padding_w, 1, 1}, one{1, 1, 1, 1, 0, 0, 1, 1};
+  const Epilogue<T> none{nullptr, false};
+  const Window core{w.kernel_h, w.kernel_w, w.stride_h, w.stride_w, 0, 0, w.dilation_h, w.dilation_w};
+  const auto z1 =
+      pixels_image<T>(t1, p.first.rows, p.x.height + 2 * w.padding_h, p.x.width + 2 * w.padding_w);
+  const auto z2 = pixels_image<T>(t2, p.core.rows, p.y.height, p.y.width);
+  run_stage<M>(p, p.x, z1, p.first, packed.first, pad, none, launch);
+  run_stage<M>(p, readable(z1), z2, p.core, packed.core, core, none, launch);
+  if (p.y.data != nullptr) run_stage<M>(p, readable(z2), p.y, p.last, packed.last, one, p.epilogue, launch);
+}
+
+template <class M>
+struct Choice {
+  typename Tucker2Fused<M, 4>::Params narrow;
+  typename Tucker2Fused<M, 8>::Params wide;
+  bool is_wide, stages;
+};
+
+template <class M, class T>
+Choice<M> choose(const Tucker2Problem<T>& p, const Packed<T>& packed) {
+  const double pixels = double(p.images) * p.y.height * p.y.width;
+  const double padded =
+      double(p.images) * (p.x.height + 2 * p.window.padding_h) * (p.x.width + 2 * p.window.padding_w);
+  const double stages = stage_time<M, 4>(p, p.first, padded) + stage_time<M, 4>(p, p.core, pixels) +
+                        stage_time<M, 4>(p, p.last, pixels);
+  double narrow = INFINITY, wide = INFINITY;
+  Choice<M> choice{fused_params<Tucker2Fused<M, 4>>(p, packed, narrow),
+                   fused_params<Tucker2Fused<M, 8>>(p, packed, wide), false, false};
+  // Up to rank 64 the narrow form wastes no column; above, the wide one reads x once for up to 128 of them.
+  choice.is_wide = larger(p.first.rows, p.core.rows) > 64 && wide < INFINITY;
+  const double fused = choice.is_wide ? wide : narrow;
+  const bool keeps = p.t1 != nullptr || p.t2 != nullptr || p.y.data == nullptr;
+  choice.stages = keeps || fused == INFINITY || p.form == Form::stages ||
+                  (p.form == Form::automatic && stages < fused + Estimate::kLaunch);
+  return choice;
+}
+
+// y, and t1 and t2 where asked, on a workspace of as many bytes as the call returns; a null workspace only
+// asks for that number.
+template <class M, class T, class Launch>
+size_t tucker2(const Tucker2Problem<T>& p, char* workspace, Launch&& launch) {
+  Arena arena(workspace);
+  typename Tucker2Pack<T>::Params pack{{p.first, p.core, p.last}, {}};
+  PackedFactor factors[3];
+  for (int i = 0; i < 3; ++i) {
+    const Factor<T>& factor = pack.factors[i];
+    pack.packed[i] = arena.take<T>(factor.bytes() / int64_t(sizeof(T)));
+    factors[i] = {reinterpret_cast<const char*>(pack.packed[i]), factor.rows, factor.row_bytes()};
+  }
+  const Packed<T> packed{factors[0], factors[1], factors[2]};
+  const Choice<M> choice = choose<M>(p, packed);
+  T* t1 = p.t1;
+  T* t2 = p.t2;
+  if (choice.stages) {
+    const int64_t padded =
+        int64_t(p.x.height + 2 * p.window.padding_h) * (p.x.width + 2 * p.window.padding_w);
+    if (t1 == nullptr) t1 = arena.take<T>(p.images * padded * p.first.rows);
+    if (t2 == nullptr) t2 = arena.take<T>(int64_t(p.images) * p.y.height * p.y.width * p.core.rows);
+  }
+  if (workspace == nullptr) return arena.used();
+
+  launch(Tucker2Pack<T>{}, pack, Tucker2Pack<T>::blocks(pack), 3, size_t(0));
+  if (choice.stages) {
+    run_stages<M>(p, packed, t1, t2, launch);
+  } else if (choice.is_wide) {
+    using Kernel = Tucker2Fused<M, 8>;
+    launch(Kernel{}, choice.wide, Kernel::blocks(choice.wide), 1, Kernel::shared_bytes(choice.wide));
+  } else {
+    using Kernel = Tucker2Fused<M, 4>;
+    launch(Kernel{}, choice.narrow, Kernel::blocks(choice.narrow), 1, Kernel::shared_bytes(choice.narrow));
+  }
+  return arena.used();
+}
+
+}  // namespace kegfast::cuda

@@ -1,0 +1,78 @@
+// tucker2's plan and kernels on the emulator, callable through ctypes.
+#include <string>
+#include <vector>
+
+#include "fibers.h"
+#include "tucker2_plan.h"
+
+namespace {
+
+using namespace kegfast;
+using simt::bf16;
+using simt::fp16;
+
+std::string error;
+
+// What ctypes hands over; strides in elements, those of a factor may be negative.
+struct Call {
+  const void *x, *first, *core, *last, *bias;
+  void *y, *t1, *t2;
+  int64_t x_strides[4], y_strides[4], first_strides[4], core_strides[4], last_strides[4];
+  int images, channels, height, width, rank_in, rank_out, features, out_height, out_width;
+  int window[8];
+  int relu, form, dtype, split, multiprocessors, descending;
+  int64_t shared_bytes;
+  int launches;  // out: kernels run
+};
+
+template <class M>
+void run(Call& c) {
+  using T = typename M::T;
+  const auto factor = [](const void* data, const int64_t (&strides)[4], int rows, int inputs, int kh,
+                         int kw) {
+    return cuda::Factor<T>{
+        static_cast<const T*>(data), strides[0], strides[1], strides[2], strides[3], rows, inputs, kh, kw};
+  };
+  const cuda::Window window{c.window[0], c.window[1], c.window[2], c.window[3],
+                            c.window[4], c.window[5], c.window[6], c.window[7]};
+  const cuda::Tucker2Problem<T> problem{
+      cuda::make_image(static_cast<const T*>(c.x), c.x_strides, c.channels, c.height, c.width),
+      cuda::make_image(static_cast<T*>(c.y), c.y_strides, c.features, c.out_height, c.out_width),
+      factor(c.first, c.first_strides, c.rank_in, c.channels, 1, 1),
+      factor(c.core, c.core_strides, c.rank_out, c.rank_in, c.window[0], c.window[1]),
+      factor(c.last, c.last_strides, c.features, c.rank_out, 1, 1),
+      static_cast<T*>(c.t1),
+      static_cast<T*>(c.t2),
+      {static_cast<const T*>(c.bias), c.relu != 0},
+      window,
+      c.images,
+      cuda::Form(c.form),
+      {size_t(c.shared_bytes), c.multiprocessors}};
+  const auto order = c.descending ? emulator::Order::descending : emulator::Order::ascending;
+  const auto launch = [&](auto kernel, const auto& params, int64_t x, int64_t y, size_t shared_bytes) {
+    ++c.launches;
+    emulator::launch<decltype(kernel)>({int(x), int(y), 1}, shared_bytes, order, params);
+  };
+  std::vector<char> workspace(cuda::tucker2<M>(problem, nullptr, launch) + 256, char(0xff));
+  const auto base = (reinterpret_cast<uintptr_t>(workspace.data()) + 255) / 256 * 256;
+  cuda::tucker2<M>(problem, reinterpret_cast<char*>(base), launch);
+}
+
+}  // namespace
+
+extern "C" const char* tucker2_error() {
+  return error.c_str();
+}
+
+extern "C" int emulate_tucker2(Call* call) {
+  try {
+    if (call->dtype == 0 && !call->split) run<cuda::Math<float, false>>(*call);
+    if (call->dtype == 0 && call->split) run<cuda::Math<float, true>>(*call);
+    if (call->dtype == 1) run<cuda::Math<bf16, false>>(*call);
+    if (call->dtype == 2) run<cuda::Math<fp16, false>>(*call);
+  } catch (const std::exception& caught) {
+    error = caught.what();
+    return 1;
+  }
+  return 0;
+}
