@@ -14,6 +14,7 @@ from torch import nn
 
 import kegfast
 from kegfast.cli import main
+from kegfast.cli.compress import parse_ranks
 from kegfast.files import read_state_dict, read_tensors, save_tensors
 
 MODELS = """
@@ -93,7 +94,7 @@ def test_info(capsys):
 def test_help_lists_the_commands(capsys):
     assert run("--help") == 0
     out = capsys.readouterr().out
-    for command in ("info", "train", "extract", "evaluate"):
+    for command in ("info", "train", "extract", "compress", "distill", "evaluate", "demo", "reproduce"):
         assert command in out
         assert run(f"{command} --help") == 0
     assert run("--version") == 0
@@ -138,6 +139,69 @@ def test_extract_writes_generators_that_load(home, capsys):
     g, h = (read_tensors(home / name / "generators.safetensors") for name in "gh")
     assert g[1] == h[1]
     assert all(torch.equal(g[0][name], h[0][name]) for name in g[0])
+
+
+STUDENT = "--model nets:Net --weights a/model.safetensors --student s/student.safetensors"
+
+
+def test_compress_then_distill_then_evaluate(home, capsys):
+    assert run(TRAIN) == 0
+    compress = "compress --model nets:Net --weights a/model.safetensors --data mine.npz --evaluate"
+    assert run(f"{compress} --rank net.0=2,3 -o s/student.safetensors") == 0
+    report = json.loads((home / "s/student.json").read_text())
+    ranks = {layer["name"]: layer["rank"] for layer in report["layers"]}
+    assert ranks == {"net.0": [2, 3], "net.3": None}
+    assert report["parameters"] < report["parameters_before"]
+    assert (
+        run(f"extract --data mine.npz {STUDENT.split(' --student')[0]} --steps 5 --generators 2 --out g") == 0
+    )
+    distill = f"distill --data mine.npz {STUDENT} --steps 20 --evaluate"
+    for source in ("real", "gaussian uniform", "g/generators.safetensors", "real --pool 64"):
+        assert run(f"{distill} --source {source} --out d") == 0
+        results = json.loads((home / "d/results.json").read_text())
+        assert results["before"] == report["accuracy"][1]
+    student = read_tensors(home / "d/student.safetensors")[0]
+    assert any(
+        not torch.equal(student[name], t)
+        for name, t in read_tensors(home / "s/student.safetensors")[0].items()
+    )
+    capsys.readouterr()
+    # The file tells its structure: no --model.
+    assert run("evaluate --data mine.npz --weights d/student.safetensors") == 0
+    assert float(capsys.readouterr().out.split(" %")[0]) == pytest.approx(results["after"], abs=0.005)
+
+
+def test_distill_resumes_to_the_same_result(home, monkeypatch, capsys):
+    assert run(TRAIN) == 0
+    assert (
+        run("compress --model nets:Net --weights a/model.safetensors --rank 0.5 -o s/student.safetensors")
+        == 0
+    )
+    distill = f"distill --data mine.npz {STUDENT} --steps 20 --source gaussian --batch-size 8"
+    assert run(f"{distill} --out whole") == 0
+    monkeypatch.setenv("CTRL_C_AT", "9")
+    capsys.readouterr()
+    assert run(f"{distill} --out d") == 130
+    assert "stopped at step 9 of 20; go on with: kegfast distill" in last_line(capsys)
+    monkeypatch.delenv("CTRL_C_AT")
+    assert run("distill --out d --resume") == 0
+    whole, resumed = (read_tensors(home / name / "student.safetensors")[0] for name in ("whole", "d"))
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+@pytest.mark.parametrize(
+    ("rules", "rank"),
+    [
+        (["evbmf"], "evbmf"),
+        (["energy=0.9"], "energy=0.9"),
+        (["0.5"], 0.5),
+        (["8,11"], (8, 11)),
+        (["-,4"], (None, 4)),
+        (["a.*=8,11", "b=0.5", "c=energy=0.9"], {"a.*": (8, 11), "b": 0.5, "c": "energy=0.9"}),
+    ],
+)
+def test_rank_rules(rules, rank):
+    assert parse_ranks(rules) == rank
 
 
 def test_ctrl_c_says_how_to_go_on_to_the_same_result(home, monkeypatch, capsys):
@@ -228,14 +292,21 @@ def wrong_weights(home, name: str) -> None:
     save_tensors(home / name, state)
 
 
+SHORT = {
+    "TEACHER": "NET --weights good.safetensors",
+    "MINE": "--data mine.npz NET",
+    "NET": "--model nets:Net",
+}
+
+
 @pytest.mark.parametrize(
     ("command", "message"),
     [
         ("", "the following arguments are required: command"),
         ("fly", "invalid choice: 'fly'"),
-        ("train --data mine.npz --model nets:Net --steps x", "invalid int value"),
-        ("train --data mine.npz --model nets:Net --steps 0", "steps must be a positive int, got 0"),
-        ("train --data mine.npz --model nets:Net --lr -1", "lr must be a positive number"),
+        ("train MINE --steps x", "invalid int value"),
+        ("train MINE --steps 0", "steps must be a positive int, got 0"),
+        ("train MINE --lr -1", "lr must be a positive number"),
         ("train --data cifar --model lenet5", "name must be digits, mnist,"),
         ("train --data svhn --model resnet14 --root .", "svhn/train_32x32.mat is missing; put"),
         ("train --data none.npz --model mlp", "none.npz: No such file or directory"),
@@ -247,27 +318,47 @@ def wrong_weights(home, name: str) -> None:
         ("train --data mine.npz --model no_module:Net", "No module named 'no_module'"),
         ("train --data mine.npz --model nets:broken", "broken inside"),
         ("train --data mine.npz --model nets:number", "must give a torch.nn.Module, got int"),
-        ("train --data digits --model nets:Net", "model must take samples of shape (1, 32, 32)"),
+        ("train --data digits NET", "model must take samples of shape (1, 32, 32)"),
         ("train --data digits --model mlp", "model mlp takes rows of a table"),
-        ("train --data four.npz --model nets:Net", "model must give 4 logits"),
-        ("train --data mine.npz --model nets:Net --device tpu9", "device must be one"),
-        ("train --data mine.npz --model nets:Net --out mine.npz/sub", "mine.npz/sub: Not a directory"),
-        ("train --data mine.npz --model nets:Net --lr 1e30 --optimizer sgd", "lower learning rate"),
-        ("evaluate --data mine.npz --model nets:Net --weights none.pth", "none.pth: No such file"),
-        ("evaluate --data mine.npz --model nets:Net --weights mine.npz", "damaged, foreign"),
-        ("evaluate --data mine.npz --model nets:Net --weights text.safetensors", "expected a safetensors"),
-        ("evaluate --data mine.npz --model nets:Net --weights nan.safetensors", "not finite: net.0.weight"),
-        ("evaluate --data mine.npz --model nets:Net --weights shape.safetensors", "shape: net.0.weight"),
-        ("evaluate --data mine.npz --model nets:Net --weights foreign.safetensors", "unexpected: embedding"),
-        ("extract --model nets:Net --weights good.safetensors", "data must be given"),
-        ("extract --model nets:Net --weights good.safetensors --sample-shape 6 --num-classes 1",
+        ("train --data four.npz NET", "model must give 4 logits"),
+        ("train MINE --device tpu9", "device must be one"),
+        ("train MINE --out mine.npz/sub", "mine.npz/sub: Not a directory"),
+        ("train MINE --lr 1e30 --optimizer sgd", "lower learning rate"),
+        ("evaluate MINE --weights none.pth", "none.pth: No such file"),
+        ("evaluate MINE --weights mine.npz", "damaged, foreign"),
+        ("evaluate MINE --weights text.safetensors", "expected a safetensors"),
+        ("evaluate MINE --weights nan.safetensors", "not finite: net.0.weight"),
+        ("evaluate MINE --weights shape.safetensors", "shape: net.0.weight"),
+        ("evaluate MINE --weights foreign.safetensors", "unexpected: embedding"),
+        ("extract TEACHER", "data must be given"),
+        ("extract TEACHER --sample-shape 6 --num-classes 1",
          "num-classes must be 2 or more"),
-        ("extract --model nets:Net --weights good.safetensors --sample-shape 5 --num-classes 3",
+        ("extract TEACHER --sample-shape 5 --num-classes 3",
          "model must take samples of shape (5,)"),
-        ("extract --model nets:Net --weights good.safetensors --data mine.npz --recipe none",
+        ("extract TEACHER --data mine.npz --recipe none",
          "recipe must be one of"),
-        ("extract --model nets:Net --weights good.safetensors --sample-shape 3 8 8 --num-classes 3 --mean 1",
+        ("extract TEACHER --sample-shape 3 8 8 --num-classes 3 --mean 1",
          "mean and std must have 3 values"),
+        ("compress TEACHER --rank best", "rank must be"),
+        ("compress TEACHER --rank net.9=2,2", "rank must match a layer"),
+        ("compress TEACHER --rank a=2 0.5", "PATTERN=RULE for each pattern, got '0.5'"),
+        ("compress TEACHER --budget 0.4", "budget must be KIND=SHARE"),
+        ("compress TEACHER --budget size=0.4", "budget must be one of"),
+        ("compress TEACHER --example 1,x", "example must be a shape"),
+        ("compress TEACHER --calibrate uniform", "calibrate needs --data"),
+        ("compress TEACHER --evaluate", "evaluate needs --data"),
+        ("compress NET --weights nan.safetensors", "not finite: net.0.weight"),
+        ("compress TEACHER -o mine.npz/s.safetensors", "mine.npz: File exists"),
+        ("distill TEACHER --student none.safetensors --data mine.npz --source real",
+         "none.safetensors: No such file"),
+        ("distill TEACHER --student good.safetensors --data mine.npz --source g",
+         "source must be uniform, gaussian, leaves, real or a file of generators, got 'g'"),
+        ("distill TEACHER --student good.safetensors --data mine.npz "
+         "--source leaves", "source leaves needs images"),
+        ("distill TEACHER --student good.safetensors --data mine.npz "
+         "--source text.safetensors", "expected a safetensors"),
+        ("distill TEACHER --student good.safetensors --data mine.npz "
+         "--source real --loss none", "loss must"),
     ],
 )  # fmt: skip
 def test_bad_input_is_one_line_and_leaves_nothing(home, capsys, command, message):
@@ -277,11 +368,13 @@ def test_bad_input_is_one_line_and_leaves_nothing(home, capsys, command, message
     (home / "text.safetensors").write_text("this is text and no safetensors file")
     for name in ("good", "nan", "shape", "foreign"):
         wrong_weights(home, f"{name}.safetensors")
+    for short, full in SHORT.items():
+        command = command.replace(short, full)
     assert run(command) == 2
     line = last_line(capsys)
     assert line.startswith("kegfast")
     assert message in line
-    left = {path.name for path in home.glob("runs/*/*")}
+    left = {path.name for path in home.glob("runs/**/*") if path.is_file()}
     assert left == ({"options.json", "checkpoint.pt", "metrics.jsonl"} if "lr 1e30" in command else set())
 
 
@@ -292,6 +385,7 @@ def test_a_full_disk_is_one_line_and_leaves_the_old_files(home):
     script = f"""
 import resource, sys
 from kegfast.cli import main
+from kegfast.cli.compress import parse_ranks
 resource.setrlimit(resource.RLIMIT_FSIZE, (800, 800))
 sys.exit(main({shlex.split(TRAIN)!r}))
 """

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from kegfast.cli import demo, evaluate, extract, info, reproduce, train
+from kegfast.cli import compress, demo, distill, evaluate, extract, info, reproduce, train
 from kegfast.cli.config import with_defaults
 from kegfast.version import __version__
 
@@ -15,6 +15,8 @@ COMMANDS = {
     "info": info,
     "train": train,
     "extract": extract,
+    "compress": compress,
+    "distill": distill,
     "evaluate": evaluate,
     "demo": demo,
     "reproduce": reproduce,

@@ -60,7 +60,7 @@ def _tokens(values: Mapping[str, Any]) -> list[str]:
     tokens = []
     for name, value in values.items():
         option = "--" + name.replace("_", "-")
-        if value is None:
+        if value is None or value == []:
             continue
         if isinstance(value, bool):
             tokens.append(option if value else f"--no-{option[2:]}")

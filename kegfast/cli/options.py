@@ -13,7 +13,7 @@ if TYPE_CHECKING:  # the commands' own imports are heavy, and --help should not 
     import torch
     from torch import nn
 
-    from kegfast.data import DataInfo
+    from kegfast.data import DataInfo, Samples
     from kegfast.loop import MetricsLog
 
 MODELS = ("lenet5", "resnet14", "mlp")
@@ -71,6 +71,23 @@ def sample_info(args: argparse.Namespace) -> "DataInfo":
         raise ValueError(f"mean and std must have {args.sample_shape[0]} values each, one per channel")
     shape = tuple(args.sample_shape)
     return data.DataInfo("the samples", args.num_classes, shape, tuple(args.mean), tuple(args.std))
+
+
+def add_evaluate(parser: argparse.ArgumentParser) -> None:
+    """--evaluate."""
+    parser.add_argument(
+        "--evaluate", action=argparse.BooleanOptionalAction, default=False,
+        help="accuracy on the test set of --data, before and after",
+    )  # fmt: skip
+
+
+def test_set(args: argparse.Namespace) -> "Samples":
+    """The test set of --data."""
+    from kegfast import data
+
+    if args.data is None:
+        raise ValueError("evaluate needs --data")
+    return data.load(args.data, args.root).test
 
 
 def add_device(parser: argparse.ArgumentParser) -> None:
@@ -137,14 +154,24 @@ def build_model(name: str | None, info: "DataInfo | None") -> "nn.Module":
 
 
 def load_model(name: str | None, weights: Path, info: "DataInfo | None") -> "nn.Module":
-    """The model of --weights: a compressed one tells its structure itself, another needs --model.
+    """The model of --weights; --model may be missing where the file tells its structure itself.
 
     Raises:
         OSError, ValueError: there is no such model, or the file is none of its weights.
     """
-    from kegfast.files import load_weights
+    from kegfast.compression import load, saving
+    from kegfast.files import load_weights, read_tensors
 
+    if weights.suffix == ".safetensors" and read_tensors(weights)[1].get("format") == saving.FORMAT:
+        return load(weights, None if name is None else build_model(name, info))
     return load_weights(build_model(name, info), weights)
+
+
+def save_model(model: "nn.Module", path: Path, name: str | None) -> None:
+    """Write a model with its structure, so that later commands need no --model where it can be traced."""
+    from kegfast.compression import save
+
+    save(model, path, factory=name if name is not None and ":" in name else None)
 
 
 def check_fit(model: "nn.Module", info: "DataInfo") -> None:

@@ -26,7 +26,7 @@ def run(args: argparse.Namespace) -> None:
     import torch
 
     from kegfast import data, training
-    from kegfast.files import load_weights, save_tensors
+    from kegfast.files import load_weights
 
     device = options.pick_device(args.device)
     splits = data.load(args.data, args.root)
@@ -44,7 +44,7 @@ def run(args: argparse.Namespace) -> None:
             label_smoothing=args.label_smoothing, shift=args.shift, amp=args.amp, seed=args.seed,
             checkpoint=folder.checkpoint, resume=args.resume, metrics=folder.metrics, progress=True,
         )  # fmt: skip
-        save_tensors(folder.folder / "model.safetensors", model.state_dict())
+        options.save_model(model, folder.folder / "model.safetensors", args.model)
         accuracy = {name: training.evaluate(model, getattr(splits, name)) for name in ("val", "test")}
         print(f"accuracy {accuracy['val']:.2f} % (validation), {accuracy['test']:.2f} % (test)")
         folder.finish({"accuracy": accuracy, "steps": history[-1]["step"], "loss": history[-1]["loss"]})

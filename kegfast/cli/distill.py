@@ -1,0 +1,65 @@
+"""Teach a compressed student by its teacher, with artificial or unlabelled data."""
+
+import argparse
+from pathlib import Path
+
+from kegfast.cli import options, sources
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    options.add_model(parser)
+    parser.add_argument(
+        "--student", type=Path, required=True, metavar="FILE",
+        help="student.safetensors, as `kegfast compress` writes it",
+    )  # fmt: skip
+    options.add_samples(parser)
+    parser.add_argument("--source", nargs="+", required=True, metavar="SOURCE", help=sources.HELP)
+    parser.add_argument(
+        "--pool", type=int, help="draw so many samples once, instead of fresh ones at each step"
+    )
+    parser.add_argument("--loss", default="soft_target", help="e.g. soft_target+rkd_distance:25")
+    parser.add_argument("--temperature", type=float, default=4.0, help="default 4")
+    parser.add_argument("--steps", type=int, default=1000, help="default 1000")
+    parser.add_argument("--batch-size", type=int, default=128, help="default 128")
+    parser.add_argument("--lr", type=float, default=1e-3, help="learning rate of Adam (default 1e-3)")
+    parser.add_argument(
+        "--student-batchnorm", choices=("train", "eval"), default="train",
+        help="eval keeps the running statistics: for noise (default train)",
+    )  # fmt: skip
+    options.add_evaluate(parser)
+    options.add_compute(parser)
+    options.add_run(parser, "distill")
+
+
+def run(args: argparse.Namespace) -> None:
+    import torch
+
+    from kegfast import distill, training
+    from kegfast.distillation import Pool
+
+    device = options.pick_device(args.device)
+    info = options.sample_info(args)
+    teacher = options.load_model(args.model, args.weights, info).to(device)
+    student = options.load_model(args.model, args.student, info).to(device)
+    for model in (teacher, student):
+        options.check_fit(model, info)
+    test = options.test_set(args) if args.evaluate else None
+    before = training.evaluate(student, test) if args.evaluate else None
+    source = sources.make_source(args.source, info, args, device)
+    if args.pool is not None:
+        with torch.random.fork_rng():
+            torch.manual_seed(args.seed)
+            source = Pool(source, args.pool)
+    with options.Run(args) as folder:
+        history = distill(
+            student, teacher, source, loss=args.loss, temperature=args.temperature, steps=args.steps,
+            batch_size=args.batch_size, lr=args.lr, student_batchnorm=args.student_batchnorm, amp=args.amp,
+            seed=args.seed, checkpoint=folder.checkpoint, resume=args.resume, metrics=folder.metrics,
+            progress=True,
+        )  # fmt: skip
+        options.save_model(student, folder.folder / "student.safetensors", args.model)
+        results = dict(history[-1])
+        if args.evaluate:
+            results |= {"before": before, "after": training.evaluate(student, test)}
+            print(f"test accuracy {results['before']:.2f} % before, {results['after']:.2f} % after")
+        folder.finish(results)
