@@ -1,0 +1,226 @@
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from kegfast import compression, data
+from kegfast.data.splits import DataInfo, make_splits
+from kegfast.experiments import study as study_module
+from kegfast.experiments import tables
+from kegfast.experiments.paper import METHODS, PAPERS, Config, paper
+from kegfast.experiments.reproduce import reproduce
+from kegfast.experiments.sources import MADE_OF, PROBES
+from kegfast.experiments.study import Study, cell_name
+from kegfast.files import save_tensors
+from kegfast.models import MLP
+
+TINY = {"pool": 64, "steps": 3, "batch_size": 16, "generator_steps": 2, "generator_batch": 8, "probe": 20}
+
+
+def make_data(info, n=120):
+    random = np.random.default_rng(0)
+    labels = random.integers(0, info.num_classes, n)
+    shift = labels.reshape(-1, *[1] * len(info.sample_shape)) / 5
+    samples = random.normal(size=(n, *info.sample_shape)) + shift
+    samples = samples.astype(np.float32)
+    return make_splits(info, (samples, labels), (samples[:50], labels[:50]))
+
+
+@pytest.fixture(autouse=True)
+def small_page(monkeypatch):
+    monkeypatch.setattr(tables, "SHOWN", 40)
+
+
+@pytest.fixture
+def fake_data(monkeypatch):
+    """Small random sets in place of the real ones."""
+    monkeypatch.setattr(data, "load", lambda name, root=None: make_data(data.describe(name)))
+
+
+@pytest.fixture
+def table_paper(monkeypatch, fake_data):
+    """PenDigits with a small teacher of few steps."""
+    small = replace(PAPERS["pendigits"], build=lambda: MLP(16, 10, units=20, depth=2), training={"steps": 3})
+    monkeypatch.setitem(PAPERS, "pendigits", small)
+    return small
+
+
+def numbers(result):
+    """The rows without what depends on the clock."""
+    return [{key: value for key, value in row.items() if key != "seconds"} for row in result.rows]
+
+
+@pytest.mark.parametrize(
+    ("dataset", "student", "parameters", "ratio"),
+    [
+        ("mnist", 1, 17_063, 3.62),
+        ("mnist", 2, 15_045, 4.10),
+        ("mnist", 3, 13_728, 4.49),
+        ("fashion-mnist", 1, 123_083, 1.40),
+        ("fashion-mnist", 2, 109_188, 1.58),
+        ("fashion-mnist", 3, 59_589, 2.90),
+        ("svhn", 1, 119_928, 1.44),
+        ("svhn", 2, 104_580, 1.65),
+        ("svhn", 3, 51_538, 3.36),
+    ],
+)
+def test_students_have_the_published_size(dataset, student, parameters, ratio):
+    experiment = paper(dataset)
+    report = compression.compress(experiment.build(), dict(experiment.students[student].ranks))[1]
+    assert report.parameters == parameters
+    assert round(report.ratio, 2) == ratio
+
+
+@pytest.mark.parametrize(("dataset", "ratio"), [("shuttle", 8.17), ("pendigits", 8.07), ("letter", 4.13)])
+def test_students_of_tables_have_about_the_published_size(dataset, ratio):
+    experiment = paper(dataset)
+    report = compression.compress(experiment.build(), dict(experiment.students[1].ranks))[1]
+    assert report.ratio == pytest.approx(ratio, rel=0.035)
+
+
+def test_table_and_report_of_a_tabular_set(table_paper, tmp_path):
+    result = reproduce("pendigits", tmp_path, seeds=[0, 1], **TINY)
+    methods = [name for name in METHODS if name != "procedural"]
+    assert [(row["ranks"], row["method"]) for row in result.rows] == [
+        (ranks, method) for ranks in ("paper", "budget") for method in methods
+    ]
+    for row in result.rows:
+        assert len(row["accuracy"]) == 2
+        assert row["mean"] == pytest.approx(sum(row["accuracy"]) / 2)
+        assert all(best >= own for best, own in zip(row["oracle"], row["accuracy"], strict=True))
+        assert row["samples"] == (0 if row["method"] == "tucker-only" else 64)
+        assert row["published"] == table_paper.students[1].published.get(row["method"])
+    own, budget = result.rows[0], result.rows[len(methods)]
+    assert 0.9 * own["params"] < budget["params"] <= own["params"]
+    assert tables.table(result.study, result.rows).row_count == len(result.rows)
+    page = result.report.read_text(encoding="utf-8")
+    assert "Generators of the recipe kegnet" in page
+    assert "tucker-only" in page
+    json.dumps(result.rows, allow_nan=False)
+
+
+def test_a_second_call_computes_nothing(table_paper, tmp_path, monkeypatch):
+    options = {"seeds": [0], "methods": ["gaussian"], "ranks": ["paper"], **TINY}
+    first = reproduce("pendigits", tmp_path, **options)
+    monkeypatch.setattr(study_module, "distill", None)
+    assert reproduce("pendigits", tmp_path, **options).rows == first.rows
+
+
+def test_an_interrupted_run_goes_on_to_the_same_table(table_paper, tmp_path, monkeypatch):
+    options = {"seeds": [0], "methods": ["uniform", "kegnet", "oracle"], **TINY}
+    whole = reproduce("pendigits", tmp_path / "whole", **options)
+    calls = []
+
+    def stopped(*args, **kwargs):
+        calls.append(kwargs["label"])
+        if len(calls) == 4:  # as by a kill: what the call wrote is there, its result is lost
+            distill(*args, **kwargs)
+            raise KeyboardInterrupt
+        return distill(*args, **kwargs)
+
+    distill = study_module.distill
+    monkeypatch.setattr(study_module, "distill", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        reproduce("pendigits", tmp_path / "parts", **options)
+    resumed = reproduce("pendigits", tmp_path / "parts", **options)
+    assert numbers(resumed) == numbers(whole)
+    assert not list((tmp_path / "parts").glob("*.pt"))
+
+
+def test_time_that_is_up_leaves_cells_for_later(table_paper, tmp_path):
+    options = {"seeds": [0], "methods": ["tucker-only", "gaussian"], "ranks": ["paper"], **TINY}
+    result = reproduce("pendigits", tmp_path, seconds=0, **options)
+    assert result.rows == []
+    assert result.left == ["s1/paper/tucker-only/0", "s1/paper/gaussian/0"]
+    assert len(reproduce("pendigits", tmp_path, **options).rows) == 2
+
+
+def test_another_budget_does_not_mix_with_old_results(table_paper, tmp_path):
+    options = {"seeds": [0], "methods": ["tucker-only"], "ranks": ["paper"]}
+    reproduce("pendigits", tmp_path, **options, **TINY)
+    with pytest.raises(ValueError, match=r"cells\.json"):
+        reproduce("pendigits", tmp_path, **options, **TINY | {"steps": 4})
+
+
+def test_students_are_chosen_by_agreement_and_not_by_accuracy(table_paper, tmp_path, monkeypatch):
+    agreement = iter([{"uniform": 10.0, "kegnet": 90.0}, {"uniform": 50.0, "kegnet": 49.0}])
+    accuracy = iter([99.0, 20.0, 80.0])  # the teacher's, then those of the start and of the only leg
+    monkeypatch.setattr(Study, "accuracy", lambda self, model: next(accuracy))
+    monkeypatch.setattr(Study, "_agreement", lambda self, student, probes: next(agreement))
+    options = {"seeds": [0], "methods": ["gaussian"], "ranks": ["paper"]}
+    (row,) = reproduce("pendigits", tmp_path, **options, **TINY).rows
+    assert row["accuracy"] == [20.0]
+    assert row["oracle"] == [80.0]
+    assert row["agreement"] == [50.0]
+
+
+@pytest.fixture
+def images(tmp_path):
+    experiment = paper("mnist")
+    info = data.describe("mnist")
+    torch.manual_seed(0)
+    return Study(experiment, info, make_data(info, 40), experiment.build(), tmp_path, Config(**TINY))
+
+
+@pytest.mark.parametrize("method", [name for name in METHODS if name != "tucker-only"])
+def test_no_source_judges_its_own_students(images, method):
+    sources = images.sources(0)
+    probes = sources.probes(method)
+    assert set(probes) == set(PROBES) - set(MADE_OF.get(method, (method,)))
+    assert all(samples.shape == (20, 1, 32, 32) for samples in probes.values())
+    pool, seconds = sources.pool(method)
+    assert len(pool) == 64
+    assert seconds > 0
+    for samples in probes.values():
+        assert not any(torch.equal(one, other) for one in samples for other in pool.samples)
+
+
+def test_image_methods_end_in_rows_with_their_weights(images):
+    assert images.run([3], [0], ["tucker-only", "procedural", "kegfast"], ["paper"]) == []
+    found = tables.rows(images, [3], [0])
+    assert [row["method"] for row in found] == ["tucker-only", "procedural", "kegfast"]
+    for row in found:
+        saved = compression.load(images.weights(cell_name(3, "paper", row["method"], 0)))
+        assert images.accuracy(saved) == row["accuracy"][0]
+
+
+def test_without_data_there_is_agreement_only(tmp_path):
+    weights = tmp_path / "teacher.safetensors"
+    save_tensors(weights, paper("svhn").build().state_dict())
+    options = {"students": [1], "seeds": [0], "ranks": ["paper"], "methods": ["uniform", "oracle"]}
+    result = reproduce("svhn", tmp_path / "run", root=tmp_path, teacher=weights, **options, **TINY)
+    (row,) = result.rows
+    assert row["method"] == "uniform"
+    assert "accuracy" not in row
+    assert 0 <= row["agreement"][0] <= 100
+    assert "no test set" in result.report.read_text(encoding="utf-8")
+
+
+def test_a_teacher_cannot_be_trained_without_data(tmp_path):
+    with pytest.raises(ValueError, match="teacher must be given"):
+        reproduce("svhn", tmp_path / "run", root=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"dataset": "cifar"}, "dataset"),
+        ({"students": [4]}, "students"),
+        ({"methods": ["magic"]}, "methods"),
+        ({"methods": []}, "methods"),
+        ({"ranks": ["mine"]}, "ranks"),
+    ],
+)
+def test_bad_arguments_are_named(options, message, tmp_path, fake_data):
+    with pytest.raises(ValueError, match=f"{message} must be"):
+        reproduce(**{"dataset": "pendigits", "output": tmp_path, **options})
+
+
+def test_info_of_the_experiments_fits_their_teachers():
+    for experiment in PAPERS.values():
+        info: DataInfo = data.describe(experiment.dataset)
+        with torch.no_grad():
+            logits = experiment.build().eval()(torch.zeros(2, *info.sample_shape))
+        assert logits.shape == (2, info.num_classes)
