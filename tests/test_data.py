@@ -15,7 +15,7 @@ from PIL import Image
 from safetensors.numpy import save_file
 from scipy.io import savemat
 
-from kegfast.data import NAMES, load
+from kegfast.data import NAMES, describe, load
 from kegfast.data.catalog import ENTRIES
 
 rng = np.random.default_rng(0)
@@ -175,6 +175,22 @@ def test_offline_without_files_says_where_to_put_them(tmp_path, monkeypatch):
             load(name)
         with pytest.raises(FileNotFoundError, match=f"{entry.files[0]}.*<root>/{entry.folder}"):
             load(name, tmp_path)
+
+
+def test_describe_needs_no_files(tmp_path):
+    assert describe("digits") is load("digits").info
+    assert [describe(name).num_classes for name in NAMES] == [10, 10, 10, 10, 10, 26, 7]
+    np.savez(tmp_path / "mine.npz", **own())
+    assert describe(tmp_path / "mine.npz").sample_shape == (2, 5)
+    with pytest.raises(ValueError, match="got 'cifar'"):
+        describe("cifar")
+
+
+def test_input_range_is_that_of_black_and_white():
+    low, high = describe("svhn").input_range
+    assert low == pytest.approx([-0.4378 / 0.1980, -0.4439 / 0.2011, -0.4729 / 0.1971])
+    assert high == pytest.approx([0.5622 / 0.1980, 0.5561 / 0.2011, 0.5271 / 0.1971])
+    assert describe("letter").input_range is None
 
 
 def test_an_unknown_name_lists_the_known_ones():

@@ -154,7 +154,7 @@ def build_model(name: str | None, info: "DataInfo | None") -> "nn.Module":
 
 
 def load_model(name: str | None, weights: Path, info: "DataInfo | None") -> "nn.Module":
-    """The model of --weights; --model may be missing where the file tells its structure itself.
+    """The model of --weights, in eval mode; --model may be missing where the file tells its structure itself.
 
     Raises:
         OSError, ValueError: there is no such model, or the file is none of its weights.
@@ -164,7 +164,7 @@ def load_model(name: str | None, weights: Path, info: "DataInfo | None") -> "nn.
 
     if weights.suffix == ".safetensors" and read_tensors(weights)[1].get("format") == saving.FORMAT:
         return load(weights, None if name is None else build_model(name, info))
-    return load_weights(build_model(name, info), weights)
+    return load_weights(build_model(name, info), weights).eval()
 
 
 def save_model(model: "nn.Module", path: Path, name: str | None) -> None:
