@@ -1,0 +1,95 @@
+"""The experiments of distillation, on a few blobs instead of MNIST: they run, resume and make sense."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from kegfast.data.splits import DataInfo, Samples, Splits
+from kegfast.experiments import boundary, hinton
+
+
+def blobs(side: int) -> Splits:
+    """Ten classes, each one bright square of its own."""
+    info = DataInfo("mnist", 10, (1, side, side), (0.1,), (0.3,))
+
+    def part(count: int, seed: int) -> Samples:
+        generator = np.random.default_rng(seed)
+        labels = np.arange(count) % 10
+        images = generator.normal(0, 0.3, (count, 1, side, side)).astype(np.float32)
+        for image, label in zip(images, labels, strict=True):
+            row, column = divmod(int(label), 4)
+            image[0, 8 * row : 8 * row + 4, 7 * column : 7 * column + 4] += 3
+        return Samples(images, labels, info)
+
+    return Splits(part(600, 0), part(100, 1), part(200, 2))
+
+
+HINTON = hinton.Config(
+    seeds=(0,),
+    teacher_units=64,
+    student_units=64,
+    jitter=0,
+    teacher_epochs=5,
+    student_epochs=5,
+    batch_size=20,
+    ensemble=2,
+)
+
+
+def test_hinton(tmp_path, monkeypatch):
+    monkeypatch.setattr(hinton, "load_entry", lambda entry, root: blobs(entry.info.sample_shape[1]))
+    found = hinton.run(tmp_path, config=HINTON)
+    for name in ("teacher", "student alone", "distilled", "ensemble", "distilled from the ensemble"):
+        assert 0 <= found[name]["mean"] < 20, name
+    before, after = (found[f"7 and 8 only: errors{when}"]["mean"] for when in ("", " after the shift"))
+    assert after < before
+    cells = json.loads((tmp_path / "results.json").read_text())["cells"]
+    assert cells["seed 0: teacher"] == found["teacher"]["mean"]
+    monkeypatch.setattr(hinton._Run, "_distil", None)  # all is in the file
+    assert hinton.run(tmp_path, config=HINTON) == found
+    with pytest.raises(ValueError, match="must be results of"):
+        hinton.run(tmp_path, config=replace(HINTON, alpha=0.5))
+
+
+def test_the_shift_makes_classes_as_frequent_as_the_teacher_finds_them():
+    torch.manual_seed(0)
+    teacher = torch.randn(500, 10)
+    student = teacher.clone()
+    student[:, 3] -= 4
+    shift = hinton._balance(student, teacher, [3])
+    student[:, 3] += shift
+    often = (teacher.argmax(1) == 3).sum().item()
+    assert (student.argmax(1) == 3).sum().item() == pytest.approx(often, abs=1)
+
+
+def test_boundary(tmp_path, monkeypatch):
+    monkeypatch.setattr(boundary.data, "load", lambda name, root: blobs(32))
+    config = boundary.Config(
+        seeds=(0,),
+        shares=(0.1,),
+        teacher_epochs=4,
+        steps=60,
+        batch_size=20,
+        lr=3e-3,
+        compared=60,
+        methods=("alone", "soft_target", "hint"),
+    )
+    found = boundary.run(tmp_path, config=config)
+    assert found["teacher"]["mean"] > 95
+    assert found["10 %, alone"]["mean"] > 50
+    assert found["10 %, soft_target"]["mean"] > 50
+    for method in ("soft_target", "boundary"):
+        for measure in ("MagSim", "AngSim"):
+            assert 0 <= found[f"boundaries, {method}: {measure}"]["mean"] <= 1
+        assert found[f"boundaries, {method}: percent of bases that crossed"]["mean"] > 50
+    assert len(list(tmp_path.glob("*.hint.pt"))) == 1
+
+
+def test_a_part_has_equally_many_of_each_class():
+    part = boundary._part(blobs(32).train, 0.1, seed=0)
+    assert torch.bincount(part.tensors[1]).tolist() == [6] * 10
+    other = boundary._part(blobs(32).train, 0.1, seed=1)
+    assert not torch.equal(part.tensors[0], other.tensors[0])
