@@ -1,17 +1,33 @@
 """What users call: argument checks, then one operator each."""
 
-import functools
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from kegfast import native, ops, reference  # noqa: F401  (ops registers the operators)
+from kegfast import diversity, native, reference
 from kegfast.check import expected
+from kegfast.ops import reads_channels_last as reads_channels_last
+from kegfast.soft_target import fused as _fused_soft_target
 
 Metric = Literal["l1", "sqeuclidean", "l2", "euclidean", "cosine"]
 NoiseMetric = Literal["sqeuclidean", "euclidean"]
 Pair = int | tuple[int, int]
+
+
+def _has_kernel(operator: str, device: str) -> bool:
+    registered = hasattr(torch.ops.kegfast, operator)
+    key = device.upper()
+    return registered and torch._C._dispatch_has_kernel_for_dispatch_key(f"kegfast::{operator}", key)
+
+
+# Asked once: torch.compile cannot trace the question.
+_KERNELS = {
+    (operator, device)
+    for operator in ("soft_target_forward", "tucker2")
+    for device in ("cpu", "cuda")
+    if _has_kernel(operator, device)
+}
 
 
 def diversity_loss(
@@ -22,11 +38,12 @@ def diversity_loss(
     noise_metric: NoiseMetric = "sqeuclidean",
     reduction: Literal["mean", "sum"] = "mean",
     log: bool = False,
+    labels: Tensor | None = None,  # (B,)
 ) -> Tensor:  # ()
     """exp(-reduce_ij noise_dist_ij * sample_dist_ij) over all B*B ordered pairs (KegNet, eq. 7).
 
     Args:
-        noises: (B, nz) the noise vectors that the samples were made from.
+        noises: (B, nz) the noise vectors that the samples were made from; more dimensions are flattened.
         samples: (B, ...) the samples; everything after the batch is flattened.
         metric: distance of two samples: "l1" mean |.| (the one used in training), "sqeuclidean"
             (alias "l2") mean square, "euclidean" the norm, "cosine" 1 - cos.
@@ -35,17 +52,80 @@ def diversity_loss(
         reduction: "mean" over pairs (the code) or "sum" (the paper; underflows to 0 from B = 8 on
             in float32, so use it with log=True).
         log: return the exponent itself, which never underflows.
+        labels: (B,) restricts the pairs to those of equal labels; the mean is over these pairs.
 
     Returns:
-        A scalar; gradients flow to samples and to noises.
+        A scalar in float32, or float64 for float64 samples; gradients flow to samples and to noises,
+        once: a gradient of the gradient raises RuntimeError. Where two coordinates, two samples
+        ("euclidean") or two noises coincide, the gradient of their distance is 0, and so is that of a
+        sample of norm 0 ("cosine"). One number that is not finite makes the loss and its gradients NaN.
+
+    Raises:
+        TypeError: for something other than floating-point tensors.
+        ValueError: for shapes, devices or options that do not fit, or nothing to compare.
     """
-    if noises.shape[0] != samples.shape[0]:
-        raise ValueError(expected("samples", f"a batch of {noises.shape[0]}, one sample a noise", samples))
     metric = "sqeuclidean" if metric == "l2" else metric
-    exponent = reference.diversity_exponent(noises.flatten(1), samples.flatten(1), metric, noise_metric)
-    if reduction == "sum":
-        exponent = exponent * (noises.shape[0] ** 2)
-    return exponent if log else exponent.exp()
+    _check_diversity(noises, samples, metric, noise_metric, reduction, labels)
+    batch = noises.shape[0]
+    if noises.dim() != 2:
+        noises = noises.reshape(batch, -1)
+    if samples.dim() != 2:
+        samples = samples.reshape(batch, -1)
+    if labels is not None:
+        exponent = _within_groups(noises, samples, metric, noise_metric, reduction, labels)
+        return exponent if log else exponent.exp()
+    scale = batch**2 if reduction == "sum" else 1
+    return _diversity(noises, samples, metric, noise_metric, scale, log)
+
+
+def _diversity(
+    noises: Tensor, samples: Tensor, metric: str, noise_metric: str, scale: float, log: bool
+) -> Tensor:  # (B, nz), (B, D) -> ()
+    if native.use_native() and noises.device.type in ("cpu", "cuda"):
+        return diversity.diversity(noises, samples, metric, noise_metric, scale, log)
+    exponent = reference.diversity_exponent(noises, samples, metric, noise_metric)
+    return diversity.finish(exponent, samples.dtype, scale, log)
+
+
+def _within_groups(
+    noises: Tensor, samples: Tensor, metric: str, noise_metric: str, reduction: str, labels: Tensor
+) -> Tensor:  # (B, nz), (B, D), (B,) -> ()
+    """The exponent over pairs of equal labels: a sum of one exponent a label."""
+    order = labels.argsort()
+    sizes = labels.unique(return_counts=True)[1].tolist()
+    pairs = 1 if reduction == "sum" else sum(size**2 for size in sizes)
+    groups = zip(noises[order].split(sizes), samples[order].split(sizes), sizes, strict=True)
+    exponents = [_diversity(z, x, metric, noise_metric, size**2 / pairs, True) for z, x, size in groups]
+    return torch.stack(exponents).sum()
+
+
+def _check_diversity(
+    noises: Tensor,
+    samples: Tensor,
+    metric: str,
+    noise_metric: str,
+    reduction: str,
+    labels: Tensor | None,
+) -> None:
+    for name, x in (("noises", noises), ("samples", samples)):
+        if not (isinstance(x, Tensor) and x.is_floating_point()):
+            raise TypeError(expected(name, "a floating-point tensor", x))
+        if x.dim() < 2 or x.numel() == 0:
+            raise ValueError(expected(name, "of shape (batch, ...), with something in it", x))
+    if noises.shape[0] != samples.shape[0]:
+        what = f"a batch of {noises.shape[0]}, one sample a noise"
+        raise ValueError(expected("samples", what, samples))
+    if noises.device != samples.device:
+        raise ValueError(expected("samples", f"on the noises' device {noises.device}", samples))
+    for name, value, names in (
+        ("metric", metric, diversity.METRICS),
+        ("noise_metric", noise_metric, diversity.NOISE_METRICS),
+        ("reduction", reduction, ("mean", "sum")),
+    ):
+        if value not in names:
+            raise ValueError(expected(name, f"one of {', '.join(map(repr, names))}", value))
+    if labels is not None and not (isinstance(labels, Tensor) and labels.shape == noises.shape[:1]):
+        raise ValueError(expected("labels", f"a tensor of shape ({noises.shape[0]},)", labels))
 
 
 def tucker_conv2d(
@@ -92,8 +172,44 @@ def tucker_conv2d(
     return torch.ops.kegfast.tucker2(*weights, None, *ints, activation == "relu")
 
 
+def soft_target(
+    student: Tensor,  # (B, C) logits
+    teacher: Tensor,  # (B, C) logits
+    temperature: float = 4.0,
+) -> Tensor:  # ()
+    """T^2 KL(softmax(teacher / T) || softmax(student / T)), averaged over the batch, in one pass.
+
+    The loss of Hinton, Vinyals and Dean (2015); `kegfast.distillation.losses.soft_target` mixes labels in.
+
+    Args:
+        student: (B, C) logits, finite; they alone receive gradients.
+        teacher: (B, C) logits of the same dtype and device.
+        temperature: T, above 0.
+
+    Returns:
+        A scalar in the dtype of the logits.
+
+    Raises:
+        ValueError: for shapes, devices or a temperature that do not fit.
+        TypeError: for logits of different dtypes.
+    """
+    if student.dim() != 2 or student.numel() == 0:
+        raise ValueError(expected("student", "logits (B, C)", student))
+    if teacher.shape != student.shape or teacher.device != student.device:
+        what = f"logits of shape {tuple(student.shape)} on {student.device}"
+        raise ValueError(expected("teacher", what, teacher))
+    if teacher.dtype != student.dtype or not student.is_floating_point():
+        raise TypeError(expected("teacher", "of the student's floating-point dtype", teacher))
+    if not 0 < temperature < float("inf"):
+        raise ValueError(expected("temperature", "a finite number above 0", temperature))
+    teacher = teacher.detach()
+    known = student.dtype == torch.float32 and ("soft_target_forward", student.device.type) in _KERNELS
+    fused = known and native.use_native()
+    return (_fused_soft_target if fused else reference.soft_target)(student, teacher, temperature)
+
+
 def _pair(name: str, value: Pair, least: int) -> tuple[int, int]:
-    pair = (value, value) if isinstance(value, int) else tuple(value)
+    pair = tuple(value) if isinstance(value, tuple | list) else (value, value)
     if len(pair) != 2 or not all(isinstance(n, int | torch.SymInt) and n >= least for n in pair):
         what = f"an int or a pair of ints, each at least {least}"
         raise ValueError(expected(name, what, value))
@@ -153,18 +269,21 @@ def _autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     return tuple(t if t is None else t.to(dtype) for t in tensors)
 
 
-@functools.cache
-def _has_tucker2(device: str) -> bool:
-    registered = hasattr(torch.ops.kegfast, "tucker2")
-    key = device.upper()
-    return registered and torch._C._dispatch_has_kernel_for_dispatch_key("kegfast::tucker2", key)
-
-
 def _fuses(x: Tensor, core: Tensor) -> bool:
     """Whether a compiled kernel takes this call; otherwise torch's own convolutions do."""
     return (
         x.dtype in (torch.float32, torch.bfloat16, torch.float16)
         and core.shape[2] * core.shape[3] <= 256
         and native.use_native()
-        and _has_tucker2(x.device.type)
+        and ("tucker2", x.device.type) in _KERNELS
+    )
+
+
+def fuses_inference(x: Tensor, core: Tensor) -> bool:
+    """Whether a call outside autograd may go straight to `torch.ops.kegfast.tucker2`."""
+    return (
+        isinstance(x, Tensor)
+        and x.dim() == 4
+        and not torch.is_autocast_enabled(x.device.type)
+        and _fuses(x, core)
     )

@@ -1,9 +1,16 @@
 """Modules: drop-in layers and losses over `kegfast.functional`."""
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor, nn
 
 from kegfast import functional
+from kegfast.check import expected
+from kegfast.packed import PackedFactors
+
+if TYPE_CHECKING:
+    from kegfast.compression.ranks import RankRule
 
 
 class DiversityLoss(nn.Module):
@@ -28,8 +35,9 @@ class DiversityLoss(nn.Module):
         self,
         noises: Tensor,  # (B, nz)
         layer: Tensor,  # (B, ...)
+        labels: Tensor | None = None,  # (B,)
     ) -> Tensor:  # ()
-        """The diversity loss of the samples `layer` made from `noises`."""
+        """The diversity loss of the samples `layer` made from `noises`, among equal `labels` if given."""
         return functional.diversity_loss(
             noises,
             layer,
@@ -37,6 +45,7 @@ class DiversityLoss(nn.Module):
             noise_metric=self.noise_metric,
             reduction=self.reduction,
             log=self.log,
+            labels=labels,
         )
 
     def extra_repr(self) -> str:
@@ -58,6 +67,10 @@ class TuckerConv2d(nn.Module):
         stride, padding, dilation: of the core.
         bias: whether `last` carries a bias.
         activation: None or "relu", applied inside the operator.
+
+    Attributes:
+        activation: as above; `kegfast.fuse` sets it where a ReLU follows.
+        recompute: compute intermediates anew in the backward pass instead of keeping them (False).
     """
 
     def __init__(
@@ -73,14 +86,56 @@ class TuckerConv2d(nn.Module):
         activation: str | None = None,
     ):
         super().__init__()
+        if activation not in (None, "relu"):
+            raise ValueError(expected("activation", "None or 'relu'", activation))
+        if not isinstance(rank, tuple | list) or len(rank) != 2:
+            raise ValueError(expected("rank", "a pair (in_rank, out_rank)", rank))
         in_rank, out_rank = rank
+        for name, size in zip(
+            ("in_channels", "out_channels", "rank", "rank"),
+            (in_channels, out_channels, in_rank, out_rank),
+            strict=True,
+        ):
+            if not isinstance(size, int) or size < 1:
+                raise ValueError(expected(name, "positive", size))
         self.first = nn.Conv2d(in_channels, in_rank, 1, bias=False)
         self.core = nn.Conv2d(in_rank, out_rank, kernel_size, stride, padding, dilation, bias=False)
         self.last = nn.Conv2d(out_rank, out_channels, 1, bias=bias)
         self.activation = activation
+        self.recompute = False
+        self._packed = PackedFactors()
+
+    @classmethod
+    def from_conv(cls, conv: nn.Conv2d, rank: "RankRule" = "evbmf") -> "TuckerConv2d":
+        """The Tucker-2 decomposition of a convolution.
+
+        Args:
+            conv: with groups=1 and zero padding, equal on both sides.
+            rank: "evbmf" (variational Bayesian choice), a float in (0, 1] (that share of the
+                channels on each side), or (in_rank, out_rank).
+
+        Raises:
+            ValueError: for a convolution or a rank that has no such layer.
+        """
+        from kegfast.compression.decompose import factorize
+        from kegfast.compression.ranks import layer_rank
+        from kegfast.compression.surgery import build
+
+        if not isinstance(conv, nn.Conv2d) or conv.groups != 1:
+            raise ValueError(expected("conv", "an nn.Conv2d with groups=1", conv))
+        layer = build(conv, factorize(conv.weight, layer_rank(conv.weight, rank)))
+        if not isinstance(layer, cls):
+            what = "a spatial convolution with zero padding, ranked on both sides"
+            raise ValueError(expected("conv", what, conv))
+        return layer
 
     def forward(self, x: Tensor) -> Tensor:  # (N, C, H, W) -> (N, K, H', W')
         """last(core(first(x))), then the activation."""
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return self._forward_checked(x)
+        return self._forward_inference(x)
+
+    def _forward_checked(self, x: Tensor) -> Tensor:
         return functional.tucker_conv2d(
             x,
             self.first.weight,
@@ -91,7 +146,33 @@ class TuckerConv2d(nn.Module):
             self.core.padding,
             self.core.dilation,
             self.activation,
+            self.recompute,
         )
+
+    def _forward_inference(self, x: Tensor) -> Tensor:
+        """One dispatcher call on prepacked factors; every lookup here is on the clock of small layers."""
+        first_layer, core_layer, last_layer = self._layers()
+        try:
+            first = first_layer._parameters["weight"]
+            core = core_layer._parameters["weight"]
+            last = last_layer._parameters["weight"]
+        except KeyError:  # parametrised or pruned
+            return self._forward_checked(x)
+        if not functional.fuses_inference(x, core):
+            return self._forward_checked(x)
+        dilation = core_layer.dilation
+        packed = self._packed(first, core, last, dilation[1], functional.reads_channels_last(x))
+        try:
+            return torch.ops.kegfast.tucker2.default(
+                x, first, core, last, last_layer._parameters["bias"], packed,
+                *core_layer.stride, *core_layer.padding, *dilation, self.activation is not None,
+            )  # fmt: skip
+        except RuntimeError:
+            return self._forward_checked(x)  # says what is wrong with the arguments
+
+    def _layers(self) -> tuple[nn.Module, nn.Module, nn.Module]:
+        modules = self._modules
+        return modules["first"], modules["core"], modules["last"]
 
     def to_sequential(self) -> nn.Sequential:
         """The three convolutions (sharing these parameters), for quantisation or other tools."""

@@ -5,7 +5,7 @@ from torch import Tensor
 from torch.library import register_autograd, register_fake
 from torch.utils.flop_counter import register_flop_formula
 
-from kegfast import native
+from kegfast import native, reference  # noqa: F401  (native loads the operators)
 
 Pair = tuple[int, int]
 
@@ -65,25 +65,47 @@ def _tucker2_save(ctx, inputs, output):
     ctx.stride, ctx.padding, ctx.dilation = (sh, sw), (ph, pw), (dh, dw)
 
 
-def _tucker2_gradients(ctx, grad, _t1, _t2):
+class _FirstOrder(torch.autograd.Function):
+    """Gradients as they are, but no way back through them: a wrong second derivative is worse."""
+
+    @staticmethod
+    def forward(ctx, count, *tensors):
+        return tensors[:count]
+
+    @staticmethod
+    def backward(ctx, *_):
+        raise RuntimeError(
+            "kegfast's compiled tucker2 has no second derivative; run it under kegfast.backend('reference')"
+        )
+
+
+def _tucker2_backward(ctx, grad, _t1, _t2):
+    with torch.no_grad():
+        grads = _tucker2_gradients(ctx, grad)
+    if torch.is_grad_enabled():  # create_graph=True
+        given = [g for g in grads if g is not None]
+        kept = iter(_FirstOrder.apply(len(given), *given, grad, *ctx.saved_tensors[:4]))
+        grads = [None if g is None else next(kept) for g in grads]
+    return *grads, *([None] * 8)
+
+
+def _tucker2_gradients(ctx, grad):
     x, first, core, last, t1, t2, y = ctx.saved_tensors
     if ctx.relu:
         grad = torch.ops.aten.threshold_backward(grad, y, 0)
-    needs = ctx.needs_input_grad[:5]
-    bias = grad.sum((0, 2, 3)) if ctx.has_bias and needs[4] else None
+    *needs, need_bias = ctx.needs_input_grad[:5]
+    bias = grad.sum((0, 2, 3)) if ctx.has_bias and need_bias else None
     geometry = (*ctx.stride, *ctx.padding, *ctx.dilation)
-    if t1.numel() == 0 and any(needs[1:4]):  # recompute
-        _, t1, t2 = torch.ops.kegfast.tucker2_forward(
-            x, first, core, last, None, *geometry, False, True
-        )
+    if t1.numel() == 0 and any(needs[1:]):  # recompute
+        _, t1, t2 = torch.ops.kegfast.tucker2_forward(x, first, core, last, None, *geometry, False, True)
     if _runs_backwards(core, ctx.stride, ctx.padding, ctx.dilation):
         floats = [t.float() for t in (grad, x, t1, t2, first, core, last)]
-        grads = torch.ops.kegfast.tucker2_backward(*floats, *geometry[2:], *needs[:4])
+        grads = torch.ops.kegfast.tucker2_backward(*floats, *geometry[2:], *needs)
         weights = (x, first, core, last)
-        grads = [g.to(w.dtype) if need else None for g, w, need in zip(grads, weights, needs)]
+        grads = [g.to(w.dtype) if need else None for g, w, need in zip(grads, weights, needs, strict=True)]
     else:
         grads = _unfused_gradients(ctx, grad, x, t1, t2, first, core, last, needs)
-    return *grads, bias, *([None] * 8)
+    return [*grads, bias]
 
 
 def _runs_backwards(core: Tensor, stride: Pair, padding: Pair, dilation: Pair) -> bool:
@@ -95,7 +117,7 @@ def _runs_backwards(core: Tensor, stride: Pair, padding: Pair, dilation: Pair) -
 def _unfused_gradients(ctx, grad, x, t1, t2, first, core, last, needs):
     """The chain rule by torch's own convolutions, on the kept intermediates."""
     (ph, pw), h, w = ctx.padding, x.shape[2], x.shape[3]
-    need_x, need_first, need_core, need_last = needs[:4]
+    need_x, need_first, need_core, need_last = needs
     below_core, below_last = need_x or need_first, need_x or need_first or need_core
     one, zero = (1, 1), (0, 0)
 
@@ -115,9 +137,7 @@ def _unfused_gradients(ctx, grad, x, t1, t2, first, core, last, needs):
     dz2, dlast = step(grad, t2, last, one, zero, one, below_last, need_last)
     dz1 = dcore = dx = dfirst = None
     if below_last:
-        dz1, dcore = step(
-            dz2, t1, core, ctx.stride, ctx.padding, ctx.dilation, below_core, need_core
-        )
+        dz1, dcore = step(dz2, t1, core, ctx.stride, ctx.padding, ctx.dilation, below_core, need_core)
     if below_core:
         dx, dfirst = step(dz1, x, first, one, zero, one, need_x, need_first)
     return dx, dfirst, dcore, dlast
@@ -155,11 +175,11 @@ def _register_tucker2() -> None:
     register_fake("kegfast::tucker2", _tucker2_fake)
     register_fake("kegfast::tucker2_forward", _tucker2_forward_fake)
     register_fake("kegfast::tucker2_backward", _tucker2_backward_fake)
-    register_autograd("kegfast::tucker2_forward", _tucker2_gradients, setup_context=_tucker2_save)
+    register_autograd("kegfast::tucker2_forward", _tucker2_backward, setup_context=_tucker2_save)
     register_flop_formula(ops.tucker2)(tucker2_formula)
     register_flop_formula(ops.tucker2_forward)(forward_formula)
     register_flop_formula(ops.tucker2_backward)(backward_formula)
 
 
-if hasattr(torch.ops.kegfast, "tucker2"):
+if native._C is not None:
     _register_tucker2()

@@ -18,9 +18,8 @@ class PackedFactors:
     """
 
     def __init__(self) -> None:
-        self._key: tuple[object, ...] = ()
-        self._sources: tuple[Tensor, ...] = ()
-        self._packed: Tensor | None = None
+        # One attribute, so that another thread meets one state or the other: key, buffer, sources.
+        self._entry: tuple[tuple[object, ...], Tensor | None, tuple[Tensor, ...]] = ((), None, ())
 
     def __call__(
         self,
@@ -38,15 +37,12 @@ class PackedFactors:
             )  # fmt: skip
         except RuntimeError:  # inference tensors have no version: pack in every call
             return None
-        if key != self._key:
-            # In this order, another thread meets either the old pair or the new one.
-            self._key = ()
-            self._sources = (first.detach(), core.detach(), last.detach())
-            self._packed = torch.ops.kegfast.tucker2_pack(
-                *self._sources, dilation_w, channels_last
-            )
-            self._key = key
-        return self._packed
+        kept, packed, _ = self._entry
+        if key != kept:
+            sources = (first.detach(), core.detach(), last.detach())
+            packed = torch.ops.kegfast.tucker2_pack(*sources, dilation_w, channels_last)
+            self._entry = (key, packed, sources)
+        return packed
 
     def __reduce__(self) -> tuple[Callable[[], "PackedFactors"], tuple[()]]:
         return PackedFactors, ()

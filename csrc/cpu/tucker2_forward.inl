@@ -46,33 +46,58 @@ inline const TileFunction (*tiles_of(int group)) [kMaxPixels + 1] {
   return kTiles<kA, B::packed, kBias, 1>.f;
 }
 
-// C = A * packed factor over the grid; `tile` carries everything that is the same for all tiles.
+// Longer sums are cut, so that their rounding errors stay those of a blocked sum and a cut of B stays in L1.
+constexpr int64_t kChain = 256, kWholeChain = 400;
+
+// The calls of one tile that make up its whole sum: f(tile, offset in A, offset in B), bias and ReLU with the
+// last.
+template <A kA, class F>
+void for_chains(const Tile& whole, int group, const F& f) {
+  const int64_t length = whole.segment_length, segments = whole.segment_count;
+  const bool one = segments * length <= kWholeChain;
+  const int64_t together = one ? segments : clamp(kChain / length, 1, segments);
+  const int64_t piece = one ? length : round_up(ceil_div(length, ceil_div(length, kChain)), group);
+  for (int64_t s = 0; s < segments; s += together)
+    for (int64_t k = 0; k < length; k += piece) {
+      const bool ends = s + together >= segments && k + piece >= length;
+      Tile part = whole;
+      part.segments += s;
+      part.segment_count = smaller(together, segments - s);
+      part.segment_length = smaller(piece, length - k);
+      part.accumulate = s + k > 0;
+      part.relu = ends && whole.relu;
+      if (!ends) part.bias = nullptr;
+      f(part, kA == A::row_major ? k : k * whole.a_step, (s * ceil_div(length, group) + k / group) * kLanes);
+    }
+}
+
+// C = A * packed factor over the grid; `whole` carries everything that is the same for all tiles.
 template <A kA>
-void sweep(Tile tile, const Grid& grid, int64_t a_pixel, int64_t outputs, int group) {
+void sweep(const Tile& whole, const Grid& grid, int64_t a_pixel, int64_t outputs, int group) {
   const int channels = kLanes / group;
   const int64_t vectors = ceil_div(outputs, channels);
-  const int64_t vector_floats = tile.segment_count * ceil_div(tile.segment_length, group) * kLanes;
+  const int64_t vector_floats = whole.segment_count * ceil_div(whole.segment_length, group) * kLanes;
   const Cut cut = best_cut(vectors, grid.pixels, group > 1 ? 1 : kMaxVectors);
   const auto tiles = tiles_of<kA, Bias::per_lane>(group);
-  const float *const a = tile.a, *const b = tile.b, *const bias = tile.bias;
-  float* const c = tile.c;
-  tile.b_vector = vector_floats;
   for (int64_t v = 0; v < vectors; v += cut.vectors) {
     const int width = static_cast<int>(smaller(cut.vectors, vectors - v));
-    tile.b = b + v * vector_floats;
-    tile.bias = bias ? bias + v * channels : nullptr;
-    tile.tail = static_cast<int>(smaller(channels, outputs - (v + width - 1) * channels));
-    for (int64_t n = 0; n < grid.images; ++n)
-      for (int64_t r = 0; r < grid.rows; ++r) {
-        int64_t done = 0;
-        for (int i = 0; i < cut.tiles; ++i) {
-          const int64_t next = (i + 1) * grid.pixels / cut.tiles;
-          tile.a = a + n * grid.a_image + r * grid.a_row + done * a_pixel;
-          tile.c = c + n * grid.c_image + r * grid.c_row + done * tile.c_step + v * channels;
-          tiles[width][next - done](tile);
-          done = next;
+    for_chains<kA>(whole, group, [&](Tile& tile, int64_t a_offset, int64_t b_offset) {
+      tile.b = whole.b + v * vector_floats + b_offset;
+      tile.b_vector = vector_floats;
+      if (tile.bias) tile.bias += v * channels;
+      tile.tail = static_cast<int>(smaller(channels, outputs - (v + width - 1) * channels));
+      for (int64_t n = 0; n < grid.images; ++n)
+        for (int64_t r = 0; r < grid.rows; ++r) {
+          int64_t done = 0;
+          for (int i = 0; i < cut.tiles; ++i) {
+            const int64_t next = (i + 1) * grid.pixels / cut.tiles;
+            tile.a = whole.a + a_offset + n * grid.a_image + r * grid.a_row + done * a_pixel;
+            tile.c = whole.c + n * grid.c_image + r * grid.c_row + done * tile.c_step + v * channels;
+            tiles[width][next - done](tile);
+            done = next;
+          }
         }
-      }
+    });
   }
 }
 
