@@ -3,6 +3,7 @@
 #include <pybind11/stl.h>
 
 #include "cpu/isa.h"
+#include "diversity.h"
 
 namespace py = pybind11;
 
@@ -26,5 +27,10 @@ py::dict build_info() {
 PYBIND11_MODULE(_C, m) {
   m.doc() = "kegfast's native part: build facts and kernel knobs; operators live in torch.ops.kegfast";
   m.def("build_info", &build_info);
+  py::enum_<kegfast::L1Kernel>(m, "L1Kernel")
+      .value("automatic", kegfast::L1Kernel::automatic)
+      .value("sort", kegfast::L1Kernel::sort)
+      .value("pairs", kegfast::L1Kernel::pairs);
+  m.def("force_l1_kernel", &kegfast::force_l1_kernel, py::arg("kernel"));
   m.def("set_isa", [](const std::string& name) { return kegfast::isa_name(kegfast::set_isa(name)); }, py::arg("name"));
 }

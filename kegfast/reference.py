@@ -8,7 +8,8 @@ from torch import Tensor
 def pair_distance(x: Tensor, metric: str) -> Tensor:  # (B, D) -> (B, B)
     """All pairwise distances of the rows of x; see `kegfast.functional.diversity_loss`."""
     if metric == "cosine":
-        unit = F.normalize(x, dim=1, eps=torch.finfo(x.dtype).tiny)
+        zero = x.norm(dim=1, keepdim=True) == 0  # no direction: at distance 1, with gradient 0
+        unit = torch.where(zero, 0, x / x.masked_fill(zero, 1).norm(dim=1, keepdim=True))
         return 1 - unit @ unit.T
     delta = x[:, None] - x[None]  # (B, B, D)
     if metric == "l1":
@@ -25,9 +26,13 @@ def diversity_exponent(
     samples: Tensor,  # (B, D)
     metric: str,
     noise_metric: str,
-) -> Tensor:  # ()
+) -> Tensor:  # () float64
     """-mean_ij w(noises_i, noises_j) d(samples_i, samples_j) over all B*B ordered pairs."""
-    return -(pair_distance(noises, noise_metric) * pair_distance(samples, metric)).mean()
+    noises, samples = (x if x.dtype is torch.float64 else x.float() for x in (noises, samples))
+    product = pair_distance(noises, noise_metric).double() * pair_distance(samples, metric)
+    # 1, or NaN where something is not finite: then every gradient is NaN as well
+    finite = 1 + (noises.detach() * 0).sum() + (samples.detach() * 0).sum()
+    return -product.mean() * finite
 
 
 def tucker_conv2d(
@@ -45,3 +50,23 @@ def tucker_conv2d(
     y = F.conv2d(F.conv2d(x, first), core, None, stride, padding, dilation)
     y = F.conv2d(y, last, bias)
     return F.relu(y) if activation == "relu" else y
+
+
+def soft_target(
+    student: Tensor,  # (B, C) logits
+    teacher: Tensor,  # (B, C) logits
+    temperature: float,
+) -> Tensor:  # ()
+    """T^2 KL(softmax(teacher / T) || softmax(student / T)), averaged over the batch."""
+    ours, theirs = ((x / temperature).log_softmax(1) for x in (student, teacher))
+    return temperature**2 * F.kl_div(ours, theirs, reduction="batchmean", log_target=True)
+
+
+def soft_target_gradient(
+    student: Tensor,  # (B, C) logits
+    teacher: Tensor,  # (B, C) logits
+    temperature: float,
+) -> Tensor:  # (B, C)
+    """The gradient of `soft_target` in the student."""
+    ours, theirs = ((x / temperature).softmax(1) for x in (student, teacher))
+    return (ours - theirs) * (temperature / len(student))

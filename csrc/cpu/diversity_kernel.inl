@@ -1,21 +1,99 @@
-// Kernels of diversity, compiled once per instruction set.
-#include "diversity.h"
+// Kernels of diversity, compiled once per instruction set: the entry points of csrc/diversity.h.
+#include "cpu/diversity_low_rank.inl"
+#include "cpu/diversity_pairs.inl"
+#include "cpu/diversity_scan.inl"
 
 namespace kegfast::KEGFAST_ISA {
 
-double diversity_l1_pairs(const DiversityParams& p, int64_t first_feature, int64_t last_feature) {
-  double total = 0;
-  for (int64_t i = 0; i < p.batch; ++i)
-    for (int64_t d = first_feature; d < last_feature; ++d) {
-      float g = 0;
-      for (int64_t j = 0; j < p.batch; ++j) {
-        const float delta = p.samples[i * p.features + d] - p.samples[j * p.features + d];
-        g += p.weights[i * p.batch + j] * static_cast<float>((delta > 0) - (delta < 0));
-      }
-      total += 2.0 * g * p.samples[i * p.features + d];
-      if (p.gradient) p.gradient[i * p.features + d] = 2 * g;
-    }
-  return total;
+int64_t diversity_lanes() { return L; }
+
+int64_t diversity_workspace(int64_t batch) {
+  // Two tiles, the keys, and the runs of ties (at most one for every two positions of a lane).
+  return 2 * batch * kVectorBytes + padded_batch(batch) * kVectorBytes + (batch / 2 + 1) * L * int64_t{sizeof(Run)};
+}
+
+void diversity_l1_sort(const DiversityParams& p, int64_t first, int64_t last, void* workspace, double* values) {
+  if (p.chunks == 1) l1_sort_tiles<1>(p, first, last, workspace, values);
+  else if (p.chunks == 2) l1_sort_tiles<2>(p, first, last, workspace, values);
+  else if (p.chunks == 4) l1_sort_tiles<4>(p, first, last, workspace, values);
+  else l1_sort_tiles<8>(p, first, last, workspace, values);
+}
+
+void diversity_l1_pairs(const DiversityParams& p, int64_t first, int64_t last, void* workspace, double* values) {
+  if (p.element == Element::f64) l1_pair_tiles_plain<double>(p, first, last, workspace, values);
+  else l1_pair_tiles(p, first, last, workspace, values);
+}
+
+void diversity_square_pairs(const DiversityParams& p, int64_t first, int64_t last, void* workspace, double* values) {
+  if (p.element == Element::f64) square_pair_tiles<double>(p, first, last, workspace, values);
+  else square_pair_tiles<float>(p, first, last, workspace, values);
+}
+
+template <class T>
+static void low_rank(const DiversityParams& p, int64_t first, int64_t last, void* workspace, double* values) {
+  const int columns = p.low_rank_tail + 1;
+  if (columns <= 4) low_rank_tiles<T, 4>(p, first, last, workspace, values);
+  else if (columns <= 8) low_rank_tiles<T, 8>(p, first, last, workspace, values);
+  else if (columns <= 12) low_rank_tiles<T, 12>(p, first, last, workspace, values);
+  else low_rank_tiles<T, 16>(p, first, last, workspace, values);
+}
+
+void diversity_low_rank(const DiversityParams& p, int64_t first, int64_t last, void* workspace, double* values) {
+  if (p.element == Element::f64) low_rank<double>(p, first, last, workspace, values);
+  else low_rank<float>(p, first, last, workspace, values);
+}
+
+void diversity_distances(const DiversityParams& p, int64_t first, int64_t last, bool squared, void* workspace,
+                         double* distances) {
+  if (p.element == Element::f64) {
+    if (squared) distance_tiles<double, true>(p, first, last, workspace, distances);
+    else distance_tiles<double, false>(p, first, last, workspace, distances);
+  } else {
+    if (squared) distance_tiles<float, true>(p, first, last, workspace, distances);
+    else distance_tiles<float, false>(p, first, last, workspace, distances);
+  }
+}
+
+// Rows a vector at a time: f(feature, x) for every vector of row i.
+template <class T, class F>
+static void each_vector(const DiversityParams& p, int64_t row, F f) {
+  for (int64_t feature = 0; feature < p.features; feature += lanes<T>) f(feature, load_row<T>(p, row, feature));
+}
+
+template <class T>
+static double square_norm(const DiversityParams& p, int64_t row) {
+  double norm = 0;
+  each_vector<T>(p, row, [&](int64_t, Vec<T> x) {
+    for (int l = 0; l < lanes<T>; ++l) norm += static_cast<double>(x[l]) * x[l];
+  });
+  return norm;
+}
+
+void diversity_square_norms(const DiversityParams& p, int64_t first, int64_t last, double* norms) {
+  for (int64_t i = first; i < last; ++i)
+    norms[i] = p.element == Element::f64 ? square_norm<double>(p, i) : square_norm<float>(p, i);
+}
+
+template <class T>
+static void project_row(const DiversityParams& p, int64_t row) {
+  T* g = static_cast<T*>(p.gradient) + row * p.features;
+  double along = 0;
+  each_vector<T>(p, row, [&](int64_t feature, Vec<T> y) {
+    const int64_t left = p.features - feature;
+    for (int l = 0; l < lanes<T> && l < left; ++l) along += static_cast<double>(y[l]) * g[feature + l];
+  });
+  const double scale = p.row_scale[row];
+  each_vector<T>(p, row, [&](int64_t feature, Vec<T> y) {
+    const int64_t left = p.features - feature;
+    for (int l = 0; l < lanes<T> && l < left; ++l)
+      g[feature + l] = static_cast<T>((g[feature + l] - along * y[l]) * scale);
+  });
+}
+
+void diversity_project(const DiversityParams& p, int64_t first, int64_t last) {
+  for (int64_t i = first; i < last; ++i)
+    if (p.element == Element::f64) project_row<double>(p, i);
+    else project_row<float>(p, i);
 }
 
 }  // namespace kegfast::KEGFAST_ISA

@@ -1,0 +1,210 @@
+// Any weights: pairs of rows i < j over tiles of features.
+#pragma once
+
+#include "cpu/diversity_sort.inl"
+
+namespace kegfast::KEGFAST_ISA {
+
+constexpr int kBlock = 8;  // rows whose values and sums stay in registers
+
+// sum where above else 0, added to and subtracted from the two rows' sums.
+inline __attribute__((always_inline)) void add_sign(Vec<float> xi, Vec<float> xj, Vec<int32_t> w, Vec<int32_t>& gi,
+                                                    Vec<int32_t>& gj) {
+#if defined(__AVX512F__)
+  const __mmask16 above = _mm512_cmp_ps_mask((__m512)xi, (__m512)xj, _CMP_GT_OQ);
+  gi = (Vec<int32_t>)_mm512_mask_add_epi32((__m512i)gi, above, (__m512i)gi, (__m512i)w);
+  gj = (Vec<int32_t>)_mm512_mask_sub_epi32((__m512i)gj, above, (__m512i)gj, (__m512i)w);
+#else
+  const Vec<int32_t> part = (xi > xj) & w;
+  gi += part;
+  gj -= part;
+#endif
+}
+
+// sums_i += sum_j w_ij [x_i > x_j] over pairs i < j, sums_j -= the same; with `both`, also the pairs where x_i < x_j, mirrored, so that
+// ties count for nothing.
+template <bool both>
+inline void sign_pairs(const float* x, const int32_t* weights, int64_t batch, int32_t* sums) {
+  for (int64_t i = 0; i < batch * L; i += L) store(sums + i, Vec<int32_t>{});
+  int64_t i = 0;
+  for (; i + kBlock <= batch; i += kBlock) {
+    Vec<float> xi[kBlock];
+    Vec<int32_t> gi[kBlock];
+#pragma GCC unroll 8
+    for (int b = 0; b < kBlock; ++b) xi[b] = load(x + (i + b) * L), gi[b] = load(sums + (i + b) * L);
+#pragma GCC unroll 8
+    for (int b = 0; b < kBlock; ++b)
+#pragma GCC unroll 8
+      for (int c = b + 1; c < kBlock; ++c) {
+        const Vec<int32_t> w = splat(weights[(i + b) * batch + i + c]);
+        add_sign(xi[b], xi[c], w, gi[b], gi[c]);
+        if (both) add_sign(xi[c], xi[b], w, gi[c], gi[b]);
+      }
+    for (int64_t j = i + kBlock; j < batch; ++j) {
+      const Vec<float> xj = load(x + j * L);
+      const int32_t* w = weights + j * batch + i;
+      Vec<int32_t> gj = load(sums + j * L);
+#pragma GCC unroll 8
+      for (int b = 0; b < kBlock; ++b) {
+        add_sign(xi[b], xj, splat(w[b]), gi[b], gj);
+        if (both) add_sign(xj, xi[b], splat(w[b]), gj, gi[b]);
+      }
+      store(sums + j * L, gj);
+    }
+#pragma GCC unroll 8
+    for (int b = 0; b < kBlock; ++b) store(sums + (i + b) * L, gi[b]);
+  }
+  for (; i < batch; ++i)
+    for (int64_t j = i + 1; j < batch; ++j) {
+      const Vec<float> xi = load(x + i * L), xj = load(x + j * L);
+      const Vec<int32_t> w = splat(weights[i * batch + j]);
+      Vec<int32_t> gi = load(sums + i * L), gj = load(sums + j * L);
+      add_sign(xi, xj, w, gi, gj);
+      if (both) add_sign(xj, xi, w, gj, gi);
+      store(sums + i * L, gi);
+      store(sums + j * L, gj);
+    }
+}
+
+// Whether some lane may hold two equal values (the keys are a little coarser than the values).
+inline bool may_tie(const Tile<float>& t, int64_t batch, uint32_t* keys) {
+  if (batch <= 24) return true;  // asking costs more than counting both signs
+  sort_keys(t, batch, keys);
+  const uint32_t bound = uint32_t{1} << bits_for(batch);
+  uint32_t same = 0;
+  for (int64_t i = 0; i + 1 < batch; ++i) same |= lanes_below(load(keys + i * L) ^ load(keys + (i + 1) * L), bound);
+  return same != 0;
+}
+
+inline void l1_pair_tiles(const DiversityParams& p, int64_t first, int64_t last, void* workspace, double* values) {
+  const int64_t B = p.batch;
+  const int32_t* weights = static_cast<const int32_t*>(p.weights);
+  float* x = static_cast<float*>(workspace);
+  int32_t* sums = reinterpret_cast<int32_t*>(x + B * L);
+  uint32_t* keys = reinterpret_cast<uint32_t*>(sums + B * L);
+  for (int64_t tile = first; tile < last; ++tile) {
+    const Tile<float> t = load_tile<float>(p, tile * L, x);
+    if (!t.finite) {
+      values[tile] = __builtin_nan("");
+      continue;
+    }
+    const bool both = may_tie(t, B, keys);
+    if (both)
+      sign_pairs<true>(x, weights, B, sums);
+    else
+      sign_pairs<false>(x, weights, B, sums);
+    // Without ties, sum_j w sign(x_i - x_j) = 2 sum_j w [x_i > x_j] - sum_j w for i < j, and its mirror image for i > j. The sums are
+    // taken modulo 2^32; the result fits.
+    values[tile] = finish_tile<float>(p, tile * L, t, 2.0 * p.weight_unit, [&](int64_t i) __attribute__((always_inline)) {
+      Vec<int32_t> sum = load(sums + i * L);
+      if (!both) sum = sum + sum - p.offsets[i];
+      return __builtin_convertvector(sum, Vec<float>);
+    });
+  }
+}
+
+template <class T>
+inline void l1_pair_tiles_plain(const DiversityParams& p, int64_t first, int64_t last, void* workspace, double* values) {
+  const int64_t B = p.batch;
+  const T* weights = static_cast<const T*>(p.weights);
+  T* x = static_cast<T*>(workspace);
+  T* g = x + B * lanes<T>;
+  for (int64_t tile = first; tile < last; ++tile) {
+    const Tile<T> t = load_tile<T>(p, tile * lanes<T>, x);
+    if (!t.finite) {
+      values[tile] = __builtin_nan("");
+      continue;
+    }
+    for (int64_t i = 0; i < B; ++i) {
+      const Vec<T> xi = load(x + i * lanes<T>);
+      Vec<T> sum{};
+      for (int64_t j = 0; j < B; ++j) {
+        const Vec<T> xj = load(x + j * lanes<T>), w = splat(weights[i * B + j]);
+        sum += xi > xj ? w : xi < xj ? -w : w * 0;
+      }
+      store(g + i * lanes<T>, sum);
+    }
+    values[tile] = finish_tile<T>(p, tile * lanes<T>, t, 2.0, [&](int64_t i) { return load(g + i * lanes<T>); });
+  }
+}
+
+// g_i = sum_j c_ij (x_i - x_j).
+template <class T>
+inline void difference_pairs(const T* x, const T* weights, int64_t batch, T* g) {
+  constexpr int N = lanes<T>;
+  for (int64_t i = 0; i < batch; ++i) store(g + i * N, Vec<T>{});
+  int64_t i = 0;
+  for (; i + kBlock <= batch; i += kBlock) {
+    Vec<T> xi[kBlock], gi[kBlock];
+#pragma GCC unroll 8
+    for (int b = 0; b < kBlock; ++b) xi[b] = load(x + (i + b) * N), gi[b] = load(g + (i + b) * N);
+#pragma GCC unroll 8
+    for (int b = 0; b < kBlock; ++b)
+#pragma GCC unroll 8
+      for (int c = b + 1; c < kBlock; ++c) {
+        const Vec<T> w = splat(weights[(i + b) * batch + i + c]), d = xi[b] - xi[c];
+        gi[b] += w * d;
+        gi[c] -= w * d;
+      }
+    for (int64_t j = i + kBlock; j < batch; ++j) {
+      const Vec<T> xj = load(x + j * N);
+      const T* w = weights + j * batch + i;
+      Vec<T> gj = load(g + j * N);
+#pragma GCC unroll 8
+      for (int b = 0; b < kBlock; ++b) {
+        const Vec<T> d = xi[b] - xj;
+        gi[b] += splat(w[b]) * d;
+        gj -= splat(w[b]) * d;
+      }
+      store(g + j * N, gj);
+    }
+#pragma GCC unroll 8
+    for (int b = 0; b < kBlock; ++b) store(g + (i + b) * N, gi[b]);
+  }
+  for (; i < batch; ++i)
+    for (int64_t j = i + 1; j < batch; ++j) {
+      const Vec<T> d = load(x + i * N) - load(x + j * N), w = splat(weights[i * batch + j]);
+      store(g + i * N, load(g + i * N) + w * d);
+      store(g + j * N, load(g + j * N) - w * d);
+    }
+}
+
+template <class T>
+inline void square_pair_tiles(const DiversityParams& p, int64_t first, int64_t last, void* workspace, double* values) {
+  constexpr int N = lanes<T>;
+  T* x = static_cast<T*>(workspace);
+  T* g = x + p.batch * N;
+  for (int64_t tile = first; tile < last; ++tile) {
+    const Tile<T> t = load_tile<T>(p, tile * N, x);
+    if (!t.finite) {
+      values[tile] = __builtin_nan("");
+      continue;
+    }
+    difference_pairs(x, static_cast<const T*>(p.weights), p.batch, g);
+    values[tile] = finish_tile<T>(p, tile * N, t, 2.0 * p.weight_unit * t.unit,
+                                  [&](int64_t i) __attribute__((always_inline)) { return load(g + i * N); });
+  }
+}
+
+template <class T, bool squared>
+inline void distance_tiles(const DiversityParams& p, int64_t first, int64_t last, void* workspace, double* distances) {
+  constexpr int N = lanes<T>;
+  const int64_t B = p.batch;
+  T* x = static_cast<T*>(workspace);
+  for (int64_t tile = first; tile < last; ++tile) {
+    const Tile<T> t = load_tile<T>(p, tile * N, x);
+    const double unit = !t.finite ? __builtin_nan("") : squared ? t.unit * t.unit : t.unit;
+    for (int64_t i = 0; i < B; ++i) {
+      const Vec<T> xi = load(x + i * N);
+      for (int64_t j = i + 1; j < B; ++j) {
+        const Vec<T> d = xi - load(x + j * N);
+        const Vec<T> term = squared ? d * d : vmax(d, -d);
+        T sum = 0;
+        for (int l = 0; l < N; ++l) sum += term[l];
+        distances[i * B + j] += sum * unit;
+      }
+    }
+  }
+}
+
+}  // namespace kegfast::KEGFAST_ISA

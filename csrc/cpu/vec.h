@@ -1,0 +1,75 @@
+// Vectors of the instruction set that this object is compiled for, on GCC's vector extensions. Included by .inl files only:
+// everything lives in `namespace kegfast::KEGFAST_ISA` (see cmake/Isa.cmake).
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "cpu/half.h"
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#elif defined(__SSE2__)
+#include <emmintrin.h>
+#endif
+
+namespace kegfast::KEGFAST_ISA {
+
+#if defined(__AVX512F__)
+constexpr int kVectorBytes = 64;
+#elif defined(__AVX2__)
+constexpr int kVectorBytes = 32;
+#else
+constexpr int kVectorBytes = 16;
+#endif
+
+template <class T>
+struct VecOf {
+  typedef T type __attribute__((vector_size(kVectorBytes), may_alias));
+  typedef T unaligned __attribute__((vector_size(kVectorBytes), may_alias, aligned(alignof(T))));
+};
+template <class T>
+using Vec = typename VecOf<T>::type;
+template <class T>
+constexpr int lanes = kVectorBytes / static_cast<int>(sizeof(T));
+
+template <class T>
+inline Vec<T> load(const T* p) { return *reinterpret_cast<const Vec<T>*>(p); }
+template <class T>
+inline Vec<T> load_unaligned(const T* p) { return *reinterpret_cast<const typename VecOf<T>::unaligned*>(p); }
+template <class T>
+inline void store(T* p, Vec<T> v) { *reinterpret_cast<Vec<T>*>(p) = v; }
+template <class T>
+inline void store_unaligned(T* p, Vec<T> v) { *reinterpret_cast<typename VecOf<T>::unaligned*>(p) = v; }
+template <class T>
+inline Vec<T> splat(T value) { return value - Vec<T>{}; }
+template <class V>
+inline V vmin(V a, V b) { return a < b ? a : b; }
+template <class V>
+inline V vmax(V a, V b) { return a > b ? a : b; }
+
+// lanes<float> consecutive bfloat16 or IEEE half numbers, widened.
+inline Vec<float> load_bf16(const uint16_t* p) {
+#if defined(__AVX512F__)
+  return (Vec<float>)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16);
+#elif defined(__AVX2__)
+  return (Vec<float>)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16);
+#else
+  Vec<uint32_t> bits;
+  for (int i = 0; i < lanes<float>; ++i) bits[i] = static_cast<uint32_t>(p[i]) << 16;
+  return (Vec<float>)bits;
+#endif
+}
+inline Vec<float> load_f16(const uint16_t* p) {
+#if defined(__AVX512F__)
+  return (Vec<float>)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
+#elif defined(__AVX2__)
+  return (Vec<float>)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
+#else
+  Vec<float> v;
+  for (int i = 0; i < lanes<float>; ++i) v[i] = half_to_float(p[i]);
+  return v;
+#endif
+}
+
+}  // namespace kegfast::KEGFAST_ISA

@@ -1,0 +1,115 @@
+"""The diversity operator for torch: fake, autograd and FLOP formula of `kegfast::diversity_forward`."""
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.library import register_autograd, register_fake
+from torch.utils.flop_counter import register_flop_formula
+
+from kegfast import native  # noqa: F401  (loads the operators)
+
+METRICS = {"l1": 0, "sqeuclidean": 1, "euclidean": 2, "cosine": 3}
+"""The sample metrics by their number in `torch.ops.kegfast.diversity_forward`."""
+NOISE_METRICS = {"sqeuclidean": 0, "euclidean": 1}
+
+
+def _diversity_fake(noises, samples, metric, noise_metric, noise_grad, sample_grad):
+    def gradient(x: Tensor, wanted: bool) -> Tensor:
+        dtype = torch.float64 if x.dtype is torch.float64 else torch.float32
+        return x.new_empty(x.shape if wanted else (0,), dtype=dtype)
+
+    exponent = samples.new_empty((), dtype=torch.float64)
+    return exponent, gradient(noises, noise_grad), gradient(samples, sample_grad)
+
+
+def _diversity_save(ctx, inputs, output):
+    noises, samples = inputs[:2]
+    ctx.dtypes = noises.dtype, samples.dtype
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.save_for_backward(*output[1:])
+
+
+@once_differentiable
+def _diversity_gradients(ctx, grad, *_):
+    found = zip(ctx.saved_tensors, ctx.dtypes, ctx.needs_input_grad, strict=False)
+    gradients = [(g * grad.to(g.dtype)).to(dtype) if need else None for g, dtype, need in found]
+    return *gradients, None, None, None, None
+
+
+class _Diversity(torch.autograd.Function):
+    """The eager path: one node, and one buffer of the samples' size.
+
+    The gradient that the forward pass leaves is scaled in place and handed on; a second backward
+    pass through a retained graph computes it anew.
+    """
+
+    @staticmethod
+    def forward(ctx, noises, samples, metric, noise_metric, scale, log):  # -> ()
+        wanted = ctx.needs_input_grad[:2]
+        outputs = _diversity_forward(noises, samples, metric, noise_metric, *wanted)
+        value = finish(outputs[0], samples.dtype, scale, log)
+        ctx.arguments = metric, noise_metric, scale, log
+        ctx.gradients = outputs[1:]
+        ctx.save_for_backward(noises, samples, value)
+        return value
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):  # ()
+        noises, samples, value = ctx.saved_tensors
+        metric, noise_metric, scale, log = ctx.arguments
+        wanted = ctx.needs_input_grad[:2]
+        gradients, ctx.gradients = ctx.gradients, None
+        if gradients is None:
+            gradients = _diversity_forward(noises, samples, metric, noise_metric, *wanted)[1:]
+        factor = grad if log else grad * value
+        if scale != 1:
+            factor = factor * scale
+        inputs = zip(gradients, (noises, samples), wanted, strict=True)
+        scaled = [g.mul_(factor).to(x.dtype) if need else None for g, x, need in inputs]
+        return *scaled, None, None, None, None
+
+
+def _diversity_forward(*args):
+    with torch._C._AutoDispatchBelowAutograd():
+        return torch.ops.kegfast.diversity_forward.default(*args)
+
+
+def finish(exponent: Tensor, dtype: torch.dtype, scale: float, log: bool) -> Tensor:
+    """The loss () from the float64 exponent (); samples of half types give a float32 loss."""
+    if scale != 1:
+        exponent = exponent * scale
+    value = exponent if log else exponent.exp()
+    return value if dtype is torch.float64 else value.to(torch.float32)
+
+
+def diversity(
+    noises: Tensor,  # (B, nz)
+    samples: Tensor,  # (B, D)
+    metric: str,
+    noise_metric: str,
+    scale: float = 1,
+    log: bool = False,
+) -> Tensor:  # ()
+    """exp(scale * exponent), or with `log` scale * exponent, by the compiled operator."""
+    numbers = METRICS[metric], NOISE_METRICS[noise_metric]
+    if not torch.compiler.is_compiling():
+        return _Diversity.apply(noises, samples, *numbers, scale, log)
+    needs = [torch.is_grad_enabled() and x.requires_grad for x in (noises, samples)]
+    exponent = torch.ops.kegfast.diversity_forward(noises, samples, *numbers, *needs)[0]
+    return finish(exponent, samples.dtype, scale, log)
+
+
+def _register_diversity() -> None:
+    def formula(noises, samples, *args, out_shape=None, **kwargs) -> int:
+        (batch, width), features = noises, samples[1]
+        return 4 * batch * features * (width + 2)  # a prefix sum and a product for each number
+
+    name = "kegfast::diversity_forward"
+    register_fake(name, _diversity_fake)
+    register_autograd(name, _diversity_gradients, setup_context=_diversity_save)
+    register_flop_formula(torch.ops.kegfast.diversity_forward)(formula)
+
+
+if hasattr(torch.ops.kegfast, "diversity_forward"):
+    _register_diversity()
