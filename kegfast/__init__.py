@@ -1,6 +1,7 @@
 """kegfast: compress a trained network without its training data."""
 
-from kegfast import data, distillation, extraction, functional, models, nn, reference
+from kegfast import compression, data, distillation, extraction, functional, models, nn, reference
+from kegfast.compression import CompressionReport, compress, densify, fuse, load, save
 from kegfast.distillation import distill
 from kegfast.extraction import Generators, extract
 from kegfast.files import load_weights
@@ -9,21 +10,28 @@ from kegfast.training import evaluate, train
 from kegfast.version import __version__
 
 __all__ = [
+    "CompressionReport",
     "Generators",
     "__version__",
     "backend",
     "build_info",
+    "compress",
+    "compression",
     "cpu_isa",
     "data",
+    "densify",
     "distill",
     "distillation",
     "evaluate",
     "extract",
     "extraction",
     "functional",
+    "fuse",
+    "load",
     "load_weights",
     "models",
     "nn",
     "reference",
+    "save",
     "train",
 ]

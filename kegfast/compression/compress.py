@@ -1,9 +1,10 @@
 """compress: ranks, factors and surgery in one call, with a report of every decision."""
 
-import copy
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import product
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ from kegfast.compression.decompose import Factors, Metric, factorize, relative_e
 from kegfast.compression.ranks import RankRules, Side
 from kegfast.compression.report import CompressionReport, LayerReport
 from kegfast.compression.selection import Patterns, rule_of, select
-from kegfast.compression.surgery import Site, build, replace, survey
+from kegfast.compression.surgery import Site, build, clone, replace, survey
 from kegfast.nn import TuckerConv2d, TuckerLinear
 
 log = logging.getLogger(__name__)
@@ -43,7 +44,7 @@ def compress(
     *,
     include: Patterns = None,
     exclude: Patterns = None,
-    budget: Mapping[str, float] | None = None,
+    budget: Mapping[str, float] | int | None = None,
     example_input: Tensor | Sequence[Tensor] | None = None,
     calibration: Any = None,
     samples: int = 256,
@@ -63,8 +64,8 @@ def compress(
         include: glob patterns of layer names, e.g. "layers3.*.conv1"; None takes every layer.
         exclude: glob patterns of layers to leave alone.
         budget: instead of a rule: {"params" | "flops" | "memory" | "latency": fraction of the whole
-            model}, spent over all layers so that the model's output changes least. All but "params"
-            need `example_input`.
+            model}, or a number of parameters, spent over all layers so that the model's output
+            changes least. All but "params" need `example_input`.
         example_input: one input of the model (a tensor, or a tuple of them), at the batch size,
             dtype and layout that matter. With it FLOPs are reported, layers are timed, and a budget
             weights errors by the outputs' sensitivity (on noise, with the teacher's BatchNorm
@@ -77,7 +78,8 @@ def compress(
         measure: time dense, unfused and fused layers on `example_input` and keep what is fastest;
             the whole model is then never slower than before. Under a budget or explicit ranks a layer
             may lose as long as the model does not.
-        round_to: rounds ranks to multiples of this number, for kernels that want it.
+        round_to: rounds ranks to multiples of this number, for kernels that want it: up where that
+            still saves parameters; under a budget only multiples are options.
         inplace: change `model` itself instead of a deep copy.
 
     Returns:
@@ -87,13 +89,15 @@ def compress(
         TypeError, ValueError: an argument of the wrong kind, a pattern that matches no layer, a budget
             below what the lowest ranks cost, or weights that are not finite.
     """
+    if isinstance(budget, int) and isinstance(model, nn.Module):
+        budget = {"params": budget / max(count_parameters(model), 1)}
     _check(model, rank, budget, example_input, round_to)
-    student = model if inplace else copy.deepcopy(model)
+    student = model if inplace else clone(model)
     sites = survey(student)
     selected = select(sites, include, exclude, rank)
     report = CompressionReport([_entry(site) for site in sites], parameters_before=count_parameters(student))
     evidence = _gather(student, sites, selected, budget, example_input, calibration, samples)
-    teacher = copy.deepcopy(model) if inplace and (evidence.samples is not None or measure) else model
+    teacher = clone(model) if inplace and (evidence.samples is not None or measure) else model
     _report_flops(report, sites, evidence.traffic)
     if budget is None:
         wanted = {site.name: _rule_rank(site, rank, report[site.name], round_to) for site in selected}
@@ -263,7 +267,7 @@ def _rule_rank(
         rule = tuple(None if r is None else min(r, channels) for r, channels in sides)
     chosen = ranks.layer_rank(weight, rule)
     entry.rank_before_rounding = chosen
-    rounded = round_rank(chosen, weight, round_to) if round_to else chosen
+    rounded = round_rank(chosen, weight.shape, round_to) if round_to else chosen
     saved = weight.numel() - costs.factor_parameters(weight.shape, rounded)
     if saved <= 0 and not named:
         entry.reason = f"ranks {rounded[0]}/{rounded[1]} would not make it smaller"
@@ -272,19 +276,24 @@ def _rule_rank(
     return rounded
 
 
-def round_rank(
-    rank: tuple[Side, Side], weight: Tensor, step: int
-) -> tuple[Side, Side]:  # to multiples of step
-    """The nearest multiples of `step`, the upper one on a tie or where it is as cheap to run."""
+def round_rank(rank: Rank, shape: Sequence[int], step: int) -> Rank:
+    """Multiples of `step` beside a layer's ranks: above, as the kernels pad to that anyway, if it saves.
+
+    Args:
+        rank: (in_rank, out_rank) as a rule gave it.
+        shape: of the weight, (K, C, ...).
+        step: what the kernels compute at once.
+
+    Returns:
+        Of both neighbours of each rank, the pair with the most channels that has fewer parameters than
+        the dense layer; the lowest pair where none has.
+    """
     sides = []
-    for side, channels in zip(rank, (weight.shape[1], weight.shape[0]), strict=True):
-        if side is None:
-            sides.append(None)
-            continue
-        down, up = side // step * step, -(-side // step) * step
-        near = up if up - side <= side - down or down == 0 else down
-        sides.append(min(near, channels))
-    return sides[0], sides[1]
+    for side, channels in zip(rank, (shape[1], shape[0]), strict=True):
+        near = {None} if side is None else {-(-side // step) * step, max(side // step, 1) * step}
+        sides.append([None if n is None else min(n, channels) for n in near])
+    pairs = sorted(product(*sides), key=lambda pair: -costs.factor_parameters(shape, pair))
+    return next((p for p in pairs if costs.factor_parameters(shape, p) < prod(shape)), pairs[-1])
 
 
 def _install(
@@ -303,8 +312,9 @@ def _install(
 
 
 def count_parameters(model: nn.Module) -> int:
-    """Parameters of a module, shared ones once."""
-    return sum(parameter.numel() for parameter in model.parameters())
+    """Parameters of a module, shared ones once; those of lazy layers that have not run count as none."""
+    known = (p for p in model.parameters() if not isinstance(p, nn.UninitializedParameter))
+    return sum(parameter.numel() for parameter in known)
 
 
 def _entry(site: Site) -> LayerReport:

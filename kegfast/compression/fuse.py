@@ -1,6 +1,5 @@
 """Folding what follows a layer into it: BatchNorm into the weights, ReLU into the fused operator."""
 
-import copy
 import logging
 
 import torch
@@ -8,7 +7,7 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from kegfast.compression.structure import trace_graph
-from kegfast.compression.surgery import FactorChain
+from kegfast.compression.surgery import FactorChain, clone
 from kegfast.nn import TuckerConv2d, TuckerLinear
 
 log = logging.getLogger(__name__)
@@ -31,7 +30,7 @@ def fuse(model: nn.Module) -> nn.Module:
         The folded model in eval mode: a torch.fx GraphModule with the same names. Where the forward
         pass cannot be traced, a copy in which only neighbours inside an `nn.Sequential` are folded.
     """
-    folded = copy.deepcopy(model).eval()
+    folded = clone(model).eval()
     graph = trace_graph(folded)
     if graph is None:
         log.info("%s cannot be traced: only neighbours in Sequentials are folded", type(model).__name__)

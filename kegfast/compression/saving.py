@@ -165,13 +165,12 @@ def _complete(graph: fx.GraphModule, root: nn.Module) -> fx.GraphModule:
 
 def _adapt(model: nn.Module, structure: Mapping[str, Any]) -> nn.Module:
     """The model with every layer that the structure describes differently replaced."""
-    shared: dict[str, list[str]] = {}
-    for alias, name in structure["aliases"].items():
-        shared.setdefault(name, []).append(alias)
     for name, spec in structure["modules"].items():
-        if module_spec(model.get_submodule(name)) != spec:
+        old = model.get_submodule(name)
+        if module_spec(old) != spec:
+            shared = [n for n, m in model.named_modules(remove_duplicate=False) if m is old]
             new = module_from(spec)
-            model = replace(model, Site(name, new, [name, *shared.get(name, [])]), new)
+            model = replace(model, Site(name, new, shared), new)
     return model
 
 

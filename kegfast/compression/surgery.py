@@ -1,5 +1,6 @@
 """Finding the layers of a model that can be factorised, and replacing them."""
 
+import copy
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -26,6 +27,17 @@ class Site:
     module: nn.Module
     names: list[str] = field(default_factory=list)  # every name that leads to it
     refusal: str | None = None
+
+
+def clone(model: nn.Module) -> nn.Module:
+    """A deep copy, also of a pruned model, whose masked weights torch itself does not copy."""
+    derived = (
+        value
+        for module in model.modules()
+        for value in vars(module).values()
+        if isinstance(value, Tensor) and not value.is_leaf
+    )
+    return copy.deepcopy(model, {id(value): value.detach().clone() for value in derived})
 
 
 def survey(model: nn.Module) -> list[Site]:

@@ -1,0 +1,75 @@
+"""Factors of a weight against the dense weight and against optimality."""
+
+import pytest
+import torch
+
+from kegfast.compression.decompose import Metric, factorize, reconstruct, relative_error
+
+SHAPES = [(12, 8, 3, 3), (8, 12, 5, 1), (16, 6, 1, 1), (10, 14)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_full_ranks_reconstruct_the_weight(shape, dtype):
+    torch.manual_seed(0)
+    weight = torch.randn(shape).to(dtype)
+    for rank in ((shape[1], shape[0]), (shape[1], None), (None, shape[0])):
+        factors = factorize(weight, rank)
+        assert factors.core.dtype == dtype
+        limit = {torch.float32: 1e-6, torch.float64: 1e-13, torch.bfloat16: 1.5e-2}[dtype]
+        assert relative_error(weight, factors) < limit
+
+
+def test_a_planted_decomposition_is_found():
+    torch.manual_seed(0)
+    first, core, last = torch.randn(3, 9), torch.randn(4, 3, 3, 3), torch.randn(11, 4)
+    weight = torch.einsum("kr,rshw,sc->kchw", last, core, first)
+    assert relative_error(weight, factorize(weight, (3, 4))) < 1e-6
+    assert relative_error(weight, factorize(weight, (2, 4))) > 1e-2
+
+
+def test_matrices_get_the_best_low_rank_error():
+    torch.manual_seed(0)
+    weight = torch.randn(20, 15, dtype=torch.float64)
+    values = torch.linalg.svdvals(weight)
+    best = float(values[6:].norm() / values.norm())
+    for rank in ((6, None), (None, 6), (6, 6)):
+        factors = factorize(weight, rank)
+        assert factors.rank == rank
+        assert relative_error(weight, factors) == pytest.approx(best, rel=1e-9)
+
+
+def test_the_error_is_that_of_the_factors_as_stored():
+    torch.manual_seed(0)
+    weight = torch.randn(12, 8, 3, 3)
+    factors = factorize(weight, (5, 6))
+    expected = float((weight.double() - reconstruct(factors).double()).norm() / weight.double().norm())
+    assert relative_error(weight, factors) == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_metric_lowers_the_error_that_it_measures():
+    torch.manual_seed(0)
+    weight = torch.randn(12, 10, 3, 3, dtype=torch.float64)
+    inputs, output = torch.randn(10, 10).double(), torch.randn(12, 12).double()
+    metric = Metric(inputs.T @ inputs, output.T @ output)
+
+    def cost(factors):
+        change = weight - reconstruct(factors)
+        return float(torch.einsum("kchw,kl,ldhw,dc->", change, metric.output, change, metric.inputs))
+
+    assert cost(factorize(weight, (4, 5), metric)) < 0.8 * cost(factorize(weight, (4, 5)))
+    assert relative_error(weight, factorize(weight, (10, 12), metric)) < 1e-9
+
+
+def test_zero_weights_have_no_error():
+    weight = torch.zeros(6, 5, 3, 3)
+    factors = factorize(weight, (2, 3))
+    assert factors.rank == (2, 3)
+    assert relative_error(weight, factors) == 0.0
+
+
+def test_weights_that_are_not_finite_are_refused():
+    weight = torch.randn(6, 5, 3, 3)
+    weight[0, 0, 0, 0] = float("nan")
+    with pytest.raises(ValueError, match="finite"):
+        factorize(weight, (2, 3))
