@@ -82,7 +82,7 @@ class DemoConfig:
     pool: int = 6400
     student_steps: int = 300
     student_batch: int = 64
-    student_lr: float = 2e-3
+    student_lr: float = 5e-4
     temperature: float = 1.0
     batchnorm: Mapping[str, str] = field(default_factory=lambda: dict(_BATCHNORM))
     latency_batch: int = 64
