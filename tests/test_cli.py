@@ -101,6 +101,18 @@ def test_help_lists_the_commands(capsys):
     assert kegfast.__version__ in capsys.readouterr().out
 
 
+def test_bench_names_the_benchmarks_that_there_are(capsys):
+    assert main(["bench", "nonsense"]) == 2
+    assert "soft_target" in capsys.readouterr().err
+
+
+def test_bench_passes_options_and_the_exit_code_on():
+    assert main(["bench", "soft_target", "--help"]) == 0
+    with pytest.raises(SystemExit) as stop:
+        main(["bench", "soft_target", "--no-such-option"])
+    assert stop.value.code == 2
+
+
 def test_a_process_ends_with_the_same_code():
     done = run_process("evaluate --data none --model lenet5 --weights none.pth")
     assert (done.returncode, done.stdout) == (2, "")

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from kegfast.cli import compress, demo, distill, evaluate, extract, info, reproduce, train
+from kegfast.cli import bench, compress, demo, distill, evaluate, extract, info, reproduce, train
 from kegfast.cli.config import with_defaults
 from kegfast.version import __version__
 
@@ -20,6 +20,7 @@ COMMANDS = {
     "evaluate": evaluate,
     "demo": demo,
     "reproduce": reproduce,
+    "bench": bench,
 }
 
 USAGE_ERROR = 2
