@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kegfast import functional
 from kegfast.check import expected
 from kegfast.distillation.precision import wide
 
@@ -46,7 +47,7 @@ def soft_target(
         raise ValueError(expected("alpha", "a weight in [0, 1]", alpha))
     loss = student.new_zeros(())
     if alpha > 0:
-        loss = alpha * temperature**2 * _divergence(student / temperature, teacher / temperature)
+        loss = alpha * functional.soft_target(student, teacher, temperature)
     if alpha < 1:
         loss = loss + (1 - alpha) * hard_label(student, teacher, labels)
     return loss
