@@ -42,6 +42,23 @@ if(KEGFAST_CUDA)
   enable_language(CUDA)
 endif()
 
+# torch_cuda: libtorch_cuda.so by name. A machine that builds need not have a CUDA torch; one that runs has loaded it already. The
+# stand-in only lends its name to the linker: without it the library would look for these functions in libtorch_cpu alone.
+function(kegfast_torch_cuda)
+  if(EXISTS "${KEGFAST_TORCH_DIR}/lib/libtorch_cuda.so")
+    add_library(torch_cuda SHARED IMPORTED)
+    set_target_properties(torch_cuda PROPERTIES IMPORTED_LOCATION "${KEGFAST_TORCH_DIR}/lib/libtorch_cuda.so")
+    return()
+  endif()
+  set(source "${CMAKE_CURRENT_BINARY_DIR}/torch_cuda.cpp")
+  file(CONFIGURE OUTPUT "${source}" CONTENT [[
+extern "C" __attribute__((visibility("default"))) void aoti_torch_get_current_cuda_stream() {}
+extern "C" __attribute__((visibility("default"))) void aoti_torch_cuda_convolution_backward() {}
+]])
+  add_library(torch_cuda SHARED "${source}")
+  set_target_properties(torch_cuda PROPERTIES LIBRARY_OUTPUT_DIRECTORY "${CMAKE_CURRENT_BINARY_DIR}/stand-in")
+endfunction()
+
 # kegfast_cuda_library(<name> <file.cu>...)
 function(kegfast_cuda_library name)
   if(NOT KEGFAST_CUDA)
@@ -49,7 +66,8 @@ function(kegfast_cuda_library name)
   endif()
   add_library(${name} MODULE ${ARGN})
   target_include_directories(${name} PRIVATE csrc)
-  target_link_libraries(${name} PRIVATE torch_stable)
+  kegfast_torch_cuda()
+  target_link_libraries(${name} PRIVATE torch_stable torch_cuda)
   set_target_properties(${name} PROPERTIES
     PREFIX "" CUDA_STANDARD 20 CUDA_STANDARD_REQUIRED ON CUDA_RUNTIME_LIBRARY Static CUDA_VISIBILITY_PRESET hidden)
 endfunction()

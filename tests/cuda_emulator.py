@@ -69,7 +69,8 @@ class Tucker2Call(ctypes.Structure):
             (name, ctypes.c_int)
             for name in ("relu", "form", "dtype", "split", "multiprocessors", "descending")
         ]
-        + [("shared_bytes", ctypes.c_int64), ("launches", ctypes.c_int)]
+        + [("shared_bytes", ctypes.c_int64), ("dry", ctypes.c_int), ("launches", ctypes.c_int)]
+        + [("blocks", ctypes.c_int64), ("most_shared", ctypes.c_int64)]
     )
 
 
@@ -139,14 +140,16 @@ class Emulator:
 
     def tucker2(
         self, x, first, core, last, bias, stride, padding, dilation, relu, order,
-        form="fused", split=True, keep=False, multiprocessors=132, shared=H200_SHARED,
+        form="fused", split=True, keep=False, multiprocessors=132, shared=H200_SHARED, dry=False,
     ):  # fmt: skip
-        """y, t1, t2 (None where not kept) and the number of kernels; the outputs start as NaN."""
+        """y, t1, t2 (None where not kept; NaN before the call) and the call; dry: only its plan."""
         first, core, last = (w if isinstance(w, View) else View.of(w) for w in (first, core, last))
         (n, _, h, w), (r2, r1, kh, kw) = x.shape, core.shape
         sizes = zip((h, w), (kh, kw), stride, padding, dilation, strict=True)
         out_h, out_w = ((s + 2 * p - d * (k - 1) - 1) // t + 1 for s, k, t, p, d in sizes)
-        y = torch.full((n, last.shape[0], out_h, out_w), float("nan"), dtype=x.dtype)
+        y = torch.empty((n, last.shape[0], out_h, out_w), dtype=x.dtype)
+        if not dry:
+            y.fill_(float("nan"))
         t1 = t2 = None
         if x.stride(1) == 1 and h * w > 1:
             y = y.contiguous(memory_format=torch.channels_last)
@@ -160,10 +163,10 @@ class Emulator:
             *x.shape, r1, r2, last.shape[0], out_h, out_w,
             (ctypes.c_int * 8)(kh, kw, *stride, *padding, *dilation),
             relu, FORMS.index(form), DTYPES.index(x.dtype), split, multiprocessors, ORDERS.index(order),
-            shared, 0,
+            shared, dry,
         )  # fmt: skip
         self.call("emulate_tucker2", "tucker2_error", ctypes.byref(call))
-        return y, t1, t2, call.launches
+        return y, t1, t2, call
 
 
 @functools.cache

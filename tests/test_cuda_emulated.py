@@ -8,6 +8,7 @@ import torch
 from cuda_emulator import (
     A100_SHARED,
     DTYPES,
+    H200_SHARED,
     METRICS,
     NOISE_METRICS,
     ORDERS,
@@ -181,8 +182,8 @@ def tucker2_definition(tensors, geometry, activation="relu"):
 @pytest.mark.parametrize("case", TUCKER2.values(), ids=TUCKER2)
 def test_tucker2(device, case, dtype, layout, form, order):
     tensors, geometry = tucker2_case(case, dtype, layout)
-    y, *_, launches = device.tucker2(*tensors, *geometry, True, order, form=form)
-    assert launches == (2 if form == "fused" else 4)
+    y, *_, call = device.tucker2(*tensors, *geometry, True, order, form=form)
+    assert call.launches == (2 if form == "fused" else 4)
     assert error(y, tucker2_definition(tensors, geometry)) < TOLERANCE[dtype]
 
 
@@ -253,9 +254,36 @@ def test_tucker2_nan_stays_where_its_window_is(device):
 
 def test_tucker2_falls_back_to_stages_without_shared_memory(device):
     tensors, geometry = tucker2_case(WIDE, torch.float32)
-    y, *_, launches = device.tucker2(*tensors, *geometry, True, "ascending", shared=84 * 1024)
-    assert launches == 4
+    y, *_, call = device.tucker2(*tensors, *geometry, True, "ascending", shared=84 * 1024)
+    assert call.launches == 4
     assert error(y, tucker2_definition(tensors, geometry)) < 1e-6
+
+
+def plan(device, channels, size, share, batch, **options):
+    """The call that ResNet's C@HxH with ranks C / share would make, in bfloat16."""
+    rank, dtype = channels // share, torch.bfloat16
+    x = torch.empty(batch, channels, size, size, dtype=dtype).to(memory_format=torch.channels_last)
+    core = torch.empty(rank, rank, 3, 3, dtype=dtype)
+    first, last = (torch.empty(*shape, 1, 1, dtype=dtype) for shape in ((rank, channels), (channels, rank)))
+    one = (1, 1)
+    *_, call = device.tucker2(
+        x, first, core, last, None, one, one, one, True, "ascending", form="automatic", dry=True, **options
+    )
+    return call
+
+
+@pytest.mark.parametrize("share", [2, 4, 8])
+@pytest.mark.parametrize(("channels", "size"), [(64, 56), (128, 28), (256, 14), (512, 7)])
+def test_tucker2_plan_of_resnet(device, channels, size, share):
+    many = plan(device, channels, size, share, 128)
+    assert many.launches == 2  # the factors' packing and one fused kernel
+    assert many.blocks >= 128 * size * size / 64
+    assert many.most_shared <= H200_SHARED
+    assert plan(device, channels, size, share, 1, shared=A100_SHARED, multiprocessors=108).launches in (2, 4)
+
+
+def test_tucker2_plan_splits_few_images_of_wide_layers(device):
+    assert plan(device, 512, 7, 2, 1).launches == 4
 
 
 # The emulator itself: a mistake must show in at least one of the two orders.

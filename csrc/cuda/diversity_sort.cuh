@@ -187,7 +187,7 @@ struct DiversitySort {
       KEGFAST_ROLLED
       for (int i = thread(); i < p.batch * vectors; i += kThreads) {
         const int row = i / vectors, f = i % vectors * kVector;
-        const Words4 v = load16(p.samples + int64_t(row) * p.features + first + f);
+        const Words4 v = load_global16(p.samples + int64_t(row) * p.features + first + f);
         KEGFAST_UNROLL
         for (int e = 0; e < kVector; ++e) {
           const float x = element<T>(v, e);

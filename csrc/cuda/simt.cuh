@@ -108,12 +108,23 @@ KEGFAST_DEVICE void cp_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
-KEGFAST_DEVICE Words4 load16(const void* global) {
-  const uint4 v = *static_cast<const uint4*>(global);
+// 16 bytes at once. The global forms say which memory is meant: the compiler cannot tell from a pointer
+// inside of Params.
+KEGFAST_DEVICE Words4 load_shared16(const void* shared) {
+  const uint4 v = *static_cast<const uint4*>(shared);
   return {{v.x, v.y, v.z, v.w}};
 }
-KEGFAST_DEVICE void store16(void* global, const Words4& v) {
-  *static_cast<uint4*>(global) = make_uint4(v.w[0], v.w[1], v.w[2], v.w[3]);
+KEGFAST_DEVICE Words4 load_global16(const void* global) {  // of what no thread of this launch writes
+  const uint4 v = __ldg(static_cast<const uint4*>(global));
+  return {{v.x, v.y, v.z, v.w}};
+}
+KEGFAST_DEVICE void store_shared16(void* shared, const Words4& v) {
+  *static_cast<uint4*>(shared) = make_uint4(v.w[0], v.w[1], v.w[2], v.w[3]);
+}
+KEGFAST_DEVICE void store_global16(void* global, const Words4& v) {
+  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(global)),
+               "r"(v.w[0]), "r"(v.w[1]), "r"(v.w[2]), "r"(v.w[3])
+               : "memory");
 }
 
 // d += a b, a 16 x k row-major fragments, b k x 8; k = 16 for 16-bit elements, 8 for tf32.
@@ -213,7 +224,7 @@ KEGFAST_DEVICE float quiet_nan() {
 }
 
 KEGFAST_DEVICE Float4 load_float4(const float* p) {
-  const Words4 v = load16(p);
+  const Words4 v = load_global16(p);
   return {bits_float(v.w[0]), bits_float(v.w[1]), bits_float(v.w[2]), bits_float(v.w[3])};
 }
 

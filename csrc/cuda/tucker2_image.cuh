@@ -46,7 +46,7 @@ KEGFAST_DEVICE void load_piece(const Image<const T>& x, char* to, int64_t n, int
       words[e / 2] |= uint32_t(value.bits) << (16 * (e % 2));
     }
   }
-  store16(to, {{words[0], words[1], words[2], words[3]}});
+  store_shared16(to, {{words[0], words[1], words[2], words[3]}});
 }
 
 // Piece i of a tile of kRows rows: neighbouring threads go along what lies together in memory.
@@ -92,8 +92,8 @@ KEGFAST_DEVICE void store_tile(const Image<T>& y, const float (&acc)[2][kTiles][
     for (int i = thread(); i < kRows * pieces; i += kThreads) {
       const int64_t at = pixel(i / pieces);
       if (at >= 0) {
-        store16(y.data + at + first_column + i % pieces * kVector,
-                load16(scratch + i / pieces * kOutPitch + i % pieces * 16));
+        store_global16(y.data + at + first_column + i % pieces * kVector,
+                       load_shared16(scratch + i / pieces * kOutPitch + i % pieces * 16));
       }
     }
   } else {

@@ -79,15 +79,21 @@ void cp_async_wait() {
   em::async_wait(kPending);
 }
 
-inline Words4 load16(const void* global) {
-  em::require_aligned(global, 16, "16-byte load");
+inline Words4 load_shared16(const void* shared) {
+  em::require_aligned(shared, 16, "16-byte load");
   Words4 v;
-  std::memcpy(&v, global, 16);
+  std::memcpy(&v, shared, 16);
   return v;
 }
-inline void store16(void* global, const Words4& v) {
-  em::require_aligned(global, 16, "16-byte store");
-  std::memcpy(global, &v, 16);
+inline Words4 load_global16(const void* global) {
+  return load_shared16(global);
+}
+inline void store_shared16(void* shared, const Words4& v) {
+  em::require_aligned(shared, 16, "16-byte store");
+  std::memcpy(shared, &v, 16);
+}
+inline void store_global16(void* global, const Words4& v) {
+  store_shared16(global, v);
 }
 
 inline void opaque(uint32_t&) {}

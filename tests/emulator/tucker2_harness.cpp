@@ -22,7 +22,9 @@ struct Call {
   int window[8];
   int relu, form, dtype, split, multiprocessors, descending;
   int64_t shared_bytes;
-  int launches;  // out: kernels run
+  int dry;                      // only the plan
+  int launches;                 // out: kernels run
+  int64_t blocks, most_shared;  // out: of the last kernel; of any
 };
 
 template <class M>
@@ -51,7 +53,9 @@ void run(Call& c) {
   const auto order = c.descending ? emulator::Order::descending : emulator::Order::ascending;
   const auto launch = [&](auto kernel, const auto& params, int64_t x, int64_t y, size_t shared_bytes) {
     ++c.launches;
-    emulator::launch<decltype(kernel)>({int(x), int(y), 1}, shared_bytes, order, params);
+    c.blocks = x * y;
+    c.most_shared = simt::larger(c.most_shared, int64_t(shared_bytes));
+    if (!c.dry) emulator::launch<decltype(kernel)>({int(x), int(y), 1}, shared_bytes, order, params);
   };
   std::vector<char> workspace(cuda::tucker2<M>(problem, nullptr, launch) + 256, char(0xff));
   const auto base = (reinterpret_cast<uintptr_t>(workspace.data()) + 255) / 256 * 256;
