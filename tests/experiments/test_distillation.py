@@ -2,11 +2,13 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from kegfast.cli import main
 from kegfast.data.splits import DataInfo, Samples, Splits
 from kegfast.experiments import boundary, hinton
 
@@ -93,3 +95,24 @@ def test_a_part_has_equally_many_of_each_class():
     assert torch.bincount(part.tensors[1]).tolist() == [6] * 10
     other = boundary._part(blobs(32).train, 0.1, seed=1)
     assert not torch.equal(part.tensors[0], other.tensors[0])
+
+
+def test_the_command_runs_and_resumes_them(tmp_path, monkeypatch, capsys):
+    calls = []
+
+    def run(output, root, config, progress):
+        calls.append((output, root, config.seeds))
+        (tmp_path / "out").mkdir(exist_ok=True)
+        (tmp_path / "out" / "results.json").write_text("{}")
+        return {"distilled": {"mean": 74.0, "std": 1.5, "n": 2}}
+
+    monkeypatch.setattr(hinton, "run", run)
+    command = ["reproduce", "hinton", "--seeds", "0,1", "--out", str(tmp_path / "out"), "--root", "data"]
+    assert main(command) == 0
+    assert calls == [(tmp_path / "out", Path("data"), (0, 1))]
+    assert "74.00" in capsys.readouterr().out
+    assert json.loads((tmp_path / "out" / "summary.json").read_text())["distilled"]["mean"] == 74
+    assert main(command) == 2  # the folder has results, and --resume was not given
+    assert main([*command, "--resume"]) == 0
+    assert main([*command, "--resume", "--steps", "5"]) == 2
+    assert "steps must be left out for hinton" in capsys.readouterr().err
