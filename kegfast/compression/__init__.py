@@ -1,6 +1,7 @@
 """compress(): a trained network in low-rank layers, by measurement never slower than before."""
 
 from kegfast.compression.compress import compress
+from kegfast.compression.export import export_onnx, unfuse
 from kegfast.compression.fuse import fuse
 from kegfast.compression.interop import from_state_dict
 from kegfast.compression.report import CompressionReport, LayerReport
@@ -12,8 +13,10 @@ __all__ = [
     "LayerReport",
     "compress",
     "densify",
+    "export_onnx",
     "from_state_dict",
     "fuse",
     "load",
     "save",
+    "unfuse",
 ]

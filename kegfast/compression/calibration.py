@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from kegfast.check import expected
 from kegfast.compression.decompose import Metric
-from kegfast.compression.surgery import Site, factored_layers, factors_of
+from kegfast.compression.surgery import Site, factored_layers, tail_of
 
 Inputs = tuple[Tensor, ...]
 
@@ -321,8 +321,7 @@ def refit(
         layer = student.get_submodule(name)
         found = _tail_inputs(layer, _input_of(student, layer, samples))
         if found is not None:
-            tail = layer.core if factors_of(layer).last is None else layer.last
-            _solve(tail, found[picked].double(), target.double(), ridge)
+            _solve(tail_of(layer), found[picked].double(), target.double(), ridge)
 
 
 def _input_of(model: nn.Module, layer: nn.Module, samples: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ from kegfast.compression.decompose import Factors, Metric, factorize, relative_e
 from kegfast.compression.ranks import RankRules, Side
 from kegfast.compression.report import CompressionReport, LayerReport
 from kegfast.compression.selection import Patterns, rule_of, select
-from kegfast.compression.surgery import Site, build, clone, replace, survey
+from kegfast.compression.surgery import Site, build, clone, factors_of, replace, survey
 from kegfast.nn import TuckerConv2d, TuckerLinear
 
 log = logging.getLogger(__name__)
@@ -197,9 +197,9 @@ def _spend(
     for site in sites:
         seen = evidence.traffic.get(site.name)
         if id(site) not in chosen or (kind != "params" and seen is None):
-            if kind in ("flops", "memory") and (entry := report[site.name]).flops_before:
-                share = entry.flops_before if kind == "flops" else entry.parameters_before * 4
-                total, fixed = total + share, fixed + share
+            if kind in ("flops", "memory") and seen and isinstance(site.module, nn.Conv2d | nn.Linear):
+                _, dense = _cost(kind, site, seen, evidence)
+                total, fixed = total + dense, fixed + dense
             continue
         cost, dense = _cost(kind, site, seen, evidence)
         if kind == "params":
@@ -252,7 +252,7 @@ def _adapt(student: nn.Module, teacher: nn.Module, evidence: _Evidence, report: 
     layers = dict(student.named_modules())
     for name in report.ranks:
         weight = teacher.get_submodule(name).weight
-        report[name].error = relative_error(weight, calibrating.factors_of(layers[name]))
+        report[name].error = relative_error(weight, factors_of(layers[name]))
 
 
 def _rule_rank(

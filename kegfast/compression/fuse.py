@@ -7,7 +7,7 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from kegfast.compression.structure import trace_graph
-from kegfast.compression.surgery import FactorChain, clone
+from kegfast.compression.surgery import FactorChain, clone, tail_of
 from kegfast.nn import TuckerConv2d, TuckerLinear
 
 log = logging.getLogger(__name__)
@@ -110,9 +110,7 @@ def _folds(layer: nn.Module, norm: nn.Module) -> bool:
 
 @torch.no_grad()
 def _fold(layer: nn.Module, norm: _BatchNorm) -> None:
-    tail = layer if isinstance(layer, nn.Conv2d | nn.Linear) else layer.last
-    if tail is None or (isinstance(layer, FactorChain) and not hasattr(layer, "last")):
-        tail = layer.core
+    tail = layer if isinstance(layer, nn.Conv2d | nn.Linear) else tail_of(layer)
     scale = (norm.running_var.double() + norm.eps).rsqrt()
     if norm.weight is not None:
         scale = scale * norm.weight.double()

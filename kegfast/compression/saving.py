@@ -7,10 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from kegfast.check import expected
-from kegfast.compression.structure import graph_from, graph_of, module_from, module_spec, module_specs
+from kegfast.compression.structure import (
+    container,
+    graph_from,
+    graph_of,
+    module_from,
+    module_spec,
+    module_specs,
+)
 from kegfast.compression.surgery import Site, factored_layers, factors_of, replace
 from kegfast.files import read_tensors, save_tensors
 from kegfast.version import __version__
@@ -99,7 +106,7 @@ def load(path: str | Path, model: nn.Module | None = None, *, factory: Factory |
         structure = json.loads(metadata["structure"])
         base = _base(model, factory, structure, tensors, metadata.get("factory"))
         if isinstance(structure["graph"], list) and model is None and factory is None:
-            found: nn.Module = _complete(graph_from(structure["graph"], base), base)
+            found: nn.Module = graph_from(structure["graph"], base)
         else:
             found = base
         found.load_state_dict(_with_shared(found, tensors), assign=True)
@@ -132,7 +139,7 @@ def _base(
         _hang(root, alias, root.get_submodule(name))
     for name, kind in structure["loose"].items():
         owner, _, last = name.rpartition(".")
-        holder = _container(root, owner)
+        holder = container(root, owner)
         if kind == "parameter":
             floating = tensors[name].is_floating_point()
             holder.register_parameter(last, nn.Parameter(tensors[name], requires_grad=floating))
@@ -149,20 +156,6 @@ def _with_shared(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tens
     return {**shared, **tensors}
 
 
-def _complete(graph: fx.GraphModule, root: nn.Module) -> fx.GraphModule:
-    """Adds what the forward pass does not use, under all names, so that the state dict is the model's."""
-    present = dict(graph.named_modules(remove_duplicate=False))
-    for name, module in root.named_modules(remove_duplicate=False):
-        if name not in present and not any(module.children()):
-            graph.add_submodule(name, module)
-    for name, tensor in [*root.named_parameters(), *root.named_buffers()]:
-        owner, _, last = name.rpartition(".")
-        holder = _container(graph, owner)
-        if last not in holder._parameters and last not in holder._buffers:
-            setattr(holder, last, tensor)
-    return graph
-
-
 def _adapt(model: nn.Module, structure: Mapping[str, Any]) -> nn.Module:
     """The model with every layer that the structure describes differently replaced."""
     for name, spec in structure["modules"].items():
@@ -176,16 +169,7 @@ def _adapt(model: nn.Module, structure: Mapping[str, Any]) -> nn.Module:
 
 def _hang(root: nn.Module, name: str, module: nn.Module) -> None:
     owner, _, last = name.rpartition(".")
-    _container(root, owner).add_module(last or "model", module)
-
-
-def _container(root: nn.Module, name: str) -> nn.Module:
-    """The module of that name, made of empty ones where there is none yet."""
-    for part in filter(None, name.split(".")):
-        if part not in root._modules:
-            root.add_module(part, nn.Module())
-        root = root._modules[part]
-    return root
+    container(root, owner).add_module(last or "model", module)
 
 
 def resolve(factory: Factory) -> Callable[[], nn.Module]:

@@ -66,9 +66,33 @@ class _Tracer(fx.Tracer):
 def trace_graph(model: nn.Module) -> fx.GraphModule | None:
     """The model as a torch.fx graph with kegfast's layers as leaves; None where it has no such graph."""
     try:
-        return fx.GraphModule(model, _Tracer().trace(model), type(model).__name__)
+        graph = fx.GraphModule(model, _Tracer().trace(model), type(model).__name__)
     except Exception:  # whatever the model's own forward raises when values are not there
         return None
+    return _complete(graph, model)
+
+
+def _complete(graph: fx.GraphModule, root: nn.Module) -> fx.GraphModule:
+    """Adds what the forward pass does not use, under all names, so that the state dict is the model's."""
+    present = dict(graph.named_modules(remove_duplicate=False))
+    for name, module in root.named_modules(remove_duplicate=False):
+        if name not in present and not any(module.children()):
+            graph.add_submodule(name, module)
+    for name, tensor in [*root.named_parameters(), *root.named_buffers()]:
+        owner, _, last = name.rpartition(".")
+        holder = container(graph, owner)
+        if last not in holder._parameters and last not in holder._buffers:
+            setattr(holder, last, tensor)
+    return graph
+
+
+def container(root: nn.Module, name: str) -> nn.Module:
+    """The module of that name, made of empty ones where there is none yet."""
+    for part in filter(None, name.split(".")):
+        if part not in root._modules:
+            root.add_module(part, nn.Module())
+        root = root._modules[part]
+    return root
 
 
 def module_spec(module: nn.Module) -> dict[str, Plain] | None:
@@ -210,7 +234,7 @@ def graph_from(nodes: list[dict[str, Plain]], root: nn.Module) -> fx.GraphModule
             raise ValueError(expected("structure", f"an attribute of {sorted(ATTRIBUTES)}", args[1:]))
         made[entry["name"]] = graph.create_node(entry["op"], target, args, kwargs, entry["name"])
     graph.lint()
-    return fx.GraphModule(root, graph)
+    return _complete(fx.GraphModule(root, graph), root)
 
 
 def _check_node(entry: Mapping[str, Plain]) -> None:

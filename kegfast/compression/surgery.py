@@ -198,6 +198,12 @@ def factors_of(layer: nn.Module) -> Factors | None:
     return Factors(first, core, last)
 
 
+def tail_of(layer: nn.Module) -> nn.Module:
+    """The factor of a layer made by `build` that runs last and has its bias."""
+    last = getattr(layer, "last", None)
+    return layer.core if last is None else last
+
+
 def is_factored(layer: nn.Module) -> bool:
     """Whether `build` makes such layers."""
     return isinstance(layer, TuckerConv2d | TuckerLinear | FactorChain)
@@ -252,7 +258,7 @@ def _dense(layer: nn.Module) -> nn.Module:
         return nn.Sequential(conv, nn.ReLU()) if layer.activation == "relu" else conv
     factors = factors_of(layer)
     weight: Tensor = reconstruct(factors)
-    tail = layer.core if factors.last is None else layer.last
+    tail = tail_of(layer)
     if isinstance(layer, TuckerLinear):
         dense: nn.Module = nn.Linear(weight.shape[1], weight.shape[0], tail.bias is not None)
     else:

@@ -1,0 +1,174 @@
+"""Budgets: the allocation against brute force, the error tables against real decompositions, calibration."""
+
+from itertools import product
+
+import numpy as np
+import pytest
+import torch
+from odd import odd
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from kegfast import compress, data
+from kegfast.compression.budget import allocate, tabulate
+from kegfast.compression.calibration import probes
+from kegfast.compression.costs import parameters
+from kegfast.compression.decompose import factorize, relative_error
+from kegfast.models import LeNet5, ResNet14
+
+
+def table(shape, seed=0, **kwargs):
+    torch.manual_seed(seed)
+    weight = torch.randn(shape, dtype=torch.float64) * torch.logspace(0, -2, shape[0])[:, None, None, None]
+    return weight, tabulate(weight, parameters(shape), weight.numel(), **kwargs)
+
+
+def test_errors_bound_those_of_the_decomposition():
+    """HOOI starts from the HOSVD, so it is at most as bad; on one side both are the SVD."""
+    weight, options = table((10, 8, 3, 3))
+    norm = float(weight.square().sum())
+    for index in range(0, len(options.costs) - 1, 7):
+        option = options.option(index)
+        found = relative_error(weight, factorize(weight, option.rank)) ** 2 * norm
+        assert found <= option.error * (1 + 1e-9)
+        assert found == pytest.approx(option.error, rel=0.15 if None not in option.rank else 1e-8)
+        assert option.cost < weight.numel()
+
+
+def test_the_allocation_is_within_a_step_of_the_best():
+    tables = {name: table((5, 4, 3, 3), seed)[1] for seed, name in enumerate("abc")}
+    least = sum(t.costs.min() for t in tables.values())
+    most = sum(t.costs[-1] for t in tables.values())
+    for budget in np.linspace(least, most, 9):
+        chosen = allocate(tables, budget)
+        assert sum(option.cost for option in chosen.values()) <= budget + 1e-9
+        error = sum(option.error for option in chosen.values())
+        best = (
+            min(
+                sum(t.errors[i] for t, i in zip(tables.values(), indices, strict=True))
+                for indices in product(*(range(len(t.costs)) for t in tables.values()))
+                if sum(t.costs[i] for t, i in zip(tables.values(), indices, strict=True)) <= budget
+            )
+            if budget < 150
+            else None
+        )
+        if best is not None:
+            assert error <= best + max(t.errors.max() for t in tables.values()) * 0.15
+    assert all(option.rank is None for option in allocate(tables, most).values())
+    with pytest.raises(ValueError, match="at least"):
+        allocate(tables, least - 1)
+
+
+def test_more_budget_never_means_more_error():
+    tables = {name: table((12, 10, 3, 3), seed)[1] for seed, name in enumerate("ab")}
+    budgets = np.linspace(200, 2000, 30)
+    errors = [sum(option.error for option in allocate(tables, b).values()) for b in budgets]
+    hull = [min(errors[: i + 1]) for i in range(len(errors))]
+    assert errors[-1] < 0.05 * errors[0]
+    assert all(error <= best * 1.1 + 1e-12 for error, best in zip(errors, hull, strict=True))
+
+
+def test_steps_restrict_the_ranks():
+    _, options = table((12, 10, 3, 3), step=4)
+    assert set(options.ranks[:, 0]) <= {0, 4, 8, 10}
+    assert set(options.ranks[:, 1]) <= {0, 4, 8, 12}
+
+
+@pytest.mark.parametrize(("kind", "fraction"), [("params", 0.6), ("flops", 0.6), ("memory", 0.8)])
+def test_budgets_are_kept(kind, fraction):
+    x = torch.randn(2, 3, 16, 16)
+    model = odd()
+    student, report = compress(model, budget={kind: fraction}, example_input=x, measure=False)
+    assert report.ranks
+    assert student(x).isfinite().all()
+    if kind == "params":
+        assert 0.55 < report.parameters / report.parameters_before <= 0.6
+    if kind == "flops":
+        assert 0.55 < report.flops / report.flops_before <= 0.6
+
+
+def test_a_number_of_parameters_is_a_budget():
+    _, report = compress(LeNet5(), budget=20_000)
+    assert 19_500 < report.parameters <= 20_000
+
+
+def test_a_budget_of_latency_lowers_it():
+    torch.manual_seed(0)
+    wide = nn.Conv2d(96, 96, 3, padding=1)
+    model = nn.Sequential(wide, nn.ReLU(), nn.Conv2d(96, 96, 3, padding=1)).eval()
+    x = torch.randn(4, 96, 24, 24)
+    student, report = compress(model, budget={"latency": 0.7}, example_input=x)
+    assert report.ranks
+    assert report.latency["after"] < report.latency["before"]
+    assert student(x).shape == model(x).shape
+
+
+def test_probes_are_the_same_every_time_and_normal():
+    for shape in ((1, 32, 32), (3, 20, 24), (9,), (2, 3, 3)):
+        first = probes(shape)
+        assert torch.equal(first, probes(shape))
+        assert first.shape[1:] == shape
+        assert float(first.std()) == pytest.approx(1, abs=0.1)
+
+
+@pytest.mark.parametrize("form", ["tensor", "dataset", "loader", "source"])
+def test_calibration_takes_any_source(form):
+    samples = torch.randn(40, 1, 32, 32)
+
+    class Source:
+        def sample(self, n):
+            return samples[:n], None
+
+    forms = {
+        "tensor": samples,
+        "dataset": TensorDataset(samples, torch.zeros(40)),
+        "loader": DataLoader(samples, batch_size=7),
+        "source": Source(),
+    }
+    teacher = LeNet5()
+    _, report = compress(teacher, budget={"params": 0.4}, calibration=forms[form], samples=32)
+    assert report.parameters <= 0.4 * report.parameters_before
+    assert any("32 inputs" in note for note in report.notes)
+
+
+def test_refitting_brings_outputs_closer():
+    from kegfast.compression.calibration import refit
+
+    torch.manual_seed(0)
+    teacher = odd()
+    samples = torch.randn(64, 3, 16, 16)
+    student, _ = compress(teacher, {"stem": (2, 8), "block.0.0": (8, 12), "fc": (8, None)})
+    with torch.no_grad():
+        before = (student(samples) - teacher(samples)).square().mean()
+        refit(student, teacher, samples)
+        after = (student(samples) - teacher(samples)).square().mean()
+    assert after < 0.7 * before
+
+
+def test_teacher_is_untouched_by_calibration():
+    teacher = ResNet14().train()
+    before = {name: value.clone() for name, value in teacher.state_dict().items()}
+    modes = [module.training for module in teacher.modules()]
+    compress(teacher, budget={"params": 0.5}, calibration=torch.randn(16, 1, 32, 32))
+    assert all(torch.equal(before[name], value) for name, value in teacher.state_dict().items())
+    assert modes == [module.training for module in teacher.modules()]
+    assert all(parameter.requires_grad for parameter in teacher.parameters())
+    assert all(parameter.grad is None for parameter in teacher.parameters())
+
+
+@torch.inference_mode()
+def accuracy(model, samples, labels):
+    return 100 * float((model(samples).argmax(1) == labels).float().mean())
+
+
+def test_budgets_beat_the_numbers_they_were_given(teachers, data_root):
+    """MNIST at 4.55x and 5.74x, Fashion at 2.90x and 4.00x, on fewer images than the table's."""
+    floors = {"mnist": ({4.55: 95.3, 5.74: 95.4}, "mnist"), "fashion": ({4.0: 79.9}, "fashion-mnist")}
+    for name, (rows, source) in floors.items():
+        splits = data.load(source, data_root)
+        samples, labels = (t[:1000] for t in splits.test.tensors)
+        calibration = splits.train.tensors[0][:256]
+        for ratio, floor in rows.items():
+            student, report = compress(teachers[name], budget={"params": 1 / ratio}, calibration=calibration)
+            assert report.ratio >= ratio
+            assert accuracy(student.eval(), samples, labels) >= floor

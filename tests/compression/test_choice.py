@@ -1,0 +1,91 @@
+"""Never slower: the fastest way is kept, and what loses is rolled back."""
+
+import time
+
+import pytest
+import torch
+from torch import nn
+
+from kegfast import compress
+from kegfast.compression import choice
+from kegfast.nn import TuckerConv2d
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(16, 32, 3, padding=1), nn.ReLU(), nn.Conv2d(32, 32, 3, padding=1)).eval()
+
+
+def pretend(monkeypatch, costs):
+    """Replaces the clock: a call takes what `costs` says about it."""
+
+    def take_turns(calls, *, seconds, least=5):
+        return {name: [costs(name, call)] for name, call in calls.items()}
+
+    monkeypatch.setattr(choice, "take_turns", take_turns)
+
+
+X = torch.zeros(1, 16, 8, 8)
+
+
+@pytest.mark.parametrize("fastest", ["dense", "unfused", "fused"])
+def test_the_fastest_way_is_kept(monkeypatch, model, fastest):
+    pretend(monkeypatch, lambda name, _: 1.0 if name in (fastest, "after") else 2.0)
+    student, report = compress(model, 0.25, example_input=X)
+    kinds = {"dense": nn.Conv2d, "unfused": nn.Sequential, "fused": TuckerConv2d}
+    assert isinstance(student[0], kinds[fastest])
+    assert report["0"].decision == {"dense": "dense", "unfused": "factors", "fused": "tucker"}[fastest]
+    assert report["0"].latency.keys() == {"dense", "unfused", "fused"}
+    if fastest == "dense":
+        assert "slower" in report["0"].reason
+        assert report.ratio == 1.0
+
+
+def test_layers_are_rolled_back_until_the_model_is_not_slower(monkeypatch, model):
+    """Explicit ranks and budgets keep a slower layer unless the whole model is slower."""
+
+    def module_of(call):
+        cells = [cell.cell_contents for cell in call.__closure__ or ()]
+        return next(m for m in [*(call.__defaults__ or ()), *cells] if isinstance(m, nn.Module))
+
+    def costs(name, call):
+        if name == "before":
+            return 1.0
+        module = module_of(call)
+        if name == "after":
+            return 1.0 if isinstance(module[2], nn.Conv2d) else 1.01
+        if name == "fused":  # both lose, the second one more
+            return 1.1 if module.first.in_channels == 16 else 1.2
+        return {"dense": 1.0, "unfused": 3.0}[name]
+
+    pretend(monkeypatch, costs)
+    student, report = compress(model, {"*": (4, 4)}, example_input=X)
+    assert isinstance(student[0], TuckerConv2d)
+    assert type(student[2]) is nn.Conv2d
+    assert "restored" in report["2"].reason
+    assert report["2"].rank is None
+    assert report["2"].parameters == report["2"].parameters_before
+    assert report.parameters == sum(p.numel() for p in student.parameters())
+    assert report.latency["after"] <= report.latency["before"]
+
+
+def test_turns_interleave_and_medians_are_reported():
+    order = []
+
+    def call(name, seconds):
+        order.append(name)
+        time.sleep(seconds)
+
+    calls = {"a": lambda: call("a", 0.001), "b": lambda: call("b", 0.004)}
+    times = choice.interleaved(calls, seconds=0.02)
+    assert order[2:8] == ["a", "b"] * 3
+    assert 0.001 <= times["a"] < times["b"]
+
+
+def test_a_real_measurement_is_never_slower():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(64, 64, 3, padding=1), nn.ReLU(), nn.Conv2d(64, 64, 3, padding=1)).eval()
+    x = torch.randn(2, 64, 28, 28).contiguous(memory_format=torch.channels_last)
+    _, report = compress(model, 0.25, example_input=x)
+    assert report.latency["after"] <= report.latency["before"] or report.ratio == 1.0

@@ -1,0 +1,57 @@
+"""Compressed models leave torch's eager mode: export, ONNX, compile."""
+
+import copy
+
+import pytest
+import torch
+
+from kegfast import compress, fuse
+from kegfast.compression import export_onnx, unfuse
+from kegfast.compression.surgery import FactorChain
+from kegfast.models import ResNet14
+from kegfast.nn import TuckerConv2d
+
+X = torch.linspace(-1, 1, 2 * 32 * 32).reshape(2, 1, 32, 32)
+
+
+@pytest.fixture(scope="module")
+def student():
+    torch.manual_seed(0)
+    return compress(ResNet14().eval(), 0.4, include="layers[23].*")[0]
+
+
+def test_torch_export_keeps_the_operator(student):
+    program = torch.export.export(student, (X,))
+    targets = [str(node.target) for node in program.graph.nodes]
+    assert sum("kegfast.tucker2" in target for target in targets) == 8
+    torch.testing.assert_close(program.module()(X), student(X))
+
+
+def test_compile_has_no_graph_break(student):
+    compiled = torch.compile(student, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(X), student(X))
+
+
+def test_onnx_is_three_convolutions_and_agrees(student, tmp_path):
+    onnx = pytest.importorskip("onnx")
+    runtime = pytest.importorskip("onnxruntime")
+    path = tmp_path / "student.onnx"
+    for model in (student, fuse(student)):
+        export_onnx(model, path, X)
+        kinds = [node.op_type for node in onnx.load(path).graph.node]
+        assert kinds.count("Conv") == 5 + 3 * 8
+        session = runtime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+        for batch in (2, 3):
+            x = torch.randn(batch, 1, 32, 32)
+            (found,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+            expected = model(x).detach()
+            assert (torch.from_numpy(found) - expected).abs().max() < 1e-5 * max(1, expected.abs().max())
+
+
+def test_unfuse_is_plain_layers(student):
+    plain = unfuse(copy.deepcopy(student))
+    assert not any(isinstance(module, TuckerConv2d) for module in plain.modules())
+    assert sum(isinstance(module, FactorChain) for module in plain.modules()) == 8
+    assert plain.state_dict().keys() == student.state_dict().keys()
+    torch.testing.assert_close(plain(X), student(X), rtol=1e-4, atol=1e-5)
