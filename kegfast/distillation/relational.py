@@ -11,8 +11,8 @@ from torch.autograd.function import once_differentiable
 from kegfast.check import expected
 from kegfast.distillation.precision import wide, without_autocast
 
-_CHUNK_ELEMENTS = 1 << 21
-"""Entries of the largest buffer that `rkd_angle` makes: 8 MB in float32."""
+_CHUNK_ELEMENTS = 1 << 17
+"""Entries of the largest buffer that `rkd_angle` makes: the five or so that it needs stay in a core's cache."""
 
 
 def rkd_distance(
