@@ -12,7 +12,7 @@ from kegfast.check import expected
 from kegfast.distillation.precision import wide, without_autocast
 
 _CHUNK_ELEMENTS = 1 << 17
-"""Entries of the largest buffer that `rkd_angle` makes: the five or so that it needs stay in a core's cache."""
+"""Entries of `rkd_angle`'s largest buffer: the five or so that it needs stay in a core's cache."""
 
 
 def rkd_distance(
