@@ -24,6 +24,10 @@ enum class Element : int32_t { f32, f64, bf16, f16 };
 enum class L1Kernel : int32_t { automatic, sort, pairs };
 void force_l1_kernel(L1Kernel kernel);
 
+// Where w_ij stands: in groups of 16 rows i, so that a block of rows reads its weights to a row j in one piece.
+static inline int64_t weight_index(int64_t i, int64_t j, int64_t batch) { return ((i / 16) * batch + j) * 16 + i % 16; }
+static inline int64_t weight_count(int64_t batch) { return (batch + 15) / 16 * 16 * batch; }
+
 struct DiversityParams {
   const void* samples;         // [B, D] elements, rows `row_stride` apart
   const double* row_scale;     // [B] each row is multiplied by it on loading, or null
@@ -38,7 +42,7 @@ struct DiversityParams {
   const void* low_rank;        // [blocks, B, 16] (zh, a) in the compute type, 64-byte aligned (sqeuclidean)
   const void* diagonal;        // [B] B a_i + A in the compute type (sqeuclidean)
   int32_t low_rank_blocks, low_rank_tail;  // the column a of the last block, its last that is not 0
-  const void* weights;         // [B, B] symmetric: int32 for l1 in float, else the compute type (pairs)
+  const void* weights;         // symmetric, see weight_index(): int32 for l1 in float, else the compute type (pairs)
   const int32_t* offsets;      // [B] sum_{j>i} w_ij - sum_{j<i} w_ij modulo 2^32 (l1 pairs in float)
   double weight_unit;          // the value of one in `weights`
 };
@@ -56,6 +60,11 @@ struct DiversityParams {
   /* Adds sum_d |x_id - x_jd| (squared: its square) over the tiles to distances[i, j], i < j; [B, B] double. */          \
   void diversity_distances(const DiversityParams& p, int64_t first, int64_t last, bool squared, void* workspace,         \
                            double* distances);                                                                           \
+  /* Mean squares, or with `root` norms, of the differences of the rows of z, [nz, B rounded up to 16] transposed. Returns the \
+     largest sum of weights over a row. */                                                                               \
+  double diversity_weights(const float* z, int64_t batch, int64_t width, bool root, float* weights);                     \
+  /* Turns weights into fixed point in place, as multiples of `unit`; see DiversityParams::offsets. */                    \
+  void diversity_fix_weights(float* weights, int64_t batch, double unit, int32_t* offsets);                              \
   /* norms[i] = |x_i|^2, rows first..last. */                                                                            \
   void diversity_square_norms(const DiversityParams& p, int64_t first, int64_t last, double* norms);                     \
   /* gradient_i = (gradient_i - (gradient_i . y_i) y_i) row_scale_i with y_i = row_scale_i x_i, rows first..last. */      \

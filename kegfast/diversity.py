@@ -2,7 +2,6 @@
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.library import register_autograd, register_fake
 from torch.utils.flop_counter import register_flop_formula
 
@@ -26,14 +25,35 @@ def _diversity_save(ctx, inputs, output):
     noises, samples = inputs[:2]
     ctx.dtypes = noises.dtype, samples.dtype
     ctx.mark_non_differentiable(*output[1:])
-    ctx.save_for_backward(*output[1:])
+    ctx.save_for_backward(noises, samples, *output[1:])
 
 
-@once_differentiable
+class _Once(torch.autograd.Function):
+    """Hands a gradient on; stands for its own gradient, which nobody has derived."""
+
+    @staticmethod
+    def forward(ctx, gradient, *sources):
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def backward(ctx, *_):
+        raise RuntimeError(
+            "kegfast: the diversity loss can be differentiated once, got a gradient of its gradient"
+        )
+
+
+def once(gradients: list[Tensor | None], *sources: Tensor) -> list[Tensor | None]:
+    """The gradients; where autograd records them as functions of `sources`, differentiating them raises."""
+    if not torch.is_grad_enabled():
+        return gradients
+    return [None if g is None else _Once.apply(g, *sources) for g in gradients]
+
+
 def _diversity_gradients(ctx, grad, *_):
-    found = zip(ctx.saved_tensors, ctx.dtypes, ctx.needs_input_grad, strict=False)
-    gradients = [(g * grad.to(g.dtype)).to(dtype) if need else None for g, dtype, need in found]
-    return *gradients, None, None, None, None
+    with torch.no_grad():
+        found = zip(ctx.saved_tensors[2:], ctx.dtypes, ctx.needs_input_grad, strict=False)
+        gradients = [(g * grad.to(g.dtype)).to(dtype) if need else None for g, dtype, need in found]
+    return *once(gradients, grad, *ctx.saved_tensors[:2]), None, None, None, None
 
 
 class _Diversity(torch.autograd.Function):
@@ -54,9 +74,13 @@ class _Diversity(torch.autograd.Function):
         return value
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad):  # ()
         noises, samples, value = ctx.saved_tensors
+        return *once(_Diversity.scaled(ctx, grad, noises, samples, value), grad, noises, samples), *[None] * 4
+
+    @staticmethod
+    @torch.no_grad()
+    def scaled(ctx, grad, noises, samples, value):
         metric, noise_metric, scale, log = ctx.arguments
         wanted = ctx.needs_input_grad[:2]
         gradients, ctx.gradients = ctx.gradients, None
@@ -66,8 +90,7 @@ class _Diversity(torch.autograd.Function):
         if scale != 1:
             factor = factor * scale
         inputs = zip(gradients, (noises, samples), wanted, strict=True)
-        scaled = [g.mul_(factor).to(x.dtype) if need else None for g, x, need in inputs]
-        return *scaled, None, None, None, None
+        return [g.mul_(factor).to(x.dtype) if need else None for g, x, need in inputs]
 
 
 def _diversity_forward(*args):

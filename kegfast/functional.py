@@ -5,7 +5,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from kegfast import diversity, native, reference
+from kegfast import cuda, diversity, native, reference
 from kegfast.check import expected
 from kegfast.ops import reads_channels_last as reads_channels_last
 from kegfast.soft_target import fused as _fused_soft_target
@@ -24,7 +24,7 @@ def _has_kernel(operator: str, device: str) -> bool:
 # Asked once: torch.compile cannot trace the question.
 _KERNELS = {
     (operator, device)
-    for operator in ("soft_target_forward", "tucker2")
+    for operator in ("diversity_forward", "soft_target_forward", "tucker2")
     for device in ("cpu", "cuda")
     if _has_kernel(operator, device)
 }
@@ -65,7 +65,7 @@ def diversity_loss(
         ValueError: for shapes, devices or options that do not fit, or nothing to compare.
     """
     metric = "sqeuclidean" if metric == "l2" else metric
-    _check_diversity(noises, samples, metric, noise_metric, reduction, labels)
+    check_diversity(noises, samples, metric, noise_metric, reduction, labels)
     batch = noises.shape[0]
     if noises.dim() != 2:
         noises = noises.reshape(batch, -1)
@@ -81,7 +81,10 @@ def diversity_loss(
 def _diversity(
     noises: Tensor, samples: Tensor, metric: str, noise_metric: str, scale: float, log: bool
 ) -> Tensor:  # (B, nz), (B, D) -> ()
-    if native.use_native() and noises.device.type in ("cpu", "cuda"):
+    known = ("diversity_forward", samples.device.type) in _KERNELS
+    # No CUDA kernel computes in float64.
+    wide = samples.is_cuda and torch.float64 in (samples.dtype, noises.dtype)
+    if known and not wide and native.use_native():
         return diversity.diversity(noises, samples, metric, noise_metric, scale, log)
     exponent = reference.diversity_exponent(noises, samples, metric, noise_metric)
     return diversity.finish(exponent, samples.dtype, scale, log)
@@ -99,14 +102,15 @@ def _within_groups(
     return torch.stack(exponents).sum()
 
 
-def _check_diversity(
+def check_diversity(
     noises: Tensor,
     samples: Tensor,
     metric: str,
     noise_metric: str,
     reduction: str,
-    labels: Tensor | None,
+    labels: Tensor | None = None,
 ) -> None:
+    """Raise what `diversity_loss` documents."""
     for name, x in (("noises", noises), ("samples", samples)):
         if not (isinstance(x, Tensor) and x.is_floating_point()):
             raise TypeError(expected(name, "a floating-point tensor", x))
@@ -162,7 +166,7 @@ def tucker_conv2d(
     """
     geometry = _check_tucker2(x, first, core, last, bias, stride, padding, dilation, activation)
     x, first, core, last, bias = _autocast(x, first, core, last, bias)
-    if not _fuses(x, core):
+    if not _fuses(x, core) or (x.is_cuda and not cuda.takes(x, first, core, last, geometry)):
         return reference.tucker_conv2d(x, first, core, last, bias, *geometry, activation)
     ints = [n for pair in geometry for n in pair]
     weights = (x, first, core, last, bias)
@@ -284,6 +288,7 @@ def fuses_inference(x: Tensor, core: Tensor) -> bool:
     return (
         isinstance(x, Tensor)
         and x.dim() == 4
+        and x.device.type == "cpu"  # packed factors are the CPU's
         and not torch.is_autocast_enabled(x.device.type)
         and _fuses(x, core)
     )

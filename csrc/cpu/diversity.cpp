@@ -130,8 +130,7 @@ class Diversity {
   double squares(bool squared) {
     if (squared) return wide_ ? low_rank<double>() : low_rank<float>();
     p_.gradient_scale *= 2;  // of w |x_i - x_j|^2 it is twice that of c |x_i - x_j|^2 with a distance in c, see euclidean()
-    return wide_ ? with_weights<double>(KEGFAST_SELECT(diversity_square_pairs))
-                 : with_weights<float>(KEGFAST_SELECT(diversity_square_pairs));
+    return wide_ ? with_weights<double>(KEGFAST_SELECT(diversity_square_pairs)) : square_pairs();
   }
 
   double sorted() {
@@ -156,11 +155,18 @@ class Diversity {
   }
 
   double l1_pairs() {
-    const FixedWeights fixed(p_.batch, [&](int64_t i, int64_t j) { return noises_.distance(i, j, noise_metric_); });
+    const PairWeights fixed(noises_, noise_metric_, true);
     p_.weights = fixed.weights.get();
     p_.offsets = fixed.offsets.data();
     p_.weight_unit = fixed.unit;
     return over_tiles(KEGFAST_SELECT(diversity_l1_pairs));
+  }
+
+  double square_pairs() {
+    const PairWeights weights(noises_, noise_metric_, false);
+    p_.weights = weights.weights.get();
+    p_.weight_unit = 1;
+    return over_tiles(KEGFAST_SELECT(diversity_square_pairs));
   }
 
   template <class T>
@@ -171,11 +177,11 @@ class Diversity {
   template <class T, class Weight>
   double with_weights(Kernel kernel, Weight weight) {
     const int64_t B = p_.batch;
-    Aligned<T> weights(B * B);
+    Aligned<T> weights(weight_count(B));
     for (int64_t i = 0; i < B; ++i) {
-      weights.get()[i * B + i] = 0;
+      weights.get()[weight_index(i, i, B)] = 0;
       for (int64_t j = i + 1; j < B; ++j)
-        weights.get()[i * B + j] = weights.get()[j * B + i] = static_cast<T>(weight(i, j));
+        weights.get()[weight_index(i, j, B)] = weights.get()[weight_index(j, i, B)] = static_cast<T>(weight(i, j));
     }
     p_.weights = weights.get();
     p_.weight_unit = 1;

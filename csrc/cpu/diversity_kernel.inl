@@ -43,6 +43,14 @@ void diversity_low_rank(const DiversityParams& p, int64_t first, int64_t last, v
   else low_rank<float>(p, first, last, workspace, values);
 }
 
+double diversity_weights(const float* z, int64_t batch, int64_t width, bool root, float* weights) {
+  return fill_weights(z, batch, width, root, weights);
+}
+
+void diversity_fix_weights(float* weights, int64_t batch, double unit, int32_t* offsets) {
+  fix_weights(weights, batch, unit, offsets);
+}
+
 void diversity_distances(const DiversityParams& p, int64_t first, int64_t last, bool squared, void* workspace,
                          double* distances) {
   if (p.element == Element::f64) {

@@ -138,35 +138,23 @@ struct LowRank {
   }
 };
 
-// Weights of pairs in fixed point, in units that let no sum over a row overflow 32 bits.
-struct FixedWeights {
-  Aligned<int32_t> weights;  // [B, B]
+// Noise distances as the pair kernels want them in float; in fixed point, in units that let no sum over a row overflow 32 bits.
+struct PairWeights {
+  Aligned<float> weights;  // see weight_index()
   std::vector<int32_t> offsets;
   double unit = 1;
 
-  template <class Weight>
-  FixedWeights(int64_t batch, Weight weight) : weights(batch * batch), offsets(batch) {
-    std::vector<double> exact(batch * batch), row_sums(batch);
-    for (int64_t i = 0; i < batch; ++i)
-      for (int64_t j = 0; j < i; ++j) {
-        const double w = weight(i, j);
-        exact[i * batch + j] = w;
-        row_sums[i] += w;
-        row_sums[j] += w;
-      }
-    const double most = *std::max_element(row_sums.begin(), row_sums.end());
-    if (most > 0) unit = most / (std::numeric_limits<int32_t>::max() - static_cast<double>(batch));
-    std::vector<int64_t> balance(batch);
-    for (int64_t i = 0; i < batch; ++i) {
-      weights.get()[i * batch + i] = 0;
-      for (int64_t j = 0; j < i; ++j) {
-        const auto w = static_cast<int32_t>(std::lround(exact[i * batch + j] / unit));
-        weights.get()[i * batch + j] = weights.get()[j * batch + i] = w;
-        balance[j] += w;
-        balance[i] -= w;
-      }
-    }
-    for (int64_t i = 0; i < batch; ++i) offsets[i] = static_cast<int32_t>(balance[i]);
+  PairWeights(const Noises& noises, NoiseMetric metric, bool fixed)
+      : weights(weight_count(noises.batch)), offsets(noises.batch) {
+    const int64_t B = noises.batch, rows = (B + 15) / 16 * 16;
+    std::vector<float> z(noises.width * rows);
+    for (int64_t i = 0; i < B; ++i)
+      for (int64_t k = 0; k < noises.width; ++k) z[k * rows + i] = static_cast<float>(noises.row(i)[k]);
+    const double most = KEGFAST_SELECT(diversity_weights)(z.data(), B, noises.width, metric == NoiseMetric::euclidean,
+                                                          weights.get());
+    if (!fixed) return;
+    if (most > 0) unit = most * 1.0001 / 0x1p31;  // a margin for the rounding of the sums
+    KEGFAST_SELECT(diversity_fix_weights)(weights.get(), B, unit, offsets.data());
   }
 };
 

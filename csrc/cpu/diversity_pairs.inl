@@ -7,6 +7,49 @@ namespace kegfast::KEGFAST_ISA {
 
 constexpr int kBlock = 8;  // rows whose values and sums stay in registers
 
+inline double fill_weights(const float* z, int64_t batch, int64_t width, bool root, float* weights) {
+  const int64_t rows = (batch + 15) / 16 * 16;
+  float most = 0;
+  for (int64_t group = 0; group < batch; group += 16)
+    for (int part = 0; part < 16; part += L) {
+      const float* zi = z + group + part;
+      Vec<float> total{};
+      for (int64_t j = 0; j < batch; ++j) {
+        Vec<float> square{};
+        for (int64_t k = 0; k < width; ++k) {
+          const Vec<float> d = load_unaligned(zi + k * rows) - splat(z[k * rows + j]);
+          square += d * d;
+        }
+        Vec<float> w;
+        if (root)
+          for (int l = 0; l < L; ++l) w[l] = __builtin_sqrtf(square[l]);
+        else
+          w = square * (1.0f / static_cast<float>(width));
+        store(weights + weight_index(group, j, batch) + part, w);
+        total += w;
+      }
+      const float sum = largest<float>(total);
+      most = sum > most ? sum : most;
+    }
+  return most;
+}
+
+inline void fix_weights(float* weights, int64_t batch, double unit, int32_t* offsets) {
+  const Vec<float> inverse = splat(static_cast<float>(1 / unit));
+  for (int64_t group = 0; group < batch; group += 16)
+    for (int part = 0; part < 16; part += L) {
+      Vec<int32_t> balance{}, row;
+      for (int l = 0; l < L; ++l) row[l] = static_cast<int32_t>(group + part + l);
+      for (int64_t j = 0; j < batch; ++j) {
+        float* at = weights + weight_index(group, j, batch) + part;
+        const Vec<int32_t> w = __builtin_convertvector(load(at) * inverse + 0.5f, Vec<int32_t>);
+        store(reinterpret_cast<int32_t*>(at), w);
+        balance += row < static_cast<int32_t>(j) ? w : -w;  // w_ii is 0
+      }
+      for (int l = 0; l < L && group + part + l < batch; ++l) offsets[group + part + l] = balance[l];
+    }
+}
+
 // sum where above else 0, added to and subtracted from the two rows' sums.
 inline __attribute__((always_inline)) void add_sign(Vec<float> xi, Vec<float> xj, Vec<int32_t> w, Vec<int32_t>& gi,
                                                     Vec<int32_t>& gj) {
@@ -36,13 +79,13 @@ inline void sign_pairs(const float* x, const int32_t* weights, int64_t batch, in
     for (int b = 0; b < kBlock; ++b)
 #pragma GCC unroll 8
       for (int c = b + 1; c < kBlock; ++c) {
-        const Vec<int32_t> w = splat(weights[(i + b) * batch + i + c]);
+        const Vec<int32_t> w = splat(weights[weight_index(i + b, i + c, batch)]);
         add_sign(xi[b], xi[c], w, gi[b], gi[c]);
         if (both) add_sign(xi[c], xi[b], w, gi[c], gi[b]);
       }
     for (int64_t j = i + kBlock; j < batch; ++j) {
       const Vec<float> xj = load(x + j * L);
-      const int32_t* w = weights + j * batch + i;
+      const int32_t* w = weights + weight_index(i, j, batch);
       Vec<int32_t> gj = load(sums + j * L);
 #pragma GCC unroll 8
       for (int b = 0; b < kBlock; ++b) {
@@ -57,7 +100,7 @@ inline void sign_pairs(const float* x, const int32_t* weights, int64_t batch, in
   for (; i < batch; ++i)
     for (int64_t j = i + 1; j < batch; ++j) {
       const Vec<float> xi = load(x + i * L), xj = load(x + j * L);
-      const Vec<int32_t> w = splat(weights[i * batch + j]);
+      const Vec<int32_t> w = splat(weights[weight_index(i, j, batch)]);
       Vec<int32_t> gi = load(sums + i * L), gj = load(sums + j * L);
       add_sign(xi, xj, w, gi, gj);
       if (both) add_sign(xj, xi, w, gj, gi);
@@ -119,7 +162,7 @@ inline void l1_pair_tiles_plain(const DiversityParams& p, int64_t first, int64_t
       const Vec<T> xi = load(x + i * lanes<T>);
       Vec<T> sum{};
       for (int64_t j = 0; j < B; ++j) {
-        const Vec<T> xj = load(x + j * lanes<T>), w = splat(weights[i * B + j]);
+        const Vec<T> xj = load(x + j * lanes<T>), w = splat(weights[weight_index(i, j, B)]);
         sum += xi > xj ? w : xi < xj ? -w : w * 0;
       }
       store(g + i * lanes<T>, sum);
@@ -142,13 +185,13 @@ inline void difference_pairs(const T* x, const T* weights, int64_t batch, T* g) 
     for (int b = 0; b < kBlock; ++b)
 #pragma GCC unroll 8
       for (int c = b + 1; c < kBlock; ++c) {
-        const Vec<T> w = splat(weights[(i + b) * batch + i + c]), d = xi[b] - xi[c];
+        const Vec<T> w = splat(weights[weight_index(i + b, i + c, batch)]), d = xi[b] - xi[c];
         gi[b] += w * d;
         gi[c] -= w * d;
       }
     for (int64_t j = i + kBlock; j < batch; ++j) {
       const Vec<T> xj = load(x + j * N);
-      const T* w = weights + j * batch + i;
+      const T* w = weights + weight_index(i, j, batch);
       Vec<T> gj = load(g + j * N);
 #pragma GCC unroll 8
       for (int b = 0; b < kBlock; ++b) {
@@ -163,7 +206,7 @@ inline void difference_pairs(const T* x, const T* weights, int64_t batch, T* g) 
   }
   for (; i < batch; ++i)
     for (int64_t j = i + 1; j < batch; ++j) {
-      const Vec<T> d = load(x + i * N) - load(x + j * N), w = splat(weights[i * batch + j]);
+      const Vec<T> d = load(x + i * N) - load(x + j * N), w = splat(weights[weight_index(i, j, batch)]);
       store(g + i * N, load(g + i * N) + w * d);
       store(g + j * N, load(g + j * N) - w * d);
     }
