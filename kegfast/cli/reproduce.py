@@ -9,7 +9,8 @@ DISTILLATION = ("hinton", "boundary")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "dataset", choices=DATASETS + DISTILLATION,
+        "dataset",
+        choices=DATASETS + DISTILLATION,
         help="data set of the KegNet paper: " + ", ".join(DATASETS) + "; or distillation on MNIST: "
         "hinton (Hinton et al. 2015), boundary (little data, and Heo et al. 2019)",
     )
@@ -38,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ("generator-batch", "samples per generator and step"),
     ):
         parser.add_argument(f"--{name}", type=int, metavar="N", help=f"{what} (default: the data set's)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there too")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there, with date and build")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="default runs/reproduce-<dataset>")
     parser.add_argument(
         "--resume", action=argparse.BooleanOptionalAction, default=False,
@@ -47,8 +48,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    from datetime import UTC, datetime
+
     from rich.console import Console
 
+    from kegfast import build_info
     from kegfast.experiments import tables
     from kegfast.experiments.paper import METHODS
     from kegfast.experiments.reproduce import RANKS, reproduce
@@ -66,12 +70,13 @@ def run(args: argparse.Namespace) -> None:
         pool=args.pool, steps=args.steps, generator_steps=args.generator_steps,
         generator_batch=args.generator_batch,
     )  # fmt: skip
-    Console(width=None).print(tables.table(result.study, result.rows))
+    Console().print(tables.table(result.study, result.rows))
     if result.left:
         print(f"{len(result.left)} cells are missing for lack of time; --resume computes them")
     write_json(folder / "results.json", result.rows)
     if args.json is not None:
-        write_json(args.json, result.rows)
+        now = datetime.now(UTC).isoformat(timespec="seconds")
+        write_json(args.json, {"date": now, "build": build_info(), "rows": result.rows})
     print(f"report in {result.report}")
 
 

@@ -146,7 +146,7 @@ PAPERS = {
                 2: _kegnet({"conv2": (3, 4), "conv3": (7, 11)}, 67.35, 88.27, 87.70, 90.89),
                 3: _kegnet({"conv2": (3, 4), "conv3": (5, 8)}, 50.01, 69.89, 71.76, 89.94),
             },
-            Config(pool=65_536, steps=3_000),
+            Config(pool=32_768, steps=1_500),
             98.90, beta=0.0, training={"epochs": 5, "shift": 2},
         ),
         Paper(

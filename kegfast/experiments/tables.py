@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.box import SIMPLE
 from rich.table import Table
 from torch import Tensor
 
@@ -64,36 +65,34 @@ def _row(study: Study, student: int, ranks: str, method: str, values: list[dict[
 
 
 def table(study: Study, found: Sequence[dict[str, Any]]) -> Table:
-    """The rows for a terminal."""
-    result = Table(title=title(study))
-    for name in HEADERS:
-        result.add_column(name, justify="left" if name in ("student", "ranks", "method") else "right")
-    before = None
+    """The rows for a terminal of 80 columns."""
+    result = Table(title=title(study), box=SIMPLE)
+    result.add_column("method", no_wrap=True)
+    for name in HEADERS[3:]:
+        result.add_column(name, justify="right", no_wrap=True)
+    group = None
     for row in found:
-        group = (row["student"], row["ranks"])
-        if before not in (None, group):
-            result.add_section()
-        before = group
-        result.add_row(*cells(row))
+        *before, method = cells(row)[:3]
+        if before != group:
+            group = before
+            result.add_row("[bold]" + " ".join(before))
+        result.add_row(method, *cells(row)[3:])
     return result
 
 
-HEADERS = (
-    "student", "ranks", "method", "published", "ours", "spread", "best candidate", "agreement",
-    "seconds", "samples",
-)  # fmt: skip
+HEADERS = ("student", "ranks", "method", "published", "ours", "±", "best", "agree", "seconds", "samples")
 
 
 def cells(row: dict[str, Any]) -> list[str]:
     """A row as text, by `HEADERS`."""
     known = "accuracy" in row
     return [
-        f"{row['student']} ({row['ratio']:.2f}x)",
+        f"S{row['student']} {row['ratio']:.2f}x",
         row["ranks"],
         row["method"],
         _percent(row["published"] if row["ranks"] == "paper" else None),
         _percent(row["mean"] if known else None),
-        f"± {row['std']:.2f}" if known and len(row["accuracy"]) > 1 else "-",
+        f"{row['std']:.2f}" if known and len(row["accuracy"]) > 1 else "-",
         _percent(sum(row["oracle"]) / len(row["oracle"]) if known else None),
         _percent(sum(row["agreement"]) / len(row["agreement"]) if "agreement" in row else None),
         f"{row['seconds']:.0f}",
@@ -116,7 +115,7 @@ def page(study: Study, found: Sequence[dict[str, Any]], seed: int, path: Path) -
     result.section(
         "Accuracy",
         "Percent of the test set. 'ours' is the student that agreement with the teacher on the samples of "
-        "the other sources chose, without data; 'best candidate' is the choice of the test set itself.",
+        "the other sources ('agree') chose, without data; 'best' is the choice of the test set itself.",
     )
     result.table(HEADERS, [cells(row) for row in found])
     sources = study.sources(seed)

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from kegfast import compression, data
+from kegfast.cli import main
 from kegfast.data.splits import DataInfo, make_splits
 from kegfast.experiments import study as study_module
 from kegfast.experiments import tables
@@ -94,7 +95,7 @@ def test_table_and_report_of_a_tabular_set(table_paper, tmp_path):
         assert row["published"] == table_paper.students[1].published.get(row["method"])
     own, budget = result.rows[0], result.rows[len(methods)]
     assert 0.9 * own["params"] < budget["params"] <= own["params"]
-    assert tables.table(result.study, result.rows).row_count == len(result.rows)
+    assert tables.table(result.study, result.rows).row_count == len(result.rows) + 2
     page = result.report.read_text(encoding="utf-8")
     assert "Generators of the recipe kegnet" in page
     assert "tucker-only" in page
@@ -224,3 +225,30 @@ def test_info_of_the_experiments_fits_their_teachers():
         with torch.no_grad():
             logits = experiment.build().eval()(torch.zeros(2, *info.sample_shape))
         assert logits.shape == (2, info.num_classes)
+
+
+def test_command_prints_the_table_and_resumes_only_when_asked_to(table_paper, tmp_path, capsys):
+    out, rows_file = tmp_path / "run", tmp_path / "rows.json"
+    command = ["reproduce", "pendigits", "--seeds", "0", "--recipe", "tucker-only,gaussian"]
+    command += [
+        "--ranks",
+        "paper",
+        "--pool",
+        "64",
+        "--steps",
+        "3",
+        "--out",
+        str(out),
+        "--json",
+        str(rows_file),
+    ]
+    assert main(command) == 0
+    assert "gaussian" in capsys.readouterr().out
+    written = json.loads(rows_file.read_text(encoding="utf-8"))
+    assert [row["method"] for row in written["rows"]] == ["tucker-only", "gaussian"]
+    assert written["build"]["torch"] == torch.__version__
+    assert (out / "report.html").exists()
+    assert main(command) == 2
+    assert "--resume" in capsys.readouterr().err
+    assert main([*command, "--resume"]) == 0
+    assert json.loads(rows_file.read_text(encoding="utf-8"))["rows"] == written["rows"]
