@@ -66,7 +66,7 @@ def _row(study: Study, student: int, ranks: str, method: str, values: list[dict[
 
 def table(study: Study, found: Sequence[dict[str, Any]]) -> Table:
     """The rows for a terminal of 80 columns."""
-    result = Table(title=title(study), box=SIMPLE)
+    result = Table(title=title(study), box=SIMPLE, padding=(0, 1, 0, 0))
     result.add_column("method", no_wrap=True)
     for name in HEADERS[3:]:
         result.add_column(name, justify="right", no_wrap=True)
