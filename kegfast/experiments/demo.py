@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from fnmatch import fnmatchcase
+from functools import cache
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -149,10 +150,12 @@ class _Demo:
         teacher = self.teacher()
         accuracy = self.accuracy("teacher", teacher)
         generators = self.generators(teacher)
-        save_images(self.out / "images.safetensors", generators, self.splits, self.config.seed)
+        images = self.out / "images.safetensors"
+        if not images.exists():
+            save_images(images, generators, self.splits, self.config.seed)
         students = self.students(teacher)
         latency = self.cells.cell("latency_ms", lambda: self.latency({"teacher": teacher, **students}))
-        pools = {source: self.pool(source, generators) for source in SOURCES if source != "tucker"}
+        pool = cache(lambda source: self.pool(source, generators))
         rows = []
         for (name, student), rank in zip(students.items(), self.config.ranks, strict=True):
             rows.append(
@@ -163,8 +166,7 @@ class _Demo:
                     "ratio": _parameters(teacher) / _parameters(student),
                     "latency_ms": latency[name],
                     "accuracy": {
-                        source: self.taught(name, student, source, pools.get(source), teacher)
-                        for source in SOURCES
+                        source: self.taught(name, student, source, pool, teacher) for source in SOURCES
                     },
                 }
             )
@@ -256,11 +258,16 @@ class _Demo:
             return Pool(sources[source](), self.config.pool)
 
     def taught(
-        self, name: str, student: nn.Module, source: str, pool: Pool | None, teacher: nn.Module
+        self,
+        name: str,
+        student: nn.Module,
+        source: str,
+        pool: Callable[[str], Pool],
+        teacher: nn.Module,
     ) -> float:
         """Test accuracy of a student after it was taught with a source."""
         label = f"students/{name}-{source}"
-        if pool is None:
+        if source == "tucker":
             return self.accuracy(label, student)
         config = self.config
         student = self.trained(
@@ -269,7 +276,7 @@ class _Demo:
             lambda checkpoint, student: distill(
                 student,
                 teacher,
-                pool,
+                pool(source),
                 steps=config.student_steps,
                 batch_size=config.student_batch,
                 lr=config.student_lr,
