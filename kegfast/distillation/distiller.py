@@ -92,6 +92,12 @@ def distill(
             outputs do not fit the losses.
         TypeError: An argument has the wrong type.
         FloatingPointError: The loss is no longer finite.
+
+    Example:
+        >>> from kegfast.distillation import Mixture, Pool
+        >>> generators = kegfast.Generators.load("generators.safetensors")
+        >>> source = Pool(Mixture([generators, unlabelled_images], weights=[3, 1]), 50_000)
+        >>> kegfast.distill(student, teacher, source, loss="soft_target+rkd_distance:25", steps=5_000)
     """
     _check_numbers(steps=steps, batch_size=batch_size, log_every=log_every)
     teacher = _as_teacher(teacher, temperature)
