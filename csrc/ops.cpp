@@ -18,7 +18,7 @@ STABLE_TORCH_LIBRARY(kegfast, m) {
       "tucker2(Tensor x, Tensor first, Tensor core, Tensor last, Tensor? bias, Tensor? packed, int stride_h, int stride_w,"
       " int padding_h, int padding_w, int dilation_h, int dilation_w, bool relu) -> Tensor");
   // The same for training. keep: also what the weight gradients need, t1 (N, H + 2 ph, W + 2 pw, R1) with its zero border
-  // and t2 (N, P, Q, R2), float32; else both are empty.
+  // and t2 (N, P, Q, R2), float32 (x's type on CUDA); else both are empty.
   m.def(
       "tucker2_forward(Tensor x, Tensor first, Tensor core, Tensor last, Tensor? bias, int stride_h, int stride_w,"
       " int padding_h, int padding_w, int dilation_h, int dilation_w, bool relu, bool keep)"

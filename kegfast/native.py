@@ -5,6 +5,7 @@ import logging
 import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import ModuleType
 from typing import Literal
 
@@ -29,6 +30,22 @@ def _load() -> tuple[ModuleType | None, str]:
 
 # Loading _C registers torch.ops.kegfast; torch itself must be loaded first, as it is above.
 _C, _why_absent = _load()
+
+
+def _load_cuda() -> bool:
+    """Adds the CUDA kernels, a library of their own: it needs the functions of a torch with CUDA."""
+    library = Path(__file__).with_name("_cuda.so")
+    if _C is None or torch.version.cuda is None or not library.exists():
+        return False
+    try:
+        torch.ops.load_library(library)
+    except OSError as error:
+        _log.warning("kegfast runs without its CUDA kernels: %s", error)
+        return False
+    return True
+
+
+_cuda = _load_cuda()
 
 
 @functools.cache
@@ -108,6 +125,7 @@ def build_info() -> dict[str, object]:
         "torch_cuda": torch.version.cuda,
         "threads": torch.get_num_threads(),
         "native": _C is not None,
+        "cuda_kernels": _cuda,
     }
     if _C is None:
         info["why"] = _why_absent

@@ -32,6 +32,11 @@ def _empty_image(x: Tensor, size: tuple[int, ...]) -> Tensor:
     return x.new_empty(size)
 
 
+def _kept_dtype(x: Tensor) -> torch.dtype:
+    """Of the intermediates, and of all that the backward pass computes with."""
+    return x.dtype if x.device.type == "cuda" else torch.float32
+
+
 def _tucker2_fake(x, first, core, last, bias, packed, sh, sw, ph, pw, dh, dw, relu):
     size = tucker2_output_size(x.shape[2], x.shape[3], core, (sh, sw), (ph, pw), (dh, dw))
     return _empty_image(x, (x.shape[0], last.shape[0], *size))
@@ -40,10 +45,11 @@ def _tucker2_fake(x, first, core, last, bias, packed, sh, sw, ph, pw, dh, dw, re
 def _tucker2_forward_fake(x, first, core, last, bias, sh, sw, ph, pw, dh, dw, relu, keep):
     y = _tucker2_fake(x, first, core, last, bias, None, sh, sw, ph, pw, dh, dw, relu)
     n, _, h, w = x.shape
+    dtype = _kept_dtype(x)
     if not keep:
-        return y, x.new_empty(0, dtype=torch.float32), x.new_empty(0, dtype=torch.float32)
-    t1 = x.new_empty((n, h + 2 * ph, w + 2 * pw, first.shape[0]), dtype=torch.float32)
-    t2 = x.new_empty((n, y.shape[2], y.shape[3], core.shape[0]), dtype=torch.float32)
+        return y, x.new_empty(0, dtype=dtype), x.new_empty(0, dtype=dtype)
+    t1 = x.new_empty((n, h + 2 * ph, w + 2 * pw, first.shape[0]), dtype=dtype)
+    t2 = x.new_empty((n, y.shape[2], y.shape[3], core.shape[0]), dtype=dtype)
     return y, t1, t2
 
 
@@ -99,8 +105,8 @@ def _tucker2_gradients(ctx, grad):
     if t1.numel() == 0 and any(needs[1:]):  # recompute
         _, t1, t2 = torch.ops.kegfast.tucker2_forward(x, first, core, last, None, *geometry, False, True)
     if _runs_backwards(core, ctx.stride, ctx.padding, ctx.dilation):
-        floats = [t.float() for t in (grad, x, t1, t2, first, core, last)]
-        grads = torch.ops.kegfast.tucker2_backward(*floats, *geometry[2:], *needs)
+        tensors = [t.to(_kept_dtype(x)) for t in (grad, x, t1, t2, first, core, last)]
+        grads = torch.ops.kegfast.tucker2_backward(*tensors, *geometry[2:], *needs)
         weights = (x, first, core, last)
         grads = [g.to(w.dtype) if need else None for g, w, need in zip(grads, weights, needs, strict=True)]
     else:

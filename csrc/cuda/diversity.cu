@@ -44,10 +44,14 @@ std::tuple<Tensor, Tensor, Tensor> diversity_forward(const Tensor& noises,   // 
   const Tensor z = torch::stable::contiguous(torch::stable::to(noises, ScalarType::Float));
   const Tensor x = torch::stable::contiguous(samples);
   const int64_t batch = x.size(0);
-  Tensor exponent = torch::stable::new_empty(x, {}, ScalarType::Double);
-  Tensor noise_gradient = torch::stable::new_empty(x, {noise_grad ? batch : 0, z.size(1)}, ScalarType::Float);
-  Tensor sample_gradient =
-      torch::stable::new_empty(x, {sample_grad ? batch : 0, x.size(1)}, ScalarType::Float);
+  const int64_t one[] = {1};
+  const torch::headeronly::IntHeaderOnlyArrayRef scalar(one, size_t{0});
+  Tensor exponent = torch::stable::new_empty(x, scalar, ScalarType::Double);
+  const auto gradient_like = [&](const Tensor& t, bool wanted) {
+    return wanted ? torch::stable::new_empty(x, {t.size(0), t.size(1)}, ScalarType::Float)
+                  : torch::stable::new_empty(x, {0}, ScalarType::Float);
+  };
+  Tensor noise_gradient = gradient_like(z, noise_grad), sample_gradient = gradient_like(x, sample_grad);
 
   const auto problem = [&](auto element) {
     return DiversityProblem<decltype(element)>{
