@@ -17,9 +17,22 @@ def test_pixels_have_the_moments_that_the_normalisation_tells(mean):
     assert images.shape == (1500, len(mean), 32, 32)
     assert images.dtype == torch.float32
     assert images.isfinite().all()
-    assert images.mean().abs() < 0.04
-    # Blurring takes a little of the variance away.
-    assert 0.9 < images.std() < 1.04
+    # Flat images, dark ones mostly, are drawn anew; blurring takes a little of the variance away.
+    assert -0.04 < images.mean() < 0.35
+    assert 0.9 < images.std() < 1.25
+    assert images.flatten(1).std(1).min() > procedural.FLAT
+
+
+def test_greys_follow_the_normalisation_exactly():
+    torch.manual_seed(0)
+    greys = DeadLeaves((1, 4, 4), 0.1307, 0.3081).levels.sample((200_000,))
+    assert greys.mean() == pytest.approx(0.1307, abs=0.003)
+    assert greys.std() == pytest.approx(0.3081, abs=0.003)
+
+
+def test_flat_images_stay_where_there_are_no_others():
+    images = draw(50, (1, 8, 8), 1e-4, 0.0099)
+    assert images.shape == (50, 1, 8, 8)
 
 
 def test_pixels_stay_in_the_range_of_images():
@@ -29,9 +42,10 @@ def test_pixels_stay_in_the_range_of_images():
 
 
 def test_uniform_greys_are_uniform():
-    images = draw(1500, (1, 32, 32), 0.1307, 0.3081, levels="uniform") * 0.3081 + 0.1307
-    assert images.mean() == pytest.approx(0.5, abs=0.02)
-    assert images[:, 0, 0, 0].var() == pytest.approx(1 / 12, rel=0.15)
+    torch.manual_seed(0)
+    greys = DeadLeaves((1, 4, 4), 0.1307, 0.3081, levels="uniform").levels.sample((50_000,))
+    assert greys.mean() == pytest.approx(0.5, abs=0.005)
+    assert greys.var() == pytest.approx(1 / 12, rel=0.02)
 
 
 def test_half_of_the_images_are_sharp_and_none_has_more_than_eight_leaves(monkeypatch):
@@ -42,7 +56,7 @@ def test_half_of_the_images_are_sharp_and_none_has_more_than_eight_leaves(monkey
     assert 150 < soft.sum() < 250
     greys = [len(image.unique()) for image in images]
     assert max(greys) <= MOST + 1
-    assert min(greys) <= 2
+    assert min(greys) == 2
     assert len(set(greys)) >= MOST - 1
 
 

@@ -18,6 +18,10 @@ MOST = 8
 """The most leaves on an image."""
 HALF = (0.03, 0.5)
 """Half a leaf's side or axis, as a share of the image's: log-uniform, alike at every scale."""
+FLAT = 0.05
+"""Images whose pixels deviate by less, normalised, are drawn anew: they show nothing."""
+REDRAWS = 16
+"""How often; greys close to black or white alone leave flat images in the end."""
 CHUNK = 64
 """Images made at a time: they stay in the cache while leaves fall onto them."""
 
@@ -27,7 +31,7 @@ class DeadLeaves:
 
     The images come as a classifier wants them: pixels in [0, 1], less `mean`, over `std`. With `levels`
     "matched" greys are drawn from the Beta distribution that has this very mean and deviation:
-    what a normalisation tells about images whose pixels nobody may see.
+    what a normalisation tells about images whose pixels nobody may see. Images of one grey are drawn anew.
 
     Args:
         sample_shape: (channels, height, width).
@@ -62,7 +66,16 @@ class DeadLeaves:
         """Draw `n` images, (n, C, H, W) float32, without labels."""
         if not isinstance(n, int) or n < 1:
             raise ValueError(expected("n", "a positive int", n))
-        return torch.cat([self._make(min(CHUNK, n - start)) for start in range(0, n, CHUNK)]), None
+        images = self._draw(n)
+        for _ in range(REDRAWS):
+            flat = (images.flatten(2).std(2).amax(1) < FLAT).nonzero().flatten()
+            if len(flat) == 0:
+                break
+            images[flat] = self._draw(len(flat))
+        return images, None
+
+    def _draw(self, n: int) -> Tensor:
+        return torch.cat([self._make(min(CHUNK, n - start)) for start in range(0, n, CHUNK)])
 
     def _make(self, n: int) -> Tensor:
         """`n` images at once: leaf k falls onto all images that have more than k leaves."""
