@@ -72,7 +72,7 @@ class DemoConfig:
     teacher_steps: int = 300
     teacher_batch: int = 64
     teacher_lr: float = 3e-3
-    generators: int = 3
+    generators: int = 5
     generator_steps: int = 300
     generator_batch: int = 64
     generator_lr: float = 2e-3
