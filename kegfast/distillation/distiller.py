@@ -163,9 +163,10 @@ def _drawer(
         return x if x is None else x.to(device, non_blocking=True)
 
     def draw_and_ask(n: int) -> tuple[Tensor, Tensor | None, Tensor]:
-        samples, labels = map(move, source.sample(n))
-        with torch.no_grad(), autocast:
-            return samples, labels, teacher(samples)
+        with torch.no_grad():  # a source may be a network
+            samples, labels = map(move, source.sample(n))
+            with autocast:
+                return samples, labels, teacher(samples)
 
     if not isinstance(source, InMemory) or objective.needs_teacher or len(source) > draws:
         return draw_and_ask

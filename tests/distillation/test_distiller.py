@@ -88,6 +88,16 @@ def test_any_source_will_do(student, teacher, source):
     assert not torch.equal(start["0.weight"], student.state_dict()["0.weight"])
 
 
+def test_a_network_that_makes_samples_is_not_trained(student, teacher):
+    class Network(nn.Linear):
+        def sample(self, n):
+            return self(torch.randn(n, 3)), None
+
+    source = Network(3, 8)
+    kegfast.distill(student, teacher, source, steps=2)
+    assert source.weight.grad is None
+
+
 def test_labels_are_used_below_alpha_one(teacher):
     torch.manual_seed(0)
     samples = torch.randn(256, 8)
