@@ -116,9 +116,9 @@ class _Corners:
     """Cosines of the angles between all pairs of edges that meet in a point."""
 
     def __init__(self, points: Tensor):  # (B, D)
-        # The centre cancels in every difference; without it the Gram matrix keeps more digits.
         self.points = points - points.mean(dim=0)
-        self.gram = self.points @ self.points.T
+        # In float64: a small triangle far from the centre is a difference of large products.
+        self.gram = self.points.double() @ self.points.double().T
         distance = torch.cdist(self.points, self.points, compute_mode="donot_use_mm_for_euclid_dist")
         self.inverse = torch.where(distance > 0, 1 / distance, 0.0)
 
@@ -128,6 +128,7 @@ class _Corners:
         result = self.gram - gram.unsqueeze(1)
         result -= gram.unsqueeze(2)
         result += square[:, None, None]
+        result = result.to(inverse.dtype)
         result *= inverse.unsqueeze(1)
         result *= inverse.unsqueeze(2)
         result.diagonal(dim1=1, dim2=2).zero_()

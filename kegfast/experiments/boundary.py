@@ -30,7 +30,8 @@ LOSSES: dict[str, str | list[Term]] = {
     "soft_target": "hard_label+soft_target",
     "logit_regression": "hard_label+logit_regression",
     "noisy_logits": "hard_label+noisy_logits",
-    "rkd": "hard_label+rkd_distance:25+rkd_angle:50",
+    # On the last embedding, as in the paper: on the logits the angles drive this student into one point.
+    "rkd": "hard_label+rkd_distance@fc1:25+rkd_angle@fc1:50",
     "hint": "hard_label+soft_target",  # after a stage on conv2's features
     "boundary": [
         Term("hard_label"),
