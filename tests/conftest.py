@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from cuda_summary import pytest_terminal_summary  # noqa: F401  (a hook)
 
 
 @pytest.fixture(scope="session")
