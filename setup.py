@@ -13,6 +13,8 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 NATIVE = os.environ.get("KEGFAST_NATIVE", "1") != "0"
+# The environment's own cmake and ninja before the system's, active or not.
+PATH = os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", "")])
 
 
 def torch_folder() -> Path | None:
@@ -35,7 +37,7 @@ class CMakeBuild(build_ext):
         tree = ROOT / "build" / ("cmake-editable" if in_place else "cmake-wheel")
         options = {
             # Named each time: the tree may remember a ninja of an isolated build that is gone.
-            "CMAKE_MAKE_PROGRAM": shutil.which("ninja") or "ninja",
+            "CMAKE_MAKE_PROGRAM": shutil.which("ninja", path=PATH) or "ninja",
             "CMAKE_BUILD_TYPE": os.environ.get("CMAKE_BUILD_TYPE", "Release"),
             "CMAKE_LIBRARY_OUTPUT_DIRECTORY": package,
             "Python_EXECUTABLE": sys.executable,
@@ -44,8 +46,9 @@ class CMakeBuild(build_ext):
             "TORCH_CUDA_ARCH_LIST": os.environ.get("TORCH_CUDA_ARCH_LIST", ""),
         }
         defines = [f"-D{name}={value}" for name, value in options.items()]
-        subprocess.check_call(["cmake", "-S", ROOT, "-B", tree, "-G", "Ninja", *defines])
-        subprocess.check_call(["cmake", "--build", tree])
+        cmake = shutil.which("cmake", path=PATH) or "cmake"
+        subprocess.check_call([cmake, "-S", ROOT, "-B", tree, "-G", "Ninja", *defines])
+        subprocess.check_call([cmake, "--build", tree])
 
 
 setup(

@@ -40,6 +40,10 @@ if(KEGFAST_CUDA)
     kegfast_cuda_architectures(CMAKE_CUDA_ARCHITECTURES "8.0;9.0+PTX")
   endif()
   enable_language(CUDA)
+  if(NOT CMAKE_CUDA20_EXTENSION_COMPILE_OPTION) # a CMake older than the nvcc it finds
+    set(CMAKE_CUDA20_STANDARD_COMPILE_OPTION -std=c++20)
+    set(CMAKE_CUDA20_EXTENSION_COMPILE_OPTION -std=c++20)
+  endif()
 endif()
 
 # torch_cuda: libtorch_cuda.so by name. A machine that builds need not have a CUDA torch; one that runs has loaded it already. The
