@@ -13,7 +13,7 @@ student take turns once more after it, and those medians are what is written.
 import argparse
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.resnet import resnet18, resnet50
-from kegfast import Generators, build_info, compress, data, extract, load_weights
+from kegfast import Generators, build_info, compress, data, load_weights
 from kegfast.compression.choice import interleaved
 from kegfast.compression.costs import factor_parameters
 from kegfast.compression.ranks import layer_rank
@@ -50,8 +50,8 @@ def main() -> None:
     parser.add_argument("--teacher", choices=TEACHERS, default="fashion")
     parser.add_argument("--root", type=Path, default=Path("../shared"))
     parser.add_argument("--images", type=int, default=4000)
-    parser.add_argument("--generators", type=Path, help="of kegfast extract; trained here otherwise")
-    parser.add_argument("--steps", type=int, default=400, help="for generators trained here")
+    parser.add_argument("--generators", type=Path, help="of kegfast extract, for a column of theirs")
+    parser.add_argument("--ways", nargs="+", help="only columns that contain one of these words")
     parser.add_argument("--ratios", type=float, nargs="+", default=RATIOS)
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--batches", type=int, nargs="+", default=(1, 8, 64))
@@ -98,9 +98,10 @@ def curve(args: argparse.Namespace):
         "budget, weights alone": {},
         "budget, noise": {"example_input": example, "measure": False},
         "budget, dead leaves": {"calibration": leaves},
-        "budget, generated": {"calibration": generators(args, teacher, mean, std)},
         "budget, 256 real": {"calibration": real},
     }
+    if args.generators is not None:
+        ways["budget, generated"] = {"calibration": Generators.load(args.generators)}
     score = partial(accuracy, images=images, labels=labels)
     yield {
         "teacher": args.teacher,
@@ -111,34 +112,20 @@ def curve(args: argparse.Namespace):
     }
     for way, include in (("evbmf, the paper's layers", layers), ("evbmf, all layers", None)):
         yield cell(args.teacher, way, lambda include=include: compress(teacher, include=include), score)
+    rules = {"ratio": float, "energy": "energy={:.6f}".format}
     for ratio in args.ratios:
-        for way, rule in (("ratio", float), ("energy", "energy={:.6f}".format)):
-            rank = rule(number_for(teacher, ratio, rule))
+        for way in wanted(rules, args.ways):
+            rank = rules[way](number_for(teacher, ratio, rules[way]))
             yield cell(args.teacher, way, lambda rank=rank: compress(teacher, rank), score)
-        for way, options in ways.items():
+        for way in wanted(ways, args.ways):
+            options = ways[way]
             budget = {"params": 1 / ratio}
             run = partial(compress, teacher, budget=budget, **options)
             yield cell(args.teacher, way, run, score)
 
 
-def generators(args: argparse.Namespace, teacher: nn.Module, mean: float, std: float) -> Tensor:
-    """256 samples of KegNet's generators, which never saw data either."""
-    if args.generators is not None and args.generators.exists():
-        made = Generators.load(args.generators)
-    else:
-        made = extract(
-            teacher,
-            num_classes=10,
-            sample_shape=(1, 32, 32),
-            generators=2,
-            steps=args.steps,
-            batch_size=64,
-            input_range=(-mean / std, (1 - mean) / std),
-        )
-        if args.generators is not None:
-            made.save(args.generators)
-    torch.manual_seed(0)
-    return made.sample(256)[0]
+def wanted(ways: Iterable[str], words: list[str] | None) -> list[str]:
+    return [way for way in ways if words is None or any(word in way for word in words)]
 
 
 def number_for(teacher: nn.Module, ratio: float, rule: Callable[[float], Any]) -> float:

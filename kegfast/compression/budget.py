@@ -75,7 +75,9 @@ def _hosvd_errors(weight: Tensor) -> tuple[np.ndarray, np.ndarray]:
     """All rank pairs of a weight and the squared error of its truncated HOSVD at each."""
     outputs, inputs = weight.shape[:2]
     if weight[0, 0].numel() == 1:
-        tail = _tail(torch.linalg.svdvals(weight.flatten(1)).double() ** 2)
+        matrix = weight.flatten(1)
+        small = matrix if outputs <= inputs else matrix.T
+        tail = _tail(torch.linalg.eigvalsh(_gram(small)).clamp_min(0).flip(0).double())
         ranks = np.arange(1, len(tail) + 1)
         return np.stack([ranks, np.zeros_like(ranks)], 1), tail
     left = torch.linalg.eigh(_gram(weight.flatten(1)))

@@ -103,13 +103,36 @@ def _tucker2(weight: Tensor, in_rank: Side, out_rank: Side) -> Factors:
 
 
 def _hooi(weight: Tensor, ranks: dict[int, int]) -> tuple[Tensor, dict[int, Tensor]]:
-    """The one place that calls tensorly."""
+    """The one place that calls tensorly; it takes a full SVD a step, which large weights do not stand."""
+    if weight.numel() > DOUBLE_UNTIL:
+        return _hooi_by_gram(weight, ranks)
     with tensorly.backend_context("pytorch", local_threadsafe=True), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         (core, factors), _ = partial_tucker(
             tensor=weight, rank=list(ranks.values()), modes=list(ranks), init="svd"
         )
     return core, dict(zip(ranks, factors, strict=True))
+
+
+def _hooi_by_gram(weight: Tensor, ranks: dict[int, int]) -> tuple[Tensor, dict[int, Tensor]]:
+    """HOSVD and two sweeps of HOOI, by eigenvectors of the small Gram matrices."""
+    bases = {mode: _leading(weight, mode, rank) for mode, rank in ranks.items()}
+    for _ in range(2 if len(ranks) > 1 else 0):  # on one side the HOSVD is already the optimum
+        for mode, rank in ranks.items():
+            others = {other: basis for other, basis in bases.items() if other != mode}
+            bases[mode] = _leading(_project(weight, others), mode, rank)
+    return _project(weight, bases), bases
+
+
+def _leading(weight: Tensor, mode: int, rank: int) -> Tensor:
+    unfolding = weight.transpose(0, mode).flatten(1)
+    return torch.linalg.eigh(unfolding @ unfolding.T).eigenvectors.flip(1)[:, :rank]
+
+
+def _project(weight: Tensor, bases: dict[int, Tensor]) -> Tensor:
+    for mode, basis in bases.items():
+        weight = torch.tensordot(basis, weight, ([0], [mode])).transpose(0, mode)
+    return weight
 
 
 def _root(moments: Tensor) -> tuple[Tensor, Tensor]:  # (C, C) -> (C, C), (C, C)

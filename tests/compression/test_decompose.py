@@ -73,3 +73,12 @@ def test_weights_that_are_not_finite_are_refused():
     weight[0, 0, 0, 0] = float("nan")
     with pytest.raises(ValueError, match="finite"):
         factorize(weight, (2, 3))
+
+
+@pytest.mark.parametrize("rank", [(5, 6), (5, None), (None, 6)])
+def test_large_weights_take_a_faster_way_to_the_same_error(monkeypatch, rank):
+    torch.manual_seed(0)
+    weight = torch.randn(24, 16, 3, 3) * torch.logspace(0, -2, 24)[:, None, None, None]
+    exact = relative_error(weight, factorize(weight, rank))
+    monkeypatch.setattr("kegfast.compression.decompose.DOUBLE_UNTIL", 10)
+    assert relative_error(weight, factorize(weight, rank)) == pytest.approx(exact, rel=1e-3)
