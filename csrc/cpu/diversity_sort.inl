@@ -5,6 +5,8 @@
 // (a few pairs per thousand features at B = 256) is put in order afterwards, by the values themselves.
 #pragma once
 
+#include <utility>
+
 #include "cpu/diversity_tile.inl"
 
 namespace kegfast::KEGFAST_ISA {
@@ -78,22 +80,34 @@ inline void merge_pass(Keys* k, int64_t n, int64_t block) {
     }
 }
 
+// Batcher's odd-even merge sort of N, as a list of exchanges that the compiler can unroll.
+template <int N>
+struct Batcher {
+  int first[N * 8] = {}, second[N * 8] = {}, size = 0;
+
+  constexpr Batcher() {
+    for (int p = 1; p < N; p *= 2)
+      for (int q = p; q; q /= 2)
+        for (int j = q % p; j + q < N; j += 2 * q)
+          for (int i = 0; i < q && i + j + q < N; ++i)
+            if ((i + j) / (2 * p) == (i + j + q) / (2 * p)) first[size] = i + j, second[size++] = i + j + q;
+  }
+};
+
+template <int N, int... step>
+inline __attribute__((always_inline)) void sort_in_registers(Keys* v, std::integer_sequence<int, step...>) {
+  constexpr Batcher<N> network;
+  (exchange(v[network.first[step]], v[network.second[step]]), ...);
+}
+
 template <int N>
 inline void sort_registers(Keys* k, int64_t n) {
+  constexpr Batcher<N> network;
   for (int64_t base = 0; base < n; base += N) {
     Keys v[N];
 #pragma GCC unroll 16
     for (int t = 0; t < N; ++t) v[t] = k[base + t];
-    // Batcher's odd-even merge sort.
-#pragma GCC unroll 4
-    for (int p = 1; p < N; p *= 2)
-#pragma GCC unroll 4
-      for (int q = p; q; q /= 2)
-#pragma GCC unroll 16
-        for (int j = q % p; j + q < N; j += 2 * q)
-#pragma GCC unroll 16
-          for (int i = 0; i < q; ++i)
-            if ((i + j) / (2 * p) == (i + j + q) / (2 * p) && i + j + q < N) exchange(v[i + j], v[i + j + q]);
+    sort_in_registers<N>(v, std::make_integer_sequence<int, network.size>{});
 #pragma GCC unroll 16
     for (int t = 0; t < N; ++t) k[base + t] = v[t];
   }

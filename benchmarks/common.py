@@ -1,0 +1,106 @@
+"""What the benchmarks share: interleaved timing, the machine's facts and limits, result files and README tables."""
+
+import platform
+import random
+import re
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kegfast import build_info
+from kegfast.files import atomic_write, write_json
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+def interleaved(
+    calls: Mapping[str, Callable[[], object]], rounds: int, *, cold: bool = True, seed: int = 0
+) -> dict[str, float]:
+    """Median seconds of each call; the calls take turns, so that a busy machine hits all alike.
+
+    Args:
+        calls: what to time, by name; each runs once beforehand.
+        rounds: turns of each.
+        cold: each call finds the caches as another one left them, in an order shuffled each round; else
+            the call runs twice and the second time counts.
+        seed: of the shuffling.
+    """
+    for call in calls.values():
+        call()
+    order, times = list(calls), {name: [] for name in calls}
+    shuffle = random.Random(seed)
+    for _ in range(rounds):
+        shuffle.shuffle(order)
+        for name in order:
+            if not cold:
+                calls[name]()
+            start = time.perf_counter()
+            calls[name]()
+            times[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def machine() -> dict[str, Any]:
+    """What a result depends on: processor, versions, threads, date."""
+    model = re.search(r"model name\s*:\s*(.+)", _read(Path("/proc/cpuinfo")))
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    info = build_info()
+    return {
+        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+        "processor": model[1] if model else platform.processor(),
+        "commit": commit.stdout.strip(),
+        **{key: info.get(key) for key in ("version", "python", "torch", "compiler", "isa_active")},
+    }
+
+
+def _read(path: Path) -> str:
+    return path.read_text() if path.exists() else ""
+
+
+def bandwidth(seconds: float = 0.3) -> float:
+    """Bytes a second that one thread moves (reads plus writes) in copies far larger than the caches."""
+    source, target = torch.zeros(2, 64 << 20, dtype=torch.uint8)
+    times = []
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        start = time.perf_counter()
+        target.copy_(source)
+        times.append(time.perf_counter() - start)
+    return 2 * source.numel() / statistics.median(times)
+
+
+def vector_issue_rate() -> float:
+    """Vector instructions a second that one core issues at most (independent 32-bit integer additions)."""
+    from kegfast import _C
+
+    return max(_C.vector_issue_rate() for _ in range(20))
+
+
+def write_results(name: str, results: Mapping[str, Any]) -> Path:
+    """Write benchmarks/results/<name>.json with the machine's facts."""
+    path = RESULTS / f"{name}.json"
+    write_json(path, {"machine": machine(), **results})
+    return path
+
+
+def markdown_table(headers: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """A Markdown table."""
+    lines = [headers, ["---"] * len(headers), *rows]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+
+
+def update_readme(name: str, table: str, path: Path = ROOT / "README.md") -> bool:
+    """Put a table between `<!-- benchmark: name -->` and `<!-- end -->`; False where the file has no such place."""
+    pattern = re.compile(rf"(<!-- benchmark: {re.escape(name)} -->\n).*?(<!-- end -->)", re.DOTALL)
+    text, found = pattern.subn(lambda m: f"{m[1]}{table}\n{m[2]}", path.read_text(encoding="utf-8"))
+    if found:
+        with atomic_write(path) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+    return bool(found)

@@ -1,0 +1,17 @@
+// issue_vectors: runs 12 * rounds independent vector additions and returns their number.
+#pragma once
+
+#include <cstdint>
+
+#include "cpu/isa.h"
+
+namespace kegfast {
+
+#define KEGFAST_DECLARE_PEAK(isa)             \
+  namespace isa {                             \
+  int64_t issue_vectors(int64_t rounds);      \
+  }
+KEGFAST_EACH_ISA(KEGFAST_DECLARE_PEAK)
+#undef KEGFAST_DECLARE_PEAK
+
+}  // namespace kegfast
