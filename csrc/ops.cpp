@@ -29,5 +29,7 @@ STABLE_TORCH_LIBRARY(kegfast, m) {
       " int padding_h, int padding_w, int dilation_h, int dilation_w, bool need_x, bool need_first, bool need_core,"
       " bool need_last) -> (Tensor, Tensor, Tensor, Tensor)");
   // The factors in the order in which the CPU kernels read them, for one memory layout and instruction set.
-  m.def("tucker2_pack(Tensor first, Tensor core, Tensor last, int dilation_w, bool channels_last) -> Tensor");
+  m.def(
+      "tucker2_pack(Tensor first, Tensor core, Tensor last, int stride_h, int stride_w, int dilation_h, int dilation_w,"
+      " bool channels_last) -> Tensor");
 }

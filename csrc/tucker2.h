@@ -12,6 +12,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <string>
 
 #include "cpu/isa.h"
 
@@ -25,6 +26,7 @@ struct Tucker2Params {
   int64_t kernel_h, kernel_w, stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w;
   bool channels_last;  // of x and y alike: pixels of contiguous channels, or planes
   bool relu;
+  bool winograd;  // whether the core may run as F(2x2, 3x3)
 
   Tucker2Type type;                            // of x and y; everything between is float32
   const void* x;                               // (N, C, H, W) in the strides below, in elements
@@ -46,12 +48,13 @@ struct Tucker2Factor {
 
 // Where the forward pass gets its blocking from; filled by tucker2_plan for the instruction set at hand.
 struct Tucker2Plan {
-  int64_t group_images;                               // whole images handled together, or 1 image in bands
-  int64_t band_rows;                                  // output rows per band
-  int64_t t1_rows;                                    // padded input rows that the scratch holds
-  int64_t first_at, core_at, last_at, packed_floats;  // within packed
+  int64_t group_images;  // whole images handled together, or 1 image in bands
+  int64_t band_rows;     // output rows per band
+  int64_t t1_rows;       // padded input rows that the scratch holds
+  bool winograd;         // the core as F(2x2, 3x3)
+  int64_t first_at, core_at, winograd_at, last_at, packed_floats;  // within packed
   float packed_layout;  // its first float: a packed buffer with another one is not for this run
-  int64_t t1_at, t2_at, planes_at, x_at, y_at, scratch_floats;  // within a thread's scratch
+  int64_t t1_at, t2_at, planes_at, tiles_at, x_at, y_at, scratch_floats;  // within a thread's scratch
 };
 
 struct Tucker2GradParams {
@@ -64,11 +67,18 @@ struct Tucker2GradParams {
   float *first, *core, *last;  // sums to add to: (C, R1), (kh, kw, R1, R2), (K, R2); null: not needed
 };
 
+// Knobs and news for `kegfast.tuning()` and `kegfast.last_kernel()`.
+bool tucker2_winograd();
+void set_tucker2_winograd(bool allowed);
+std::string last_kernel();  // what the last tucker2 call of any thread ran: "winograd avx512"
+void note_unfused();        // it was torch's own convolutions
+
 #define KEGFAST_DECLARE(isa)                                                                            \
   namespace isa {                                                                                       \
   Tucker2Plan tucker2_plan(const Tucker2Params& p, int64_t threads);                                    \
+  /* all: the core in every form, else in the plan's only. */                                           \
   void tucker2_pack(const Tucker2Params& p, const Tucker2Plan& plan, const Tucker2Factor& first,        \
-                    const Tucker2Factor& core, const Tucker2Factor& last, float* packed);               \
+                    const Tucker2Factor& core, const Tucker2Factor& last, bool all, float* packed);     \
   /* Whether `packed` still holds these factors, by samples of each. */                                 \
   bool tucker2_packed_from(const Tucker2Params& p, const Tucker2Plan& plan, const Tucker2Factor& first, \
                            const Tucker2Factor& core, const Tucker2Factor& last, const float* packed);  \

@@ -7,6 +7,7 @@ from kegfast.extraction import Generators, extract
 from kegfast.files import load_weights
 from kegfast.native import backend, build_info, cpu_isa
 from kegfast.training import evaluate, train
+from kegfast.tuning import last_kernel, tuning
 from kegfast.version import __version__
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "extraction",
     "functional",
     "fuse",
+    "last_kernel",
     "load",
     "load_weights",
     "models",
@@ -34,4 +36,5 @@ __all__ = [
     "reference",
     "save",
     "train",
+    "tuning",
 ]

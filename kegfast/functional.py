@@ -5,7 +5,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from kegfast import cuda, diversity, native, reference
+from kegfast import cuda, diversity, native, reference, tuning
 from kegfast.check import expected
 from kegfast.ops import reads_channels_last as reads_channels_last
 from kegfast.soft_target import fused as _fused_soft_target
@@ -167,6 +167,7 @@ def tucker_conv2d(
     geometry = _check_tucker2(x, first, core, last, bias, stride, padding, dilation, activation)
     x, first, core, last, bias = _autocast(x, first, core, last, bias)
     if not _fuses(x, core) or (x.is_cuda and not cuda.takes(x, first, core, last, geometry)):
+        tuning.note_unfused()
         return reference.tucker_conv2d(x, first, core, last, bias, *geometry, activation)
     ints = [n for pair in geometry for n in pair]
     weights = (x, first, core, last, bias)

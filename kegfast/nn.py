@@ -160,12 +160,15 @@ class TuckerConv2d(nn.Module):
             return self._forward_checked(x)
         if not functional.fuses_inference(x, core):
             return self._forward_checked(x)
-        dilation = core_layer.dilation
-        packed = self._packed(first, core, last, dilation[1], functional.reads_channels_last(x))
+        stride, dilation = core_layer.stride, core_layer.dilation
+        packed = None
+        if x.is_cpu:
+            channels_last = functional.reads_channels_last(x)
+            packed = self._packed(first, core, last, stride, dilation, channels_last)
         try:
             return torch.ops.kegfast.tucker2.default(
                 x, first, core, last, last_layer._parameters["bias"], packed,
-                *core_layer.stride, *core_layer.padding, *dilation, self.activation is not None,
+                *stride, *core_layer.padding, *dilation, self.activation is not None,
             )  # fmt: skip
         except RuntimeError:
             return self._forward_checked(x)  # says what is wrong with the arguments

@@ -18,30 +18,33 @@ class PackedFactors:
     """
 
     def __init__(self) -> None:
-        # One attribute, so that another thread meets one state or the other: key, buffer, sources.
-        self._entry: tuple[tuple[object, ...], Tensor | None, tuple[Tensor, ...]] = ((), None, ())
+        # One entry per memory layout: key, buffer, sources. Replaced as a whole, so that another
+        # thread meets one state or the other.
+        self._entries: list[tuple[tuple[object, ...], Tensor | None, tuple[Tensor, ...]]]
+        self._entries = [((), None, ()), ((), None, ())]
 
     def __call__(
         self,
         first: Tensor,  # (R1, C, 1, 1)
         core: Tensor,  # (R2, R1, kh, kw)
         last: Tensor,  # (K, R2, 1, 1)
-        dilation_w: int,
+        stride: tuple[int, int],
+        dilation: tuple[int, int],
         channels_last: bool,
     ) -> Tensor | None:
         """The packed buffer for `torch.ops.kegfast.tucker2`, or None where versions are not kept."""
         try:
             key = (
                 first.data_ptr(), first._version, core.data_ptr(), core._version,
-                last.data_ptr(), last._version, core.dtype, channels_last,
+                last.data_ptr(), last._version, core.dtype,
             )  # fmt: skip
         except RuntimeError:  # inference tensors have no version: pack in every call
             return None
-        kept, packed, _ = self._entry
+        kept, packed, _ = self._entries[channels_last]
         if key != kept:
             sources = (first.detach(), core.detach(), last.detach())
-            packed = torch.ops.kegfast.tucker2_pack(*sources, dilation_w, channels_last)
-            self._entry = (key, packed, sources)
+            packed = torch.ops.kegfast.tucker2_pack(*sources, *stride, *dilation, channels_last)
+            self._entries[channels_last] = (key, packed, sources)
         return packed
 
     def __reduce__(self) -> tuple[Callable[[], "PackedFactors"], tuple[()]]:

@@ -34,6 +34,9 @@ GEOMETRIES = {
     "several windows": (1, 4, 90, 200, 16, 16, 8, (3, 3), (2, 1), 1, 1),
     "one pixel": (1, 1, 1, 1, 1, 1, 1, (1, 1), 1, 0, 1),
     "one column": (2, 3, 5, 1, 2, 2, 4, (2, 1), 1, 0, 1),
+    "winograd, odd sizes": (3, 20, 9, 11, 32, 48, 24, (3, 3), 1, 1, 1),
+    "winograd, small images": (9, 16, 7, 7, 32, 32, 17, (3, 3), 1, 1, 1),
+    "winograd, several bands": (1, 8, 45, 50, 48, 32, 20, (3, 3), 1, (0, 2), 1),
     "wide features": (1, 3, 5, 5, 33, 34, 130, (3, 3), 1, 1, 1),
 }
 
@@ -311,6 +314,28 @@ def test_bad_arguments(name: str) -> None:
     }
     with pytest.raises(error, match=message):
         tucker_conv2d(**(good | change))
+
+
+@needs_native
+def test_winograd_runs_where_it_should_and_can_be_forbidden() -> None:
+    tensors, rest = make(GEOMETRIES["winograd, odd sizes"], torch.float32)
+    automatic = tucker_conv2d(*tensors, *rest)
+    assert kegfast.last_kernel().startswith("winograd")
+    with kegfast.tuning(winograd=False):
+        direct = tucker_conv2d(*tensors, *rest)
+        assert kegfast.last_kernel().startswith("direct")
+    assert not torch.equal(automatic, direct)
+    torch.testing.assert_close(automatic, direct, atol=1e-5, rtol=1e-5)
+    tucker_conv2d(*tensors, *rest)
+    assert kegfast.last_kernel().startswith("winograd")
+    tucker_conv2d(*[t.double() for t in tensors], *rest)
+    assert kegfast.last_kernel() == "unfused"
+
+
+@pytest.mark.parametrize("value", [2, "f9", None])
+def test_wrong_tuning(value) -> None:
+    with pytest.raises(ValueError, match="winograd must be"):
+        kegfast.tuning(winograd=value)
 
 
 def test_reference_backend_agrees() -> None:

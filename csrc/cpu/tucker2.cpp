@@ -8,6 +8,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cstdlib>
 #include <cstring>
 #include <memory>
@@ -20,6 +21,9 @@
 
 namespace kegfast {
 namespace {
+
+std::atomic<bool> winograd_allowed{true};
+std::atomic<const char*> last_path{"none"};
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
@@ -144,6 +148,7 @@ Tucker2Params geometry(int64_t images, int64_t channels, int64_t height, int64_t
   const int64_t reach_w = width + 2 * g.padding_w - (p.kernel_w - 1) * g.dilation_w - 1;
   KEGFAST_CHECK(reach_h >= 0 && reach_w >= 0, "x", "at least as large as the core's window", height);
   p.out_height = reach_h / g.stride_h + 1, p.out_width = reach_w / g.stride_w + 1;
+  p.winograd = tucker2_winograd();
   KEGFAST_CHECK(p.kernel_h * p.kernel_w <= 256, "core", "a window of at most 256 taps",
                 p.kernel_h * p.kernel_w);
   return p;
@@ -181,6 +186,7 @@ void share_out(int64_t parts, int64_t units, int64_t grain, const F& f) {
 }
 
 void run_rows(const Tucker2Params& p, const Tucker2Plan& plan, int64_t threads) {
+  last_path.store(plan.winograd ? "winograd" : "direct", std::memory_order_relaxed);
   const auto kernel = KEGFAST_SELECT(tucker2_rows);
   const auto f = [&](int64_t begin, int64_t end) {
     kernel(p, plan, begin, end, scratch(plan.scratch_floats));
@@ -233,7 +239,7 @@ Run forward(const Tensor& input, const Tensor& first_weight, const Tensor& core_
     p.packed = packed->const_data_ptr<float>();
   } else {
     fresh = empty_flat(plan.packed_floats);
-    KEGFAST_SELECT(tucker2_pack)(p, plan, first, core, last, fresh->mutable_data_ptr<float>());
+    KEGFAST_SELECT(tucker2_pack)(p, plan, first, core, last, false, fresh->mutable_data_ptr<float>());
     p.packed = fresh->const_data_ptr<float>();
   }
   run_rows(p, plan, threads);
@@ -260,18 +266,20 @@ std::tuple<Tensor, Tensor, Tensor> tucker2_forward(const Tensor& x, const Tensor
   return {std::move(run.y), std::move(*run.t1), std::move(*run.t2)};
 }
 
-Tensor tucker2_pack(const Tensor& first, const Tensor& core, const Tensor& last, int64_t dilation_w,
-                    bool channels_last) {
+Tensor tucker2_pack(const Tensor& first, const Tensor& core, const Tensor& last, int64_t stride_h,
+                    int64_t stride_w, int64_t dilation_h, int64_t dilation_w, bool channels_last) {
   Tucker2Params p{};
   p.images = 1, p.channels = first.size(1), p.features = last.size(0);
   p.rank_in = core.size(1), p.rank_out = core.size(0), p.kernel_h = core.size(2), p.kernel_w = core.size(3);
-  p.height = p.kernel_h, p.width = 1 + (p.kernel_w - 1) * dilation_w, p.out_height = p.out_width = 1;
-  p.stride_h = p.stride_w = p.dilation_h = 1, p.dilation_w = dilation_w;
+  p.height = 1 + (p.kernel_h - 1) * dilation_h, p.width = 1 + (p.kernel_w - 1) * dilation_w;
+  p.out_height = p.out_width = 1;
+  p.stride_h = stride_h, p.stride_w = stride_w, p.dilation_h = dilation_h, p.dilation_w = dilation_w;
+  p.winograd = tucker2_winograd();
   p.channels_last = channels_last;
   const Tucker2Plan plan = KEGFAST_SELECT(tucker2_plan)(p, 1);
   Tensor packed = empty_flat(plan.packed_floats);
   KEGFAST_SELECT(tucker2_pack)
-  (p, plan, factor(first), factor(core), factor(last), packed.mutable_data_ptr<float>());
+  (p, plan, factor(first), factor(core), factor(last), true, packed.mutable_data_ptr<float>());
   return packed;
 }
 
@@ -335,7 +343,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> tucker2_backward(
     const Tucker2Plan plan = KEGFAST_SELECT(tucker2_plan)(back, threads);
     const Tensor packed = empty_flat(plan.packed_floats);
     KEGFAST_SELECT(tucker2_pack)
-    (back, plan, transposed(last), transposed(core), transposed(first), packed.mutable_data_ptr<float>());
+    (back, plan, transposed(last), transposed(core), transposed(first), false,
+     packed.mutable_data_ptr<float>());
     back.packed = packed.const_data_ptr<float>();
     run_rows(back, plan, threads);
   }
@@ -380,6 +389,21 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> tucker2_backward(
 }
 
 }  // namespace
+
+bool tucker2_winograd() {
+  return winograd_allowed.load(std::memory_order_relaxed);
+}
+void set_tucker2_winograd(bool allowed) {
+  winograd_allowed.store(allowed, std::memory_order_relaxed);
+}
+void note_unfused() {
+  last_path.store("unfused", std::memory_order_relaxed);
+}
+std::string last_kernel() {
+  const std::string path = last_path.load(std::memory_order_relaxed);
+  return path == "direct" || path == "winograd" ? path + " " + isa_name(active_isa()) : path;
+}
+
 }  // namespace kegfast
 
 STABLE_TORCH_LIBRARY_IMPL(kegfast, CPU, m) {

@@ -77,6 +77,21 @@ constexpr int64_t kBandBytes = 32 << 10;       // of t2: stays in L1 between the
 constexpr int64_t kWideBandBytes = 192 << 10;  // where the core's weights are what streams
 constexpr int64_t kWindowBytes = 256 << 10;    // of t1: stays in L2
 
+// Whether the core may run by Winograd at all: the transforms work on whole vectors of channels.
+bool winograd_fits(const Tucker2Params& p) {
+  return p.winograd && p.kernel_h == 3 && p.kernel_w == 3 && p.stride_h == 1 && p.stride_w == 1 &&
+         p.dilation_h == 1 && p.dilation_w == 1 && p.rank_in >= 32 && p.rank_out >= 32 &&
+         p.rank_in % kLanes == 0 && p.rank_out % kLanes == 0;
+}
+
+// Whether it should: enough tiles for the 16 GEMMs, whose weights are 16 / 9 of the direct ones.
+bool winograd_wins(const Tucker2Params& p, int64_t threads) {
+  const int64_t tiles = p.images * ceil_div(p.out_height, 2) * ceil_div(p.out_width, 2) / threads;
+  return winograd_fits(p) && tiles >= 12 && tiles * 4 >= larger(p.rank_in, p.rank_out);
+}
+
+constexpr int64_t kBandTiles = 64;  // of 2 x 2 pixels in a band
+
 int64_t band_pixels(const Tucker2Params& p) {
   const int64_t weights = 4 * p.rank_in * p.rank_out * p.kernel_h * p.kernel_w;
   const int64_t bytes = weights > (200 << 10) ? kWideBandBytes : kBandBytes;
@@ -88,9 +103,12 @@ int64_t band_pixels(const Tucker2Params& p) {
 Tucker2Plan tucker2_plan(const Tucker2Params& p, int64_t threads) {
   Tucker2Plan plan{};
   const int64_t row = padded_width(p) * p.rank_in;
-  const int64_t pixels = band_pixels(p), image_pixels = p.out_height * p.out_width;
+  plan.winograd = winograd_wins(p, threads);
+  const int64_t pixels = plan.winograd ? 4 * kBandTiles : band_pixels(p),
+                image_pixels = p.out_height * p.out_width;
   const int64_t halo = (p.kernel_h - 1) * p.dilation_h + 1;
   plan.band_rows = clamp(pixels / p.out_width, 1, p.out_height);
+  if (plan.winograd) plan.band_rows = smaller(round_up(plan.band_rows, 2), p.out_height);
   plan.group_images = 1;
   if (2 * image_pixels <= pixels) {
     const int64_t fit = larger(1, kWindowBytes / (4 * row * padded_height(p)));
@@ -110,6 +128,7 @@ Tucker2Plan tucker2_plan(const Tucker2Params& p, int64_t threads) {
   plan.core_at = take(packed_floats(p.rank_out, core_window(p), core_group(p)));
   plan.last_at = take(p.channels_last ? packed_floats(p.features, {1, p.rank_out}, last_group(p))
                                       : p.features * p.rank_out);
+  plan.winograd_at = take(winograd_fits(p) ? 16 * packed_floats(p.rank_out, {1, p.rank_in}, 1) : 0);
   plan.packed_floats = at;
   plan.packed_layout = packed_layout(p);
 
@@ -120,6 +139,8 @@ Tucker2Plan tucker2_plan(const Tucker2Params& p, int64_t threads) {
   plan.t1_at = take(plan.group_images * plan.t1_rows * row);
   plan.t2_at = take(band * p.rank_out);
   plan.planes_at = take(p.channels_last ? 0 : round_up(band, kLanes) * p.rank_out);
+  const int64_t tiles = plan.group_images * ceil_div(plan.band_rows, 2) * ceil_div(p.out_width, 2);
+  plan.tiles_at = take(plan.winograd ? 16 * (tiles * (p.rank_in + p.rank_out) + 1) + p.rank_in : 0);
   plan.x_at = take(convert ? p.width * p.channels : 0);
   plan.y_at = take(convert ? band * p.features : 0);
   plan.scratch_floats = at;
@@ -175,31 +196,5 @@ bool packed_matches(const Tucker2Factor& w, int64_t outputs, int64_t inputs, int
 }
 
 }  // namespace
-
-void tucker2_pack(const Tucker2Params& p, const Tucker2Plan& plan, const Tucker2Factor& first,
-                  const Tucker2Factor& core, const Tucker2Factor& last, float* packed) {
-  packed[0] = packed_layout(p);
-  pack_factor(first, p.rank_in, p.channels, 1, {1, p.channels}, first_group(p), packed + plan.first_at);
-  pack_factor(core, p.rank_out, p.rank_in, p.kernel_w, core_window(p), core_group(p), packed + plan.core_at);
-  if (p.channels_last) {
-    pack_factor(last, p.features, p.rank_out, 1, {1, p.rank_out}, last_group(p), packed + plan.last_at);
-  } else {
-    float* out = packed + plan.last_at;
-    for (int64_t k = 0; k < p.features; ++k)
-      for (int64_t r = 0; r < p.rank_out; ++r) *out++ = element(last, k * last.row + r * last.input);
-  }
-}
-
-bool tucker2_packed_from(const Tucker2Params& p, const Tucker2Plan& plan, const Tucker2Factor& first,
-                         const Tucker2Factor& core, const Tucker2Factor& last, const float* packed) {
-  if (packed[0] != plan.packed_layout) return false;
-  const int last_lanes = p.channels_last ? kLanes : 1, last_packing = p.channels_last ? last_group(p) : 1;
-  return packed_matches(first, p.rank_in, p.channels, 1, {1, p.channels}, kLanes, first_group(p),
-                        packed + plan.first_at) &&
-         packed_matches(core, p.rank_out, p.rank_in, p.kernel_w, core_window(p), kLanes, core_group(p),
-                        packed + plan.core_at) &&
-         packed_matches(last, p.features, p.rank_out, 1, {1, p.rank_out}, last_lanes, last_packing,
-                        packed + plan.last_at);
-}
 
 }  // namespace kegfast::KEGFAST_ISA

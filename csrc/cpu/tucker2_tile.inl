@@ -43,32 +43,47 @@ constexpr int max_pixels(int vectors) {
 // Group > 1 (lane packing, for ranks below a vector): one vector holds Group consecutive k of kLanes / Group
 // channels, lane c * Group + g for channel c and k = g; the groups are summed once, at the end.
 template <int Group>
-KEGFAST_INLINE Floats broadcast_group(const float* p, int n) {
+KEGFAST_INLINE Floats splat_group(const float* p) {
 #if defined(__AVX512F__)
-  const __mmask8 mask = static_cast<__mmask8>((1u << n) - 1);
   if constexpr (Group == 2) {
-    if (n < 2) return (Floats)_mm512_broadcast_f32x2(_mm_maskz_loadu_ps(mask, p));
     double pair;
     memcpy(&pair, p, sizeof pair);
     return (Floats)_mm512_castpd_ps(_mm512_set1_pd(pair));
   }
-  if constexpr (Group == 4)
-    return (Floats)_mm512_broadcast_f32x4(n < 4 ? _mm_maskz_loadu_ps(mask, p) : _mm_loadu_ps(p));
-  if constexpr (Group == 8)
-    return (Floats)_mm512_broadcast_f32x8(n < 8 ? _mm256_maskz_loadu_ps(mask, p) : _mm256_loadu_ps(p));
+  if constexpr (Group == 4) return (Floats)_mm512_broadcast_f32x4(_mm_loadu_ps(p));
+  if constexpr (Group == 8) return (Floats)_mm512_broadcast_f32x8(_mm256_loadu_ps(p));
+#endif
+  return splat(*p);
+}
+
+// The n < Group values that a segment ends with; what lies behind them is never read.
+template <int Group>
+KEGFAST_INLINE Floats splat_rest(const float* p, int n) {
+#if defined(__AVX512F__)
+  const __mmask8 mask = static_cast<__mmask8>((1u << n) - 1);
+  if constexpr (Group == 2) return (Floats)_mm512_broadcast_f32x2(_mm_maskz_loadu_ps(mask, p));
+  if constexpr (Group == 4) return (Floats)_mm512_broadcast_f32x4(_mm_maskz_loadu_ps(mask, p));
+  if constexpr (Group == 8) return (Floats)_mm512_broadcast_f32x8(_mm256_maskz_loadu_ps(mask, p));
 #endif
   (void)n;
   return splat(*p);
 }
 
+template <int Step>
+KEGFAST_INLINE Floats add_swapped(Floats v) {
+  Ints swap;
+  KEGFAST_UNROLL
+  for (int l = 0; l < kLanes; ++l) swap[l] = l ^ Step;
+  return v + __builtin_shuffle(v, swap);
+}
+
 template <int Group>
 KEGFAST_INLINE Floats fold_groups(Floats v) {
-  Ints swap, pick;
+  if constexpr (Group >= 2) v = add_swapped<1>(v);
+  if constexpr (Group >= 4) v = add_swapped<2>(v);
+  if constexpr (Group >= 8) v = add_swapped<4>(v);
+  Ints pick;
   KEGFAST_UNROLL
-  for (int step = 1; step < Group; step *= 2) {
-    for (int l = 0; l < kLanes; ++l) swap[l] = l ^ step;
-    v += __builtin_shuffle(v, swap);
-  }
   for (int l = 0; l < kLanes; ++l) pick[l] = (l * Group) % kLanes;
   return __builtin_shuffle(v, pick);
 }
@@ -112,7 +127,7 @@ void run_tile(const Tile& t) {
     const float* base[kBases];
     KEGFAST_UNROLL
     for (int i = 0; i < kBases; ++i) base[i] = t.a + t.segments[s] + 3 * i * a_step;
-    for (int64_t k = t.segment_length; k > 0; k -= Group) {
+    for (int64_t k = t.segment_length; k >= Group; k -= Group) {
       Floats w[Vectors];
       KEGFAST_UNROLL
       for (int v = 0; v < Vectors; ++v)
@@ -121,8 +136,8 @@ void run_tile(const Tile& t) {
                                                   : load_unaligned(b + v * b_vector);
       KEGFAST_UNROLL
       for (int j = 0; j < Pixels; ++j) {
-        const float* a = kA == A::row_major ? base[j / 3] + (j % 3) * a_step : base[0] + j;
-        const Floats x = Group == 1 ? splat(*a) : broadcast_group<Group>(a, k < Group ? k : Group);
+        const Floats x =
+            splat_group<Group>(kA == A::row_major ? base[j / 3] + (j % 3) * a_step : base[0] + j);
         KEGFAST_UNROLL
         for (int v = 0; v < Vectors; ++v) acc[j][v] += x * w[v];
       }
@@ -133,9 +148,19 @@ void run_tile(const Tile& t) {
         asm("" : "+r"(base[i]));  // keeps one pointer per three pixels instead of one each
       }
     }
+    const int rest = Group > 1 ? static_cast<int>(t.segment_length % Group) : 0;
+    if (Group > 1 && rest) {
+      const Floats w = load_unaligned(b);
+      KEGFAST_UNROLL
+      for (int j = 0; j < Pixels; ++j)
+        acc[j][0] += splat_rest<Group>(base[kA == A::row_major ? j / 3 : 0] + (j % 3) * a_step, rest) * w;
+      b += b_step;
+    }
   }
-  if constexpr (Group > 1)
+  if constexpr (Group > 1) {
+    KEGFAST_UNROLL
     for (int j = 0; j < Pixels; ++j) acc[j][0] = fold_groups<Group>(acc[j][0]);
+  }
   store_tile<Pixels, Vectors, kA, kB, kBias>(t, acc);
 }
 

@@ -1,0 +1,291 @@
+"""The fused Tucker-2 convolution against everything a user could run instead.
+
+`python -m benchmarks.bench_tucker2` prints the goals with pass or "fall short", and writes
+benchmarks/results/tucker2*.json. Every result is verified before it is timed; contenders take turns,
+and all figures are ratios of medians of the same rounds.
+"""
+
+import argparse
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from statistics import median
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.common import write_results
+from kegfast.nn import TuckerConv2d
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One layer of the grid: C -> K channels on size x size pixels."""
+
+    family: str
+    channels: int
+    features: int
+    size: int
+    ranks: tuple[int, int]
+    kernel: int = 3
+    padding: int = 1
+    stride: int = 1
+
+    @property
+    def name(self) -> str:
+        stride = f"/{self.stride}" if self.stride > 1 else ""
+        r1, r2 = self.ranks
+        return f"{self.channels}->{self.features}@{self.size}{stride} ranks {r1}/{r2}"
+
+    def multiply_adds(self, batch: int) -> int:
+        """Of the factored layer."""
+        r1, r2 = self.ranks
+        out = (self.size + 2 * self.padding - self.kernel) // self.stride + 1
+        per_output = r2 * (r1 * self.kernel**2 + self.features)
+        return batch * (self.size**2 * self.channels * r1 + out**2 * per_output)
+
+
+def shapes() -> list[Shape]:
+    """The 17 layers of the grid, each with three pairs of ranks: 51 configurations."""
+    lenet = {(6, 16): [(3, 8), (2, 4), (2, 2)], (20, 50): [(10, 25), (5, 12), (2, 6)]}
+    grid = [
+        Shape("lenet", c, k, 14, ranks, kernel=5, padding=0)
+        for (c, k), pairs in lenet.items()
+        for ranks in pairs
+    ]
+    cifar = [(16, 32), (32, 16), (64, 8), (64, 32), (128, 16), (256, 8)]
+    resnet = [(64, 56), (128, 28), (256, 14), (512, 7)]
+    strided = {"cifar": [(16, 32), (64, 32)], "resnet": [(64, 56), (128, 28), (256, 14)]}
+    for share in (2, 4, 8):
+        for family, plain in (("cifar", cifar), ("resnet", resnet)):
+            grid += [Shape(family, c, c, h, (c // share, c // share)) for c, h in plain]
+            grid += [
+                Shape(family, c, 2 * c, h, (c // share, 2 * c // share), stride=2)
+                for c, h in strided[family]
+            ]
+    return grid
+
+
+def prepacked(conv: nn.Conv2d, x: Tensor, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+    """A convolution on oneDNN's own weight layout: what inductor's freezing emits."""
+    geometry = conv.padding, conv.stride, conv.dilation, 1
+    weight = torch._C._nn.mkldnn_reorder_conv2d_weight(
+        conv.weight.detach().to(dtype).to_mkldnn(), *geometry, x.shape
+    )
+    bias = None if conv.bias is None else conv.bias.detach().to(dtype)
+    pointwise = torch.ops.mkldnn._convolution_pointwise
+    return lambda x: pointwise(x, weight, bias, *geometry, "none", [], "")
+
+
+def prepacked_chain(layers: nn.Sequential, x: Tensor, dtype: torch.dtype) -> Callable[[], Tensor]:
+    """The three prepacked convolutions in a row."""
+    parts, z = [], x
+    for layer in layers:
+        parts.append(prepacked(layer, z, dtype))
+        z = parts[-1](z)
+    first, core, last = parts
+    return lambda: last(core(first(x)))
+
+
+def contenders(shape: Shape, batch: int, dtype: torch.dtype) -> dict[str, Callable[[], Tensor]]:
+    """Everything that computes the layer, by name; ours are called kegfast."""
+    torch.manual_seed(0)
+    layer = TuckerConv2d(
+        shape.channels, shape.features, shape.kernel, shape.ranks, shape.stride, shape.padding
+    )
+    layer = layer.eval().requires_grad_(False)
+    dense = layer.to_conv().requires_grad_(False).to(dtype)
+    layer = layer.to(dtype)
+    sequential = layer.to_sequential()
+    planes = torch.randn(batch, shape.channels, shape.size, shape.size).to(dtype)
+    calls: dict[str, Callable[[], Tensor]] = {}
+    for layout, x in (
+        ("planes", planes),
+        ("channels_last", planes.contiguous(memory_format=torch.channels_last)),
+    ):
+        calls[f"kegfast {layout}"] = lambda x=x: layer(x)
+        calls[f"sequential {layout}"] = lambda x=x: sequential(x)
+        calls[f"dense {layout}"] = lambda x=x: dense(x)
+        calls[f"prepacked {layout}"] = prepacked_chain(sequential, x, dtype)
+    return calls
+
+
+def training_steps(shape: Shape, batch: int) -> dict[str, Callable[[], None]]:
+    """Forward and all gradients."""
+    torch.manual_seed(0)
+    layer = TuckerConv2d(
+        shape.channels, shape.features, shape.kernel, shape.ranks, shape.stride, shape.padding
+    )
+    sequential = layer.to_sequential()
+    planes = torch.randn(batch, shape.channels, shape.size, shape.size)
+    calls = {}
+    for layout, memory_format in (
+        ("planes", torch.contiguous_format),
+        ("channels_last", torch.channels_last),
+    ):
+        x = planes.clone(memory_format=memory_format).requires_grad_()
+        gradient = torch.randn_like(layer(x).detach())
+
+        def step(model: nn.Module, x: Tensor = x, gradient: Tensor = gradient) -> None:
+            torch.autograd.grad(model(x), [x, *layer.parameters()], gradient)
+
+        calls[f"kegfast {layout}"] = lambda step=step: step(layer)
+        calls[f"sequential {layout}"] = lambda step=step: step(sequential)
+    return calls
+
+
+def verify(calls: dict[str, Callable[[], Tensor]], dtype: torch.dtype) -> None:
+    """Every contender against the dense layer, before anything is timed."""
+    want = calls["dense planes"]().float()
+    tolerance = 1e-4 if dtype == torch.float32 else 6e-2
+    for name, call in calls.items():
+        error = (call().float() - want).abs().max() / want.abs().max()
+        if not error < tolerance:
+            raise AssertionError(f"{name}: relative error {error:.2g}")
+
+
+def take_turns(
+    calls: dict[str, Callable[[], object]], rounds: int, least_seconds: float = 3e-4
+) -> dict[str, float]:
+    """Median seconds per call; short calls repeat inside a turn."""
+    repeats, times = {}, {name: [] for name in calls}
+    for name, call in calls.items():
+        call()
+        begin = time.perf_counter()
+        call()
+        repeats[name] = max(1, math.ceil(least_seconds / (time.perf_counter() - begin)))
+    for _ in range(rounds):
+        for name, call in calls.items():
+            begin = time.perf_counter()
+            for _ in range(repeats[name]):
+                call()
+            times[name].append((time.perf_counter() - begin) / repeats[name])
+    return {name: median(values) for name, values in times.items()}
+
+
+def best(times: dict[str, float], prefix: str = "") -> float:
+    """The fastest contender that is not ours, or the fastest of one kind."""
+    return min(t for n, t in times.items() if n.startswith(prefix) and (prefix or "kegfast" not in n))
+
+
+def geometric_mean(values: list[float]) -> float:
+    """exp of the mean logarithm; NaN of nothing."""
+    return math.exp(sum(map(math.log, values)) / len(values)) if values else math.nan
+
+
+def measure(
+    grid: list[Shape], batch: int, rounds: int, dtype: torch.dtype, training: bool
+) -> Iterator[dict[str, object]]:
+    """One record per configuration."""
+    for shape in grid:
+        if training:
+            times = take_turns(training_steps(shape, batch), rounds)
+        else:
+            with torch.inference_mode(False), torch.no_grad():
+                calls = contenders(shape, batch, dtype)
+                verify(calls, dtype)
+                times = take_turns(calls, rounds)
+        yield asdict(shape) | {
+            "name": shape.name,
+            "batch": batch,
+            "seconds": times,
+            "best_rival": best(times) / best(times, "kegfast"),
+            "gflops": 2e-9 * shape.multiply_adds(batch) / best(times, "kegfast"),
+        }
+
+
+GOALS = {  # by batch 1, 8, 64
+    "best rival": (3.0, 2.1, 1.7),
+    "best rival, ResNet shapes": (1.9, 1.45, 1.45),
+    "best rival, worst configuration": (1.25, 1.0, 1.0),
+    "NCHW Sequential": (3.5, 2.6, 3.0),
+    "dense layer": (9.0, 6.5, 5.5),
+}
+TRAINING_GOALS = {"training step, best layout": (math.nan, 1.4, 1.4)}
+BF16_GOALS = {"bf16, best bf16 rival": (5.0, 2.0, 1.6)}
+
+
+def summary(records: list[dict]) -> dict[str, float]:
+    """The rows of the table for one batch size."""
+    ratios = [r["best_rival"] for r in records]
+    resnet = [r["best_rival"] for r in records if r["family"] == "resnet"]
+
+    def against(prefix: str, own: str = "kegfast") -> float:
+        pairs = ((best(r["seconds"], prefix), best(r["seconds"], own)) for r in records)
+        return geometric_mean([theirs / mine for theirs, mine in pairs])
+
+    rows = {
+        "best rival": geometric_mean(ratios),
+        "best rival, ResNet shapes": geometric_mean(resnet),
+        "best rival, worst configuration": min(ratios),
+        "NCHW Sequential": against("sequential planes"),
+        "NCHW Sequential, ours NCHW too": against("sequential planes", "kegfast planes"),
+        "channels_last Sequential, ours too": against(
+            "sequential channels_last", "kegfast channels_last"
+        ),
+        "geometric mean, GFLOP/s": geometric_mean([r["gflops"] for r in records]),
+        "training step, best layout": geometric_mean(ratios),
+        "bf16, best bf16 rival": geometric_mean(ratios),
+    }
+    if "dense planes" in records[0]["seconds"]:
+        rows["dense layer"] = against("dense")
+    return rows
+
+
+def print_table(tables: dict[int, dict[str, float]], goals: dict[str, tuple[float, ...]]) -> None:
+    """Rival / kegfast per line and batch, with the goal and the verdict."""
+    batches = (1, 8, 64)
+    print(f"{'rival / kegfast':36}" + "".join(f"{f'batch {b}':>26}" for b in batches))
+    for row, goal in goals.items():
+        cells = []
+        for b, need in zip(batches, goal, strict=True):
+            got = tables.get(b, {}).get(row)
+            if got is None or math.isnan(need):
+                cells.append("-")
+            else:
+                verdict = "pass" if got >= need else "fall short"
+                cells.append(f"{got:.2f} (>= {need:.2f} {verdict})")
+        print(f"{row:36}" + "".join(f"{cell:>26}" for cell in cells))
+
+
+def main() -> None:
+    """Measures, prints, writes."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 64])
+    parser.add_argument("--family", choices=["lenet", "cifar", "resnet"])
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--training", action="store_true")
+    parser.add_argument("--verbose", action="store_true")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    grid = [s for s in shapes() if options.family in (None, s.family)]
+    dtype = getattr(torch, options.dtype)
+    records, tables = [], {}
+    for batch in options.batches:
+        found = []
+        for record in measure(grid, batch, options.rounds, dtype, options.training):
+            found.append(record)
+            if options.verbose:
+                micro = {n: round(1e6 * t, 1) for n, t in record["seconds"].items()}
+                ratio, rate = record["best_rival"], record["gflops"]
+                print(f"{batch:3} {record['name']:28} {ratio:5.2f} {rate:6.1f} {micro}", flush=True)
+        tables[batch] = summary(found)
+        records += found
+    goals = TRAINING_GOALS if options.training else GOALS
+    print_table(tables, BF16_GOALS if dtype == torch.bfloat16 else goals)
+    kind = "training" if options.training else options.dtype
+    write_results(
+        f"tucker2_{kind}_{options.threads}threads",
+        {
+            "threads": options.threads,
+            "summary": {str(batch): table for batch, table in tables.items()},
+            "configurations": records,
+        },
+    )
+
+
+if __name__ == "__main__":
+    main()

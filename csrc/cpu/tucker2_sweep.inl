@@ -1,0 +1,106 @@
+// GEMMs over grids of pixels: how rows are cut into tiles and long sums into chains.
+#pragma once
+
+#include "cpu/tucker2_plan.inl"
+
+namespace kegfast::KEGFAST_ISA {
+namespace {
+
+// A GEMM over a grid of pixels: images x rows x pixels, each pixel of A and C at its own fixed step.
+struct Grid {
+  int64_t images, rows, pixels;
+  int64_t a_image, a_row, c_image, c_row;
+};
+
+// How a row of pixels is cut into tiles: fewest cycles by the larger of FMA count, load count and FMA
+// latency.
+struct Cut {
+  int vectors, tiles;
+};
+
+inline Cut best_cut(int64_t vectors, int64_t pixels, int max_vectors) {
+  Cut best{1, 1};
+  int64_t least = INT64_MAX;
+  for (int v = 1; v <= max_vectors && v <= vectors; ++v) {
+    const int tiles = static_cast<int>(ceil_div(pixels, max_pixels(v)));
+    const int64_t width = ceil_div(pixels, tiles);
+    auto cycles = [&](int64_t n) { return n == 0 ? 0 : larger(larger(width * n, width + n), 8); };
+    const int64_t cost = tiles * (vectors / v * cycles(v) + cycles(vectors % v));
+    if (cost < least) least = cost, best = {v, tiles};
+  }
+  return best;
+}
+
+template <A kA, B kB, Bias kBias, int Group>
+inline constexpr TileTable<kA, kB, Group, kBias> kTiles{};
+
+template <A kA, Bias kBias>
+inline const TileFunction (*tiles_of(int group)) [kMaxPixels + 1] {
+  if constexpr (kA == A::row_major && kLanes == 16) {
+    if (group == 2) return kTiles<kA, B::packed, kBias, 2>.f;
+    if (group == 4) return kTiles<kA, B::packed, kBias, 4>.f;
+    if (group == 8) return kTiles<kA, B::packed, kBias, 8>.f;
+  }
+  return kTiles<kA, B::packed, kBias, 1>.f;
+}
+
+// Longer sums are cut, so that their rounding errors stay those of a blocked sum and a cut of B stays in L1.
+constexpr int64_t kChain = 128;
+constexpr int64_t kWholeChain = 300;  // not worth cutting
+
+// The calls of one tile that make up its whole sum: f(tile, offset in A, offset in B), bias and ReLU with the
+// last.
+template <A kA, class F>
+void for_chains(const Tile& whole, int group, const F& f) {
+  const int64_t length = whole.segment_length, segments = whole.segment_count;
+  const bool one = segments * length <= kWholeChain;
+  const int64_t together = one ? segments : clamp(kChain / length, 1, segments);
+  const int64_t piece = one ? length : round_up(ceil_div(length, ceil_div(length, kChain)), group);
+  for (int64_t s = 0; s < segments; s += together)
+    for (int64_t k = 0; k < length; k += piece) {
+      const bool ends = s + together >= segments && k + piece >= length;
+      Tile part = whole;
+      part.segments += s;
+      part.segment_count = smaller(together, segments - s);
+      part.segment_length = smaller(piece, length - k);
+      part.accumulate = s + k > 0;
+      part.relu = ends && whole.relu;
+      if (!ends) part.bias = nullptr;
+      f(part, kA == A::row_major ? k : k * whole.a_step, (s * ceil_div(length, group) + k / group) * kLanes);
+    }
+}
+
+// C = A * packed factor over the grid; `whole` carries everything that is the same for all tiles.
+template <A kA>
+void sweep(const Tile& whole, const Grid& grid, int64_t a_pixel, int64_t outputs, int group) {
+  const int channels = kLanes / group;
+  const int64_t vectors = ceil_div(outputs, channels);
+  const int64_t vector_floats = whole.segment_count * ceil_div(whole.segment_length, group) * kLanes;
+  const Cut cut = best_cut(vectors, grid.pixels, group > 1 ? 1 : kMaxVectors);
+  const auto tiles = tiles_of<kA, Bias::per_lane>(group);
+  for (int64_t v = 0; v < vectors; v += cut.vectors) {
+    const int width = static_cast<int>(smaller(cut.vectors, vectors - v));
+    for_chains<kA>(whole, group, [&](Tile& tile, int64_t a_offset, int64_t b_offset) {
+      tile.b = whole.b + v * vector_floats + b_offset;
+      tile.b_vector = vector_floats;
+      if (tile.bias) tile.bias += v * channels;
+      tile.tail = static_cast<int>(smaller(channels, outputs - (v + width - 1) * channels));
+      for (int64_t n = 0; n < grid.images; ++n)
+        for (int64_t r = 0; r < grid.rows; ++r) {
+          int64_t done = 0;
+          for (int i = 0; i < cut.tiles; ++i) {
+            const int64_t next = (i + 1) * grid.pixels / cut.tiles;
+            tile.a = whole.a + a_offset + n * grid.a_image + r * grid.a_row + done * a_pixel;
+            tile.c = whole.c + n * grid.c_image + r * grid.c_row + done * tile.c_step + v * channels;
+            tiles[width][next - done](tile);
+            done = next;
+          }
+        }
+    });
+  }
+}
+
+constexpr int64_t kOrigin[1] = {0};
+
+}  // namespace
+}  // namespace kegfast::KEGFAST_ISA
