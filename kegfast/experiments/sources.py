@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from kegfast.data import DataInfo
 from kegfast.data.splits import Samples
-from kegfast.distillation import GaussianNoise, InMemory, Mixture, Pool, UniformNoise
+from kegfast.distillation import GaussianNoise, InMemory, Pool, UniformNoise
 from kegfast.distillation.sources import Source
 from kegfast.experiments.ledger import Ledger
 from kegfast.experiments.paper import Config, Paper
@@ -22,12 +22,8 @@ from kegfast.loop import mix
 
 PROBES = ("uniform", "gaussian", "procedural", "kegnet")
 """Sources whose samples judge a student that was taught with another."""
-MADE_OF = {"kegfast": ("procedural", "kegfast")}
-"""Sources that a mixture contains, and that must not judge its students."""
-LEAVES = 0.75
-"""Share of dead leaves in the default mixture; the rest comes from generators."""
-SMOOTH = 1.0
-"""Weight of the default generators' total variation: on MNIST's third student 84 % instead of 79 %."""
+MADE_OF = {"kegfast": ("procedural",)}
+"""Sources that a recipe draws from, and that must not judge its students."""
 
 
 class Sources:
@@ -98,13 +94,11 @@ class Sources:
             return UniformNoise(shape, -(3**0.5), 3**0.5)
         if method == "gaussian":
             return GaussianNoise(shape)
-        if method == "procedural":
+        if method == "procedural" or (method == "kegfast" and not self.paper.tabular):
             return DeadLeaves(shape, self.info.mean, self.info.std)
         if method == "oracle":
             return InMemory(self.train.tensors[0])
-        if method == "kegnet" or self.paper.tabular:
-            return self.generators(method)
-        return Mixture([self.source("procedural"), self.generators(method)], [LEAVES, 1 - LEAVES])
+        return self.generators(method)
 
     def generators(self, recipe: str) -> Generators:
         """The generators of the paper ("kegnet") or of the default recipe ("kegfast")."""
@@ -138,8 +132,7 @@ class Sources:
             return replace(
                 RECIPES["paper"], learning_rate=self.paper.generator_lr, beta=self.paper.beta, **size
             )
-        smooth = 0.0 if self.paper.tabular else SMOOTH
-        return replace(RECIPES["kegfast"], total_variation=smooth, **size)
+        return replace(RECIPES["kegfast"], **size)
 
     def _training_seconds(self, method: str) -> float:
         return self.ledger.cells.get(_key(method, self.seed), {"seconds": 0.0})["seconds"]

@@ -110,19 +110,31 @@ class Study:
                     self._method(seed, method, missing)
         return left
 
-    def student(self, number: int, ranks: str, method: str, seed: int) -> nn.Module:
-        """A freshly compressed student; the default recipe solves its factors on artificial samples."""
+    def starts(self, number: int, ranks: str, method: str, seed: int) -> list[nn.Module]:
+        """Freshly compressed students, among which agreement on other sources' samples decides.
+
+        The default recipe adds those whose factors are solved anew on its artificial samples, with the
+        BatchNorm statistics of these samples and with the teacher's.
+        """
         if number not in self.paper.students:
             raise ValueError(expected("students", f"of {sorted(self.paper.students)}", number))
         own = dict(self.paper.students[number].ranks)
-        student, report = compression.compress(self.teacher, own)
-        spend = {"rank": own} if ranks == "paper" else {"budget": {"params": 1 / report.ratio}}
-        if method == "kegfast":
-            spend["calibration"] = self.sources(seed).draw("kegfast", CALIBRATION)
-            spend["samples"] = CALIBRATION
-        elif ranks == "paper":
-            return student
-        return compression.compress(self.teacher, **spend)[0]
+        plain, report = compression.compress(self.teacher, own)
+        spend: dict[str, Any] = {"rank": own}
+        if ranks == "budget":
+            spend = {"budget": {"params": 1 / report.ratio}}
+            plain = compression.compress(self.teacher, **spend)[0]
+        if method != "kegfast":
+            return [plain]
+        samples = self.sources(seed).draw(method, CALIBRATION)
+        calibrated = compression.compress(self.teacher, calibration=samples, samples=CALIBRATION, **spend)[0]
+        if not any(isinstance(layer, nn.modules.batchnorm._BatchNorm) for layer in calibrated.modules()):
+            return [plain, calibrated]
+        kept = deepcopy(calibrated)
+        statistics = dict(self.teacher.named_buffers())
+        for name, buffer in kept.named_buffers():
+            buffer.copy_(statistics[name])
+        return [plain, calibrated, kept]
 
     def weights(self, name: str) -> Path:
         """The file of a cell's chosen student."""
@@ -134,42 +146,45 @@ class Study:
         probes = {} if pool is None else sources.probes(method)
         for number, ranks, name in missing:
             log.info("%s %s", self.paper.dataset, name)
-            student = self.student(number, ranks, method, seed)
-            self.ledger.cell(name, lambda: self._cell(name, student, pool, probes, seconds, method, seed))  # noqa: B023
+            start = time.monotonic()
+            starts = self.starts(number, ranks, method, seed)
+            candidates, agreement, chosen = self._candidates(name, starts, pool, probes, method, seed)
+            spent = seconds + time.monotonic() - start
+            compression.save(candidates[chosen], self.weights(name))
+            result = {
+                "accuracy": [self.accuracy(model) for model in candidates],
+                "agreement": agreement,
+                "chosen": chosen,
+                "seconds": spent,
+                "samples": 0 if pool is None else len(pool),
+                **self._size(candidates[chosen]),
+            }
+            self.ledger.cell(name, lambda result=result: result)
+            for leg in self.output.glob(f"{self.weights(name).stem}-leg*.pt"):
+                leg.unlink()
 
-    def _cell(
+    def _candidates(
         self,
         name: str,
-        student: nn.Module,
+        starts: list[nn.Module],
         pool: Pool | None,
         probes: dict[str, Tensor],
-        seconds: float,
         method: str,
         seed: int,
-    ) -> dict[str, Any]:
-        start = time.monotonic()
-        candidates = [deepcopy(student)]
+    ) -> tuple[list[nn.Module], list[dict[str, float]], int]:
+        """The starts, then the best of them after each leg; their agreement; which one agrees best."""
+        candidates = list(starts)
+        agreement = [self._agreement(model, probes) for model in starts]
         if pool is not None:
-            candidates += self._teach(name, student, pool, method, seed)
-        agreement = [self._agreement(model, probes) for model in candidates]
-        chosen = max(range(len(candidates)), key=lambda i: sum(agreement[i].values()))
-        seconds += time.monotonic() - start
-        accuracy = [self.accuracy(model) for model in candidates]
-        compression.save(candidates[chosen], self.weights(name))
-        for leg in self.output.glob(f"{self.weights(name).stem}-leg*.pt"):
-            leg.unlink()
-        parameters = sum(p.numel() for p in student.parameters())
-        before = sum(p.numel() for p in self.teacher.parameters())
-        return {
-            "accuracy": accuracy[chosen],
-            "candidates": accuracy,
-            "agreement": agreement,
-            "chosen": chosen,
-            "params": parameters,
-            "ratio": before / parameters,
-            "seconds": seconds,
-            "samples": 0 if pool is None else len(pool),
-        }
+            student = deepcopy(starts[_best(agreement)])
+            legs = self._teach(name, student, pool, method, seed)
+            candidates += legs
+            agreement += [self._agreement(model, probes) for model in legs]
+        return candidates, agreement, _best(agreement)
+
+    def _size(self, student: nn.Module) -> dict[str, float]:
+        own, teacher = (sum(p.numel() for p in model.parameters()) for model in (student, self.teacher))
+        return {"params": own, "ratio": teacher / own}
 
     def _teach(
         self, name: str, student: nn.Module, pool: Pool, method: str, seed: int
@@ -203,6 +218,11 @@ class Study:
                 answers = [model.eval()(samples).argmax(1) for model in (student, self.teacher)]
             found[name] = 100.0 * float((answers[0] == answers[1]).float().mean())
         return found
+
+
+def _best(agreement: list[dict[str, float]]) -> int:
+    """The first candidate of the highest mean agreement."""
+    return max(range(len(agreement)), key=lambda i: sum(agreement[i].values()))
 
 
 def cell_name(student: int, ranks: str, method: str, seed: int) -> str:

@@ -55,8 +55,8 @@ def _row(study: Study, student: int, ranks: str, method: str, values: list[dict[
         "samples": values[0]["samples"],
     }
     if study.splits is not None:
-        row["accuracy"] = [value["accuracy"] for value in values]
-        row["oracle"] = [max(value["candidates"]) for value in values]
+        row["accuracy"] = [value["accuracy"][value["chosen"]] for value in values]
+        row["oracle"] = [max(value["accuracy"]) for value in values]
         row |= {key: value for key, value in spread(row["accuracy"]).items() if key != "n"}
     chosen = [value["agreement"][value["chosen"]] for value in values]
     if chosen[0]:

@@ -252,3 +252,23 @@ def test_command_prints_the_table_and_resumes_only_when_asked_to(table_paper, tm
     assert "--resume" in capsys.readouterr().err
     assert main([*command, "--resume"]) == 0
     assert json.loads(rows_file.read_text(encoding="utf-8"))["rows"] == written["rows"]
+
+
+def test_default_recipe_starts_from_factors_solved_on_leaves(images):
+    plain, solved = images.starts(3, "budget", "kegfast", 0)
+    assert len(images.starts(3, "budget", "procedural", 0)) == 1
+    samples = images.sources(0).draw("procedural", 200)
+    with torch.no_grad():
+        wanted = images.teacher(samples)
+        error = [float((model.eval()(samples) - wanted).square().mean()) for model in (plain, solved)]
+    assert error[1] < 0.8 * error[0]
+
+
+def test_batchnorm_statistics_are_the_samples_own_or_the_teachers(tmp_path):
+    experiment, info = paper("fashion-mnist"), data.describe("fashion-mnist")
+    torch.manual_seed(0)
+    study = Study(experiment, info, None, experiment.build(), tmp_path, Config(**TINY))
+    plain, solved, kept = study.starts(3, "paper", "kegfast", 0)
+    assert torch.equal(kept.norm1.running_mean, plain.norm1.running_mean)
+    assert not torch.equal(solved.norm1.running_mean, plain.norm1.running_mean)
+    assert torch.equal(kept.layers3[0].conv1.core.weight, solved.layers3[0].conv1.core.weight)
