@@ -8,10 +8,20 @@
 namespace kegfast::KEGFAST_ISA {
 namespace {
 
+constexpr int64_t kNearBytes = 512 << 10;
+
+int64_t image_bytes(const Tucker2Params& p) {
+  return 4 * p.images * (p.height * p.width * p.channels + p.out_height * p.out_width * p.features);
+}
+
 class Forward {
  public:
   Forward(const Tucker2Params& p, const Tucker2Plan& plan, float* scratch)
-      : p_(p), plan_(plan), scratch_(scratch), t1_row_(padded_width(p) * p.rank_in) {
+      : p_(p),
+        plan_(plan),
+        scratch_(scratch),
+        t1_row_(padded_width(p) * p.rank_in),
+        far_(image_bytes(p) > kNearBytes) {
     const Window window = core_window(p);
     for (int64_t s = 0; s < window.segments; ++s) {
       const int64_t row = p.dilation_w == 1 ? s : s / p.kernel_w,
@@ -32,6 +42,7 @@ class Forward {
       need_rows(row * p_.stride_h, (row + rows - 1) * p_.stride_h + (p_.kernel_h - 1) * p_.dilation_h + 1);
       float* t2 =
           p_.t2 ? p_.t2 + (image * p_.out_height + row) * p_.out_width * p_.rank_out : scratch_ + plan_.t2_at;
+      look_ahead(row, rows, last);
       core(row, rows, t2);
       if (!p_.y) continue;
       if (p_.channels_last)
@@ -116,11 +127,48 @@ class Forward {
       sweep<A::k_major>(tile, grid, 1, p_.rank_in, 1);
   }
 
+  // What the band's y and the next band's t1 will touch, if the caches do not hold it anyway.
+  void look_ahead(int64_t row, int64_t rows, int64_t last) {
+    ahead_.clear();
+    if (!far_) return;
+    const int64_t size = p_.type == Tucker2Type::float32 ? 4 : 2;
+    const int64_t plane = p_.out_height * p_.out_width, band = rows * p_.out_width;
+    const char* y = static_cast<const char*>(p_.y) + image_ * p_.features * plane * size;
+    if (p_.y && p_.channels_last)
+      ahead_.add(y + row * p_.out_width * p_.features * size, count_ * band * p_.features * size, 0, 1);
+    else if (p_.y)
+      ahead_.add(y + row * p_.out_width * size, band * size, plane * size, count_ * p_.features);
+
+    const bool next_image = row + rows >= last;
+    const int64_t image = next_image ? image_ + count_ : image_;
+    const int64_t begin = next_image ? 0 : clamp(have_end_ - p_.padding_h, 0, p_.height);
+    const int64_t images = next_image ? smaller(count_, p_.images - image) : 1;
+    const int64_t whole =
+        plan_.group_images > 1 || plan_.band_rows == p_.out_height ? p_.height : rows * p_.stride_h;
+    const int64_t height = smaller(whole, p_.height - begin);
+    if (images <= 0) return;
+    const char* x = static_cast<const char*>(p_.x) + (image * p_.x_image + begin * p_.x_row) * size;
+    if (p_.channels_last)  // images follow each other in all but sliced tensors
+      ahead_.add(x, p_.width * p_.channels * size, p_.x_row * size, images * height);
+    else
+      ahead_.add(x, height * p_.width * size, p_.x_channel * size, images * p_.channels);
+  }
+
+  // Ends of tile segments in a band's core, about: where lines are asked for.
+  int64_t steps(int64_t rows) const {
+    const int64_t vectors = ceil_div(p_.rank_out * core_group(p_), 2 * kLanes), pixels = max_pixels(2);
+    const int64_t tiles = count_ * ceil_div(rows, 2) * ceil_div(p_.out_width, 2);
+    if (plan_.winograd) return kPoints * vectors * ceil_div(tiles, pixels);
+    return vectors * count_ * rows * ceil_div(p_.out_width, pixels) * core_window(p_).segments;
+  }
+
   void core(int64_t row, int64_t rows, float* t2) {
+    ahead_.spread_over(steps(rows));
+    Ahead* const ahead = far_ ? &ahead_ : nullptr;
     if (plan_.winograd) {
       const float* const t1 = t1_ + (row * p_.stride_h - origin_) * t1_row_;
       const WinogradBand band{count_, rows, t1, t1_image_, t1_row_, rows + 2, t2};
-      return Winograd(p_, p_.packed + plan_.winograd_at, scratch_ + plan_.tiles_at).run(band);
+      return Winograd(p_, p_.packed + plan_.winograd_at, scratch_ + plan_.tiles_at, ahead).run(band);
     }
     const Window window = core_window(p_);
     Tile tile{};
@@ -132,6 +180,7 @@ class Forward {
     tile.b = p_.packed + plan_.core_at;
     tile.c = t2;
     tile.c_step = p_.rank_out;
+    tile.ahead = ahead;
     const int64_t t2_row = p_.out_width * p_.rank_out;
     const Grid grid{count_, rows, p_.out_width, t1_image_, p_.stride_h * t1_row_, rows * t2_row, t2_row};
     sweep<A::row_major>(tile, grid, tile.a_step, p_.rank_out, core_group(p_));
@@ -216,6 +265,8 @@ class Forward {
   const Tucker2Plan& plan_;
   float* const scratch_;
   const int64_t t1_row_;
+  const bool far_;  // x and y are more than the near caches hold
+  Ahead ahead_;
   int64_t window_[kMaxSegments];
   int64_t image_ = 0, count_ = 0;
   float* t1_ = nullptr;

@@ -13,6 +13,39 @@
 namespace kegfast::KEGFAST_ISA {
 namespace {
 
+// Memory that later stages need, asked for while the core computes: a few cache lines per segment of each
+// tile.
+class Ahead {
+ public:
+  void clear() { count_ = current_ = 0, offset_ = lines_ = 0; }
+  void add(const void* at, int64_t run_bytes, int64_t stride_bytes, int64_t runs) {
+    if (runs <= 0 || run_bytes <= 0) return;
+    blocks_[count_++] = {static_cast<const char*>(at), run_bytes, stride_bytes, runs};
+    lines_ += runs * ((run_bytes + 63) / 64);
+  }
+  void spread_over(int64_t steps) { per_step_ = (lines_ + steps - 1) / (steps > 0 ? steps : 1); }
+  void step() {
+    for (int64_t i = 0; i < per_step_ && current_ < count_; ++i) {
+      Block& block = blocks_[current_];
+      __builtin_prefetch(block.at + offset_, 0, 2);
+      offset_ += 64;
+      if (offset_ < block.run) continue;
+      offset_ = 0;
+      block.at += block.stride;
+      if (--block.runs == 0) ++current_;
+    }
+  }
+
+ private:
+  struct Block {
+    const char* at;
+    int64_t run, stride, runs;  // `runs` stretches of `run` bytes, `stride` apart
+  };
+  Block blocks_[2];
+  int count_ = 0, current_ = 0;
+  int64_t offset_ = 0, lines_ = 0, per_step_ = 0;
+};
+
 struct Tile {
   const float* a;
   int64_t a_step;           // floats from one j (row-major A) or one k (k-major A) to the next
@@ -26,6 +59,7 @@ struct Tile {
   const float* bias;  // added where not null: per lane (channels in lanes) or per j
   int tail;           // lanes of the last vector that exist
   bool accumulate, relu, stream;
+  Ahead* ahead;  // or null
 };
 
 enum class A { row_major, k_major };  // k_major: A(s, k, j) at a + segment + k * a_step + j
@@ -123,6 +157,7 @@ void run_tile(const Tile& t) {
   const int tail = t.tail;
   const float* b = t.b;
   for (int64_t s = 0; s < t.segment_count; ++s) {
+    if (t.ahead) t.ahead->step();
     if (kB == B::plain && t.b_segments) b = t.b + t.b_segments[s];
     const float* base[kBases];
     KEGFAST_UNROLL

@@ -79,8 +79,8 @@ struct WinogradBand {
 
 class Winograd {
  public:
-  Winograd(const Tucker2Params& p, const float* packed, float* scratch)
-      : p_(p), packed_(packed), scratch_(scratch) {}
+  Winograd(const Tucker2Params& p, const float* packed, float* scratch, Ahead* ahead)
+      : p_(p), packed_(packed), scratch_(scratch), ahead_(ahead) {}
 
   void run(const WinogradBand& band) {
     const int64_t tile_rows = ceil_div(band.rows, 2), tile_columns = ceil_div(p_.out_width, 2);
@@ -125,6 +125,7 @@ class Winograd {
     tile.segment_length = p_.rank_in;
     tile.a_step = p_.rank_in;
     tile.c_step = p_.rank_out;
+    tile.ahead = ahead_;
     for (int x = 0; x < kPoints; ++x) {
       tile.a = v + x * tiles * p_.rank_in;
       tile.b = packed_ + x * packed_floats(p_.rank_out, {1, p_.rank_in}, 1);
@@ -149,6 +150,7 @@ class Winograd {
   const Tucker2Params& p_;
   const float* const packed_;
   float* const scratch_;
+  Ahead* const ahead_;
 };
 
 }  // namespace
