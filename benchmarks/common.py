@@ -1,4 +1,4 @@
-"""What the benchmarks share: interleaved timing, the machine's facts and limits, result files and README tables."""
+"""What benchmarks share: interleaved timing, the machine's facts and limits, results, README tables."""
 
 import platform
 import random
@@ -97,7 +97,7 @@ def markdown_table(headers: Sequence[str], rows: Sequence[Sequence[object]]) -> 
 
 
 def update_readme(name: str, table: str, path: Path = ROOT / "README.md") -> bool:
-    """Put a table between `<!-- benchmark: name -->` and `<!-- end -->`; False where the file has no such place."""
+    """Put a table between `<!-- benchmark: name -->` and `<!-- end -->`; False without such a place."""
     pattern = re.compile(rf"(<!-- benchmark: {re.escape(name)} -->\n).*?(<!-- end -->)", re.DOTALL)
     text, found = pattern.subn(lambda m: f"{m[1]}{table}\n{m[2]}", path.read_text(encoding="utf-8"))
     if found:

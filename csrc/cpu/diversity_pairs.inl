@@ -20,11 +20,7 @@ inline double fill_weights(const float* z, int64_t batch, int64_t width, bool ro
           const Vec<float> d = load_unaligned(zi + k * rows) - splat(z[k * rows + j]);
           square += d * d;
         }
-        Vec<float> w;
-        if (root)
-          for (int l = 0; l < L; ++l) w[l] = __builtin_sqrtf(square[l]);
-        else
-          w = square * (1.0f / static_cast<float>(width));
+        const Vec<float> w = root ? vsqrt(square) : square * (1.0f / static_cast<float>(width));
         store(weights + weight_index(group, j, batch) + part, w);
         total += w;
       }

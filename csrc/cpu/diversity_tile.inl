@@ -63,6 +63,15 @@ inline T largest(Vec<T> v) {
   return m;
 }
 
+// Rows lie a page or more apart, which no hardware prefetcher follows: asks for this row of the next tile, and for the line that
+// this tile's gradient will take.
+template <class T>
+inline void prefetch_row(const DiversityParams& p, int64_t row, int64_t feature) {
+  const int64_t next = row * p.row_stride + feature + lanes<T>;
+  __builtin_prefetch(static_cast<const char*>(p.samples) + next * element_size(p.element), 0, 2);
+  if (p.gradient) __builtin_prefetch(static_cast<T*>(p.gradient) + row * p.features + feature, 1, 2);
+}
+
 template <class T>
 inline Tile<T> load_tile(const DiversityParams& p, int64_t feature, T* x) {
   Tile<T> t{x, load_row<T>(p, 0, feature), {}, true, 1.0};
@@ -70,6 +79,7 @@ inline Tile<T> load_tile(const DiversityParams& p, int64_t feature, T* x) {
   Vec<T> poison{};  // turns NaN with the first entry that is not finite
   for (int64_t i = 0; i < p.batch; ++i) {
     const Vec<T> v = load_row<T>(p, i, feature);
+    prefetch_row<T>(p, i, feature);
     store(x + i * lanes<T>, v);
     t.low = vmin(v, t.low);
     t.high = vmax(v, t.high);

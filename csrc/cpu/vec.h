@@ -48,6 +48,19 @@ inline V vmin(V a, V b) { return a < b ? a : b; }
 template <class V>
 inline V vmax(V a, V b) { return a > b ? a : b; }
 
+inline Vec<float> vsqrt(Vec<float> v) {
+#if defined(__AVX512F__)
+  return (Vec<float>)_mm512_sqrt_ps((__m512)v);
+#elif defined(__AVX2__)
+  return (Vec<float>)_mm256_sqrt_ps((__m256)v);
+#elif defined(__SSE2__)
+  return (Vec<float>)_mm_sqrt_ps((__m128)v);
+#else
+  for (int i = 0; i < lanes<float>; ++i) v[i] = __builtin_sqrtf(v[i]);
+  return v;
+#endif
+}
+
 // lanes<float> consecutive bfloat16 or IEEE half numbers, widened.
 inline Vec<float> load_bf16(const uint16_t* p) {
 #if defined(__AVX512F__)
