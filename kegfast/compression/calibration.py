@@ -253,6 +253,24 @@ def reestimate_norms(student: nn.Module, samples: Tensor) -> bool:
 
 
 @torch.no_grad()
+def look_familiar(model: nn.Module, samples: Tensor, limit: float = 0.04) -> bool:
+    """Whether the samples look to a model's BatchNorms like what they were trained on.
+
+    Real inputs reproduce the running means to about 0.02 standard deviations, generated ones
+    and noise to 0.06 and more. A model without BatchNorm finds everything familiar.
+    """
+    with evaluation(model), batch_statistics(model) as seen:
+        model(samples)
+    shifts = []
+    for name, (mean, _) in seen.items():
+        norm = model.get_submodule(name)
+        if norm.running_mean is not None:
+            deviation = (norm.running_var + norm.eps).sqrt()
+            shifts.append(((mean - norm.running_mean) / deviation).abs().mean())
+    return not shifts or float(torch.stack(shifts).mean()) < limit
+
+
+@torch.no_grad()
 def transfer_norms(student: nn.Module, teacher: nn.Module, samples: Tensor) -> bool:
     """Moves BatchNorm's running statistics as compression moved them on synthetic samples.
 
@@ -312,7 +330,7 @@ def refit(
 
         handles.append(teacher.get_submodule(name).register_forward_hook(keep))
     try:
-        with evaluation(teacher):
+        with evaluation(teacher), batch_statistics(teacher):
             teacher(samples)
     finally:
         for handle in handles:

@@ -33,7 +33,8 @@ class _Evidence:
 
     example: Inputs | None = None
     samples: Tensor | None = None  # real, generated or noise
-    synthetic: bool = False  # the samples are noise
+    probes: bool = False  # the samples are noise
+    synthetic: bool = False  # they do not look to BatchNorm like what it was trained on
     traffic: dict[str, Traffic] = field(default_factory=dict)
     metrics: dict[str, Metric] = field(default_factory=dict)
 
@@ -73,7 +74,8 @@ def compress(
             weight's norm.
         calibration: unlabelled inputs (a tensor, a Dataset, a DataLoader, or anything with
             `.sample(n)` such as Generators). Errors are weighted by them, last factors and biases
-            solved anew, BatchNorm statistics re-estimated.
+            solved anew, BatchNorm statistics re-estimated, or, where the samples are visibly not what
+            the model was trained on, moved as they move on both models.
         samples: how many to draw from `calibration`.
         measure: time dense, unfused and fused layers on `example_input` and keep what is fastest;
             the whole model is then never slower than before. Under a budget or explicit ranks a layer
@@ -170,10 +172,12 @@ def _gather(
         example = evidence.example[0]
         if example.is_floating_point():
             evidence.samples = calibrating.probes(example.shape[1:])
-            evidence.synthetic = True
+            evidence.probes = evidence.synthetic = True
     if evidence.samples is not None:
         weight = next(model.parameters())
         evidence.samples = evidence.samples.to(weight)
+        if not evidence.synthetic:
+            evidence.synthetic = not calibrating.look_familiar(model, evidence.samples)
         if budget is not None:
             evidence.metrics = calibrating.metrics(
                 model, selected, evidence.samples, synthetic=evidence.synthetic
@@ -222,7 +226,7 @@ def _spend(
             f"budget[{kind!r}] must be at least {least / total:.4f} for this model, got {fraction}"
         ) from error
     for name, option in options.items():
-        share = "on noise" if evidence.synthetic else "on the inputs" if evidence.metrics else "by weight"
+        share = "on noise" if evidence.probes else "on the inputs" if evidence.metrics else "by weight"
         worth = "worth its cost as it is" if option.rank is None else "its share of the budget"
         report[name].reason = f"{worth} ({share})"
         report[name].rank_before_rounding = option.rank
@@ -241,13 +245,13 @@ def _adapt(student: nn.Module, teacher: nn.Module, evidence: _Evidence, report: 
     """Lets the student's last factors and BatchNorms answer for what the ranks took away."""
     if evidence.samples is None or not report.ranks:
         return
+    if not evidence.probes:
+        calibrating.refit(student, teacher, evidence.samples)
+        report.notes.append(f"last factors and biases solved anew on {len(evidence.samples)} inputs")
     if evidence.synthetic:
         if calibrating.transfer_norms(student, teacher, evidence.samples):
-            report.notes.append("BatchNorm statistics moved as noise through both models says")
-        return
-    calibrating.refit(student, teacher, evidence.samples)
-    report.notes.append(f"last factors and biases solved anew on {len(evidence.samples)} inputs")
-    if calibrating.reestimate_norms(student, evidence.samples):
+            report.notes.append("BatchNorm statistics moved as synthetic inputs to both models say")
+    elif calibrating.reestimate_norms(student, evidence.samples):
         report.notes.append("BatchNorm statistics re-estimated on them")
     layers = dict(student.named_modules())
     for name in report.ranks:
