@@ -19,10 +19,11 @@ H200_SHARED = 227 * 1024
 A100_SHARED = 163 * 1024
 
 
-def compile_emulator(folder: Path, *flags: str) -> Path:
-    """One shared library of every harness; an object per file, compiled side by side."""
+def compile_emulator(folder: Path, *flags: str, program: Path | None = None) -> Path:
+    """Every harness, an object each, side by side: a shared library, or a program with this main file."""
     objects = []
-    for source in sorted((ROOT / "tests/emulator").glob("*.cpp")):
+    sources = sorted((ROOT / "tests/emulator").glob("*.cpp")) + ([program] if program else [])
+    for source in sources:
         target = folder / f"{source.stem}.o"
         command = [
             "g++",
@@ -41,11 +42,10 @@ def compile_emulator(folder: Path, *flags: str) -> Path:
     for target, process in objects:
         _, errors = process.communicate()
         assert process.returncode == 0, f"{target.name}:\n{errors}"
-    library = folder / "emulator.so"
-    subprocess.check_call(
-        ["g++", "-shared", *flags, *(str(target) for target, _ in objects), "-o", str(library)]
-    )
-    return library
+    output = folder / ("program" if program else "emulator.so")
+    kind = [] if program else ["-shared"]
+    subprocess.check_call(["g++", *kind, *flags, *(str(target) for target, _ in objects), "-o", str(output)])
+    return output
 
 
 def available() -> bool:
@@ -57,7 +57,7 @@ def pointer(tensor: torch.Tensor | None) -> ctypes.c_void_p:
 
 
 class Tucker2Call(ctypes.Structure):
-    """tests/emulator/tucker2_harness.cpp's Call."""
+    """tests/emulator/harness.h's Tucker2Call."""
 
     _fields_ = (
         [(name, ctypes.c_void_p) for name in ("x", "first", "core", "last", "bias", "y", "t1", "t2")]

@@ -1,7 +1,6 @@
 """Every CUDA kernel on the fiber emulator: values, gradients, both fiber orders. Needs g++, no GPU."""
 
 import subprocess
-import sys
 
 import pytest
 import torch
@@ -12,6 +11,7 @@ from cuda_emulator import (
     METRICS,
     NOISE_METRICS,
     ORDERS,
+    ROOT,
     View,
     available,
     compile_emulator,
@@ -272,18 +272,23 @@ def plan(device, channels, size, share, batch, **options):
     return call
 
 
+# Where multiply-adds decide, stages waste none on the halo.
+COMPUTE_BOUND = {(256, 2), (512, 2), (512, 4)}
+
+
 @pytest.mark.parametrize("share", [2, 4, 8])
 @pytest.mark.parametrize(("channels", "size"), [(64, 56), (128, 28), (256, 14), (512, 7)])
 def test_tucker2_plan_of_resnet(device, channels, size, share):
-    many = plan(device, channels, size, share, 128)
-    assert many.launches == 2  # the factors' packing and one fused kernel
-    assert many.blocks >= 128 * size * size / 64
-    assert many.most_shared <= H200_SHARED
-    assert plan(device, channels, size, share, 1, shared=A100_SHARED, multiprocessors=108).launches in (2, 4)
+    call = plan(device, channels, size, share, 128)
+    fused = (channels, share) not in COMPUTE_BOUND
+    assert call.launches == (2 if fused else 4)  # the factors' packing comes first
+    assert call.blocks >= 128 * size * size / 64
+    assert call.most_shared <= (H200_SHARED - 3072) / 2  # two blocks a multiprocessor
 
 
 def test_tucker2_plan_splits_few_images_of_wide_layers(device):
     assert plan(device, 512, 7, 2, 1).launches == 4
+    assert plan(device, 64, 56, 4, 1).launches == 2
 
 
 # The emulator itself: a mistake must show in at least one of the two orders.
@@ -316,26 +321,15 @@ def test_emulator_catches_a_barrier_that_not_all_reach(device):
         device.call("emulate_diverged", "broken_error", pointer(torch.empty(1)))
 
 
-ADDRESS_SANITIZED = """
-import ctypes, sys
-library = ctypes.CDLL(sys.argv[1])
-out = (ctypes.c_float * 64)()
-print("started", flush=True)
-getattr(library, sys.argv[2])(out, *map(int, sys.argv[3:]))
-print("finished", flush=True)
-"""
-
-
 @pytest.mark.slow
 def test_address_sanitizer(tmp_path):
-    library = compile_emulator(tmp_path, "-fsanitize=address", "-g")
-    runtime = subprocess.check_output(["g++", "-print-file-name=libasan.so"], text=True).strip()
-    environment = {"LD_PRELOAD": runtime, "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0"}
-
-    def run(*arguments):
-        command = [sys.executable, "-c", ADDRESS_SANITIZED, str(library), *arguments]
-        return subprocess.run(command, env=environment, capture_output=True, text=True)
-
-    good, bad = run("emulate_neighbour", "1", "0"), run("emulate_past_the_end")
+    """Every kernel on buffers of exact length; and a stray access, that it would have been seen."""
+    program = compile_emulator(
+        tmp_path, "-fsanitize=address", "-g", program=ROOT / "tests/emulator/sanitized/main.cpp"
+    )
+    good, bad = (
+        subprocess.run([program, *arguments], capture_output=True, text=True)
+        for arguments in ([], ["past the end"])
+    )
     assert good.returncode == 0, good.stderr
     assert "heap-buffer-overflow" in bad.stderr, bad.stderr

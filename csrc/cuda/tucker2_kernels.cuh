@@ -81,6 +81,7 @@ struct Tucker2Pack {
 template <class M, int kTiles>
 struct Tucker2Stage {
   using T = typename M::T;
+  static constexpr double kCost = M::kCost;
   static constexpr int kThreads = kTuckerThreads, kBlocksPerSm = 2;
   static constexpr int kColumnsPerBlock = 16 * kTiles;
   struct Params {
@@ -153,6 +154,7 @@ struct Tucker2Stage {
 template <class M, int kTiles>
 struct Tucker2Fused {
   using T = typename M::T;
+  static constexpr double kCost = M::kCost;
   static constexpr int kThreads = kTuckerThreads, kBlocksPerSm = 2;
   static constexpr int kColumnsPerBlock = 16 * kTiles;
   struct Params {

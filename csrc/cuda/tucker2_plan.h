@@ -29,17 +29,25 @@ struct Tucker2Problem {
   DeviceLimits limits;
 };
 
-// A calculated model, until measured entries replace it: time in multiply-adds of one multiprocessor, at
-// about 5e11 a second.
+// A calculated model for an H200, until measured entries replace it: time in multiply-adds of one
+// multiprocessor, of which mma.sync is taken to do 1.2e12 a second (a third of the tensor cores' peak)
+// while 4.8e12 bytes a second come from memory.
 struct Estimate {
-  static constexpr double kLaunch = 2.5e-6 * 5e11;  // what one more launch costs
+  static constexpr double kRate = 1.2e12;
+  static constexpr double kLaunch = 2.5e-6 * kRate;  // what one more launch costs
+  static constexpr double kByte = kRate / 4.8e12;    // what moving one byte costs
   static constexpr int kMostBlocks = 4;  // of 128 threads that a multiprocessor is expected to hold
 
-  static double time(double blocks, double work, size_t shared_bytes, const DeviceLimits& limits) {
-    const int fit = int((limits.shared_bytes + 1024) / (shared_bytes + 1024));
-    const int together = smaller(kMostBlocks, larger(fit, 1));
-    const double waves = std::ceil(blocks / (double(limits.multiprocessors) * together));
-    return waves * work * together;
+  static double time(double blocks, double work, double bytes, size_t shared_bytes,
+                     const DeviceLimits& limits) {
+    const double on_each = std::ceil(blocks / limits.multiprocessors);
+    const double fit = std::floor((limits.shared_bytes + 1024.0) / (double(shared_bytes) + 1024));
+    const double together = smaller(on_each, smaller(double(kMostBlocks), larger(fit, 1.0)));
+    const double waves = std::ceil(on_each / together);
+    const double compute =
+        waves * work * larger(together, 2.0);  // a block alone keeps half of the units busy
+    const double memory = bytes * kByte;
+    return larger(compute, memory) + smaller(compute, memory) / 4;  // they do not overlap perfectly
   }
 };
 
@@ -70,7 +78,12 @@ typename Kernel::Params fused_params(const Tucker2Problem<T>& p, const Packed<T>
         multiply_adds(double(q.halo_h()) * q.halo_w(), p.first.rows, p.first.inputs) +
         multiply_adds(kRows, p.core.rows, double(p.core.inputs) * p.core.kernel_h * p.core.kernel_w) +
         multiply_adds(kRows, p.last.rows, p.last.inputs);
-    const double now = Estimate::time(double(Kernel::blocks(q)), work, shared_bytes, p.limits);
+    // L2 serves about half of the pixels that two tiles share.
+    const double blocks = double(Kernel::blocks(q)), halo = blocks * q.halo_h() * q.halo_w();
+    const double inputs = (double(p.images) * p.x.height * p.x.width + halo) / 2 * p.x.channels;
+    const double outputs = double(p.images) * p.y.height * p.y.width * p.y.channels;
+    const double now =
+        Estimate::time(blocks, work * Kernel::kCost, (inputs + outputs) * sizeof(T), shared_bytes, p.limits);
     if (now < time) {
       time = now;
       best = q;
@@ -80,12 +93,14 @@ typename Kernel::Params fused_params(const Tucker2Problem<T>& p, const Packed<T>
 }
 
 template <class M, int kTiles, class T>
-double stage_time(const Tucker2Problem<T>& p, const Factor<T>& factor, double pixels) {
+double stage_time(const Tucker2Problem<T>& p, const Factor<T>& factor, double from,
+                  double pixels) {  // in, out
   using Kernel = Tucker2Stage<M, kTiles>;
   const double blocks = std::ceil(pixels / kRows) * std::ceil(factor.rows / double(Kernel::kColumnsPerBlock));
   const double work = multiply_adds(kRows, smaller(factor.rows, Kernel::kColumnsPerBlock),
                                     double(factor.inputs) * factor.kernel_h * factor.kernel_w);
-  return Estimate::time(blocks, work, Kernel::kShared, p.limits) + Estimate::kLaunch;
+  const double bytes = (from * factor.inputs + pixels * factor.rows) * sizeof(T);
+  return Estimate::time(blocks, work * Kernel::kCost, bytes, Kernel::kShared, p.limits) + Estimate::kLaunch;
 }
 
 template <class M, int kTiles, class T, class Launch>
@@ -104,7 +119,9 @@ void run_stage(const Tucker2Problem<T>& p, const Image<const T>& from, const Ima
                const Factor<T>& factor, const PackedFactor& packed, const Window& window,
                const Epilogue<T>& epilogue, Launch&& launch) {
   const double pixels = double(p.images) * to.height * to.width;
-  if (factor.rows > 64 && stage_time<M, 8>(p, factor, pixels) <= stage_time<M, 4>(p, factor, pixels)) {
+  const double inputs = double(p.images) * from.height * from.width;
+  if (factor.rows > 64 &&
+      stage_time<M, 8>(p, factor, inputs, pixels) <= stage_time<M, 4>(p, factor, inputs, pixels)) {
     launch_stage<M, 8>(p, from, to, factor, packed, window, epilogue, launch);
   } else {
     launch_stage<M, 4>(p, from, to, factor, packed, window, epilogue, launch);
@@ -150,8 +167,9 @@ Choice<M> choose(const Tucker2Problem<T>& p, const Packed<T>& packed) {
   const double pixels = double(p.images) * p.y.height * p.y.width;
   const double padded =
       double(p.images) * (p.x.height + 2 * p.window.padding_h) * (p.x.width + 2 * p.window.padding_w);
-  const double stages = stage_time<M, 4>(p, p.first, padded) + stage_time<M, 4>(p, p.core, pixels) +
-                        stage_time<M, 4>(p, p.last, pixels);
+  const double stages = stage_time<M, 4>(p, p.first, padded, padded) +
+                        stage_time<M, 4>(p, p.core, padded, pixels) +
+                        stage_time<M, 4>(p, p.last, pixels, pixels);
   double narrow = INFINITY, wide = INFINITY;
   Choice<M> choice{fused_params<Tucker2Fused<M, 4>>(p, packed, narrow),
                    fused_params<Tucker2Fused<M, 8>>(p, packed, wide), false, false};

@@ -5,6 +5,7 @@
 
 #include "diversity_plan.h"
 #include "fibers.h"
+#include "harness.h"
 
 namespace {
 

@@ -3,6 +3,7 @@
 #include <vector>
 
 #include "fibers.h"
+#include "harness.h"
 #include "tucker2_plan.h"
 
 namespace {
@@ -13,22 +14,8 @@ using simt::fp16;
 
 std::string error;
 
-// What ctypes hands over; strides in elements, those of a factor may be negative.
-struct Call {
-  const void *x, *first, *core, *last, *bias;
-  void *y, *t1, *t2;
-  int64_t x_strides[4], y_strides[4], first_strides[4], core_strides[4], last_strides[4];
-  int images, channels, height, width, rank_in, rank_out, features, out_height, out_width;
-  int window[8];
-  int relu, form, dtype, split, multiprocessors, descending;
-  int64_t shared_bytes;
-  int dry;                      // only the plan
-  int launches;                 // out: kernels run
-  int64_t blocks, most_shared;  // out: of the last kernel; of any
-};
-
 template <class M>
-void run(Call& c) {
+void run(Tucker2Call& c) {
   using T = typename M::T;
   const auto factor = [](const void* data, const int64_t (&strides)[4], int rows, int inputs, int kh,
                          int kw) {
@@ -68,7 +55,7 @@ extern "C" const char* tucker2_error() {
   return error.c_str();
 }
 
-extern "C" int emulate_tucker2(Call* call) {
+extern "C" int emulate_tucker2(Tucker2Call* call) {
   try {
     if (call->dtype == 0 && !call->split) run<cuda::Math<float, false>>(*call);
     if (call->dtype == 0 && call->split) run<cuda::Math<float, true>>(*call);

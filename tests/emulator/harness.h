@@ -1,0 +1,31 @@
+// What the tests call, through ctypes or from sanitized/main.cpp. Functions return 0, or 1 with *_error().
+#pragma once
+
+#include <cstdint>
+
+// What ctypes hands over; strides in elements, those of a factor may be negative.
+struct Tucker2Call {
+  const void *x, *first, *core, *last, *bias;
+  void *y, *t1, *t2;
+  int64_t x_strides[4], y_strides[4], first_strides[4], core_strides[4], last_strides[4];
+  int images, channels, height, width, rank_in, rank_out, features, out_height, out_width;
+  int window[8];
+  int relu, form, dtype, split, multiprocessors, descending;
+  int64_t shared_bytes;
+  int dry;                      // only the plan
+  int launches;                 // out: kernels run
+  int64_t blocks, most_shared;  // out: of the last kernel; of any
+};
+
+extern "C" const char* tucker2_error();
+extern "C" int emulate_tucker2(Tucker2Call* call);
+
+// dtype: 0 float, 1 bfloat16, 2 half, of the samples; the noises are float.
+extern "C" const char* diversity_error();
+extern "C" int emulate_diversity(const float* noises, const void* samples, double* exponent,
+                                 float* noise_gradient, float* sample_gradient, int batch, int noise_size,
+                                 int features, int metric, int noise_metric, int dtype, int64_t shared_limit,
+                                 int descending);
+
+extern "C" const char* broken_error();
+extern "C" int emulate_past_the_end(float* out);
