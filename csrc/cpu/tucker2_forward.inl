@@ -10,6 +10,15 @@ namespace {
 
 constexpr int64_t kNearBytes = 512 << 10;
 
+// Outputs that the caches cannot keep, and that are too small for huge pages to win more, bypass them.
+constexpr int64_t kStreamBytes = 8 << 20, kHugeBytes = 32 << 20;
+
+bool streams(const Tucker2Params& p) {
+  const int64_t bytes = 4 * p.images * p.out_height * p.out_width * p.features;
+  return p.channels_last && p.features % kLanes == 0 &&
+         reinterpret_cast<uintptr_t>(p.y) % (4 * kLanes) == 0 && bytes >= kStreamBytes && bytes < kHugeBytes;
+}
+
 int64_t image_bytes(const Tucker2Params& p) {
   return 4 * p.images * (p.height * p.width * p.channels + p.out_height * p.out_width * p.features);
 }
@@ -21,7 +30,8 @@ class Forward {
         plan_(plan),
         scratch_(scratch),
         t1_row_(padded_width(p) * p.rank_in),
-        far_(image_bytes(p) > kNearBytes) {
+        far_(image_bytes(p) > kNearBytes),
+        stream_(streams(p)) {
     const Window window = core_window(p);
     for (int64_t s = 0; s < window.segments; ++s) {
       const int64_t row = p.dilation_w == 1 ? s : s / p.kernel_w,
@@ -134,9 +144,9 @@ class Forward {
     const int64_t size = p_.type == Tucker2Type::float32 ? 4 : 2;
     const int64_t plane = p_.out_height * p_.out_width, band = rows * p_.out_width;
     const char* y = static_cast<const char*>(p_.y) + image_ * p_.features * plane * size;
-    if (p_.y && p_.channels_last)
+    if (p_.y && p_.channels_last && !stream_)
       ahead_.add(y + row * p_.out_width * p_.features * size, count_ * band * p_.features * size, 0, 1);
-    else if (p_.y)
+    else if (p_.y && !p_.channels_last)
       ahead_.add(y + row * p_.out_width * size, band * size, plane * size, count_ * p_.features);
 
     const bool next_image = row + rows >= last;
@@ -201,6 +211,7 @@ class Forward {
     tile.c_step = p_.features;
     tile.bias = p_.bias;
     tile.relu = p_.relu;
+    tile.stream = stream_ && !convert;
     const Grid grid{1, 1, pixels, 0, 0, 0, 0};
     sweep<A::row_major>(tile, grid, p_.rank_out, p_.features, last_group(p_));
     if (convert) from_float(p_.type, y, static_cast<uint16_t*>(p_.y) + at, pixels * p_.features);
@@ -266,6 +277,7 @@ class Forward {
   float* const scratch_;
   const int64_t t1_row_;
   const bool far_;  // x and y are more than the near caches hold
+  const bool stream_;
   Ahead ahead_;
   int64_t window_[kMaxSegments];
   int64_t image_ = 0, count_ = 0;
@@ -302,6 +314,9 @@ void tucker2_rows(const Tucker2Params& p, const Tucker2Plan& plan, int64_t begin
       forward.run(image, 1, row, row + rows);
     begin += rows;
   }
+#if defined(__x86_64__)
+  _mm_sfence();  // streamed stores become visible before the call ends
+#endif
 }
 
 }  // namespace kegfast::KEGFAST_ISA
