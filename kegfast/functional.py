@@ -284,12 +284,17 @@ def _fuses(x: Tensor, core: Tensor) -> bool:
     )
 
 
-def fuses_inference(x: Tensor, core: Tensor) -> bool:
-    """Whether a call outside autograd may go straight to `torch.ops.kegfast.tucker2`."""
+def fuses_inference(x: Tensor) -> bool:
+    """Whether a call outside autograd may go straight to `torch.ops.kegfast.tucker2`.
+
+    Only what is cheap to ask: the operator refuses the rest, and `tucker_conv2d` then decides.
+    """
     return (
         isinstance(x, Tensor)
+        and x.is_cpu  # packed factors are the CPU's
         and x.dim() == 4
-        and x.device.type == "cpu"  # packed factors are the CPU's
-        and not torch.is_autocast_enabled(x.device.type)
-        and _fuses(x, core)
+        and x.dtype is not torch.float64
+        and native.use_native()
+        and not torch.is_autocast_enabled("cpu")
     )
+

@@ -158,13 +158,11 @@ class TuckerConv2d(nn.Module):
             last = last_layer._parameters["weight"]
         except KeyError:  # parametrised or pruned
             return self._forward_checked(x)
-        if not functional.fuses_inference(x, core):
+        if not functional.fuses_inference(x):
             return self._forward_checked(x)
         stride, dilation = core_layer.stride, core_layer.dilation
-        packed = None
-        if x.is_cpu:
-            channels_last = functional.reads_channels_last(x)
-            packed = self._packed(first, core, last, stride, dilation, channels_last)
+        channels_last = functional.reads_channels_last(x)
+        packed = self._packed(first, core, last, stride, dilation, channels_last)
         try:
             return torch.ops.kegfast.tucker2.default(
                 x, first, core, last, last_layer._parameters["bias"], packed,
