@@ -17,6 +17,7 @@ ARCHITECTURES = ("sm_80", "sm_90")
 # 4 x 256 threads -> 64, 2 x 256 or 4 x 128 -> 128, 2 x 128 -> 255.
 REGISTERS = {
     "DiversitySort": 128,
+    "SumSorted": 128,
     "Tucker2Fused": 255,
     "Tucker2Stage": 128,
     "": 64,

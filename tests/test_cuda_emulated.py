@@ -78,6 +78,32 @@ def test_diversity_l1_batch_of_1100(device, order):
     assert error(gradient, want_gradient) < 1e-6
 
 
+@pytest.mark.parametrize(("dtype", "order"), [(torch.float32, "ascending"), (torch.bfloat16, "descending")])
+def test_diversity_l1_beyond_one_block(device, dtype, order):
+    noises, samples = draw(
+        8300, 3, 2, dtype
+    )  # three tiles: the last one almost empty, and an odd run to merge
+    samples[::3, 1] = 0.5
+    exponent, _, gradient = device.diversity(noises, samples, "l1", "sqeuclidean", order, noise_grad=False)
+    z, x = noises.double(), samples.double()
+    want, total = torch.empty_like(x), 0.0
+    for rows in torch.arange(8300).split(830):  # all pairs at once would be half a gigabyte
+        weights = torch.cdist(z[rows], z).square() / 3
+        for feature in range(2):
+            difference = x[rows, None, feature] - x[None, :, feature]
+            want[rows, feature] = -2 * (weights * difference.sign()).sum(1) / (8300**2 * 2)
+            total -= (weights * difference.abs()).sum() / (8300**2 * 2)
+    assert error(gradient, want) < 2e-6
+    assert error(exponent, total) < 1e-6
+
+
+def test_diversity_l1_beyond_one_block_not_finite(device):
+    noises, samples = draw(4100, 3, 2, torch.float32)
+    samples[4099, 1] = float("inf")
+    for value in device.diversity(noises, samples, "l1", "sqeuclidean", "ascending", noise_grad=False)[::2]:
+        assert value.isnan().all()
+
+
 def test_diversity_within_an_a100s_shared_memory(device):
     noises, samples = draw(1100, 2, 9, torch.bfloat16)
     exponent, _, gradient = device.diversity(

@@ -5,7 +5,11 @@
 // as well.
 #pragma once
 
+#include <type_traits>
+#include <utility>
+
 #include "arena.h"
+#include "diversity_merge.cuh"
 #include "diversity_moments.cuh"
 #include "diversity_pair.cuh"
 #include "diversity_sort.cuh"
@@ -60,6 +64,59 @@ int sort_by(const Problem& p, const T* samples, const float* table, double* part
   return Kernel::blocks(q);
 }
 
+// The workspace of the sort beyond one block: some features at a time, so that it stays below kMergeBytes or
+// 8 features.
+struct MergeSpace {
+  static constexpr int64_t kMergeBytes = int64_t(256) << 20;
+  static constexpr int kSumBlocks = 128;
+  uint64_t *from, *to;  // [features, stride]
+  Float4* prefix;       // [kSumBlocks, stride]
+  float* g;             // [features, batch]
+  int stride, features;
+
+  static MergeSpace take(Arena& arena, int batch, int features) {
+    constexpr int kTile = SortTiles<float>::kTile;
+    const int stride = (batch + kTile - 1) / kTile * kTile;
+    const int64_t per_feature = 2 * int64_t(stride) * sizeof(uint64_t) + int64_t(batch) * sizeof(float);
+    const int count = int(smaller<int64_t>(features, larger<int64_t>(8, kMergeBytes / per_feature / 8 * 8)));
+    return {arena.take<uint64_t>(int64_t(count) * stride),
+            arena.take<uint64_t>(int64_t(count) * stride),
+            arena.take<Float4>(int64_t(smaller(count, kSumBlocks)) * stride),
+            arena.take<float>(int64_t(count) * batch),
+            stride,
+            count};
+  }
+};
+
+// Returns the number of partial sums.
+template <class Problem, class T, class Launch>
+int merge_by(const Problem& p, const T* samples, const float* table, double* partial, double scale,
+             MergeSpace space, Launch&& launch) {
+  using Tiles = SortTiles<T>;
+  for (int first = 0; first < p.features; first += space.features) {
+    const int count = smaller(space.features, p.features - first);
+    typename Tiles::Params tiles{samples, space.from, p.batch, p.features, first, count, space.stride, 8};
+    while (tiles.block_features > 1 && Tiles::shared_bytes(tiles) > p.shared_limit) tiles.block_features /= 2;
+    launch(Tiles{}, tiles, Tiles::blocks_x(tiles), Tiles::blocks_y(tiles), Tiles::shared_bytes(tiles));
+    for (int run = Tiles::kTile; run < space.stride; run *= 2) {
+      const MergeRuns::Params q{space.from, space.to, space.stride, run};
+      launch(MergeRuns{}, q, MergeRuns::blocks_x(q), count, size_t(0));
+      std::swap(space.from, space.to);
+    }
+    using Sum = SumSorted<T>;
+    const typename Sum::Params sum{space.from, table,           space.prefix,
+                                   space.g,    partial + first, p.batch,
+                                   count,      space.stride,    table_columns(p.noise_size)};
+    launch(Sum{}, sum, smaller(count, MergeSpace::kSumBlocks), 1, Sum::kShared);
+    if (p.sample_gradient != nullptr) {
+      const ScaleTransposed::Params q{space.g, p.sample_gradient, p.batch, p.features, first,
+                                      count,   float(2 * scale)};
+      launch(ScaleTransposed{}, q, (p.batch + 31) / 32, (count + 31) / 32, ScaleTransposed::kShared);
+    }
+  }
+  return p.features;
+}
+
 template <Difference kDifference, class Problem, class T, class Launch>
 int pairs_by(const Problem& p, const T* samples, const float* weights, double* partial, double gradient_scale,
              Launch&& launch) {
@@ -87,7 +144,8 @@ size_t diversity(const DiversityProblem<Sample>& p, char* workspace, Launch&& la
   const bool cosine = p.metric == Metric::cosine, euclidean = p.metric == Metric::euclidean,
              l1 = p.metric == Metric::l1;
   const bool root = p.noise_metric == NoiseMetric::euclidean;
-  const bool sorts = l1 && !root && batch > kPairBatch && sort_features<Sort<Sample, 16>>(p) > 0;
+  const bool sorts = l1 && !root && batch > kPairBatch;
+  const bool merges = sorts && sort_features<Sort<Sample, 16>>(p) == 0;
   const bool moments = !root && (cosine || p.metric == Metric::sqeuclidean);
   const bool pairs = !sorts && !moments;
   const double mean = -1.0 / (double(batch) * double(batch));
@@ -102,6 +160,7 @@ size_t diversity(const DiversityProblem<Sample>& p, char* workspace, Launch&& la
   float* rows = arena.take<float>(cosine ? elements : 0);
   float* inverse = arena.take<float>(cosine ? batch : 0);
   double* partial = arena.take<double>((int64_t(p.features) + 31) / 32 * ((batch + 31) / 32) + p.features);
+  const MergeSpace space = merges ? MergeSpace::take(arena, p.batch, p.features) : MergeSpace{};
   if (workspace == nullptr) return arena.used();
 
   if (!pairs) {
@@ -126,7 +185,9 @@ size_t diversity(const DiversityProblem<Sample>& p, char* workspace, Launch&& la
       launch(Reweigh{}, q, Reweigh::blocks(q), 1, size_t(0));
     }
     using T = std::remove_const_t<std::remove_pointer_t<decltype(samples)>>;
-    if (sorts) {
+    if (merges) {
+      partials = merge_by(p, samples, table, partial, mean * unit, space, launch);
+    } else if (sorts) {
       if constexpr (std::is_same_v<T, Sample>) {
         partials = sort_by<Sort<T, 1>>(p, samples, table, partial, mean * unit, launch);
         if (partials == 0) partials = sort_by<Sort<T, 4>>(p, samples, table, partial, mean * unit, launch);
