@@ -21,8 +21,11 @@ using torch::stable::Tensor;
 
 enum class Metric : int64_t { l1, sqeuclidean, euclidean, cosine };
 
-// l1 under squared noise distances sorts from this batch on; below it, pairs are fewer than what sorting costs.
-int64_t smallest_sorted_batch(int chunks) { return chunks == 1 ? 72 : 64 * chunks; }
+// l1 under squared noise distances sorts from this batch on; below it, pairs are fewer than what sorting
+// costs.
+int64_t smallest_sorted_batch(int chunks) {
+  return chunks == 1 ? 72 : 64 * chunks;
+}
 
 std::atomic<L1Kernel> forced_l1{L1Kernel::automatic};
 
@@ -30,20 +33,27 @@ constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
 
 Element element_of(ScalarType type) {
   switch (type) {
-    case ScalarType::Float: return Element::f32;
-    case ScalarType::Double: return Element::f64;
-    case ScalarType::BFloat16: return Element::bf16;
-    case ScalarType::Half: return Element::f16;
-    default: KEGFAST_CHECK(false, "samples and noises", "of a floating-point dtype", static_cast<int>(type)); return {};
+    case ScalarType::Float:
+      return Element::f32;
+    case ScalarType::Double:
+      return Element::f64;
+    case ScalarType::BFloat16:
+      return Element::bf16;
+    case ScalarType::Half:
+      return Element::f16;
+    default:
+      KEGFAST_CHECK(false, "samples and noises", "of a floating-point dtype", static_cast<int>(type));
+      return {};
   }
 }
 
-// Calls work(part, begin, end) for `parts` equal shares of [0, count), one a thread. The partition depends on the number of threads
-// alone, so that sums over parts are repeatable.
+// Calls work(part, begin, end) for `parts` equal shares of [0, count), one a thread. The partition depends on
+// the number of threads alone, so that sums over parts are repeatable.
 template <class Work>
 void in_parts(int64_t count, int64_t parts, Work work) {
   torch::stable::parallel_for(0, parts, 1, [&](int64_t first, int64_t last) {
-    for (int64_t part = first; part < last; ++part) work(part, count * part / parts, count * (part + 1) / parts);
+    for (int64_t part = first; part < last; ++part)
+      work(part, count * part / parts, count * (part + 1) / parts);
   });
 }
 
@@ -62,14 +72,19 @@ void* workspace(int64_t bytes) {
 class Diversity {
  public:
   Diversity(const DiversityParams& params, Metric metric, NoiseMetric noise_metric, const Noises& noises)
-      : p_(params), metric_(metric), noise_metric_(noise_metric), noises_(noises), wide_(p_.element == Element::f64) {
+      : p_(params),
+        metric_(metric),
+        noise_metric_(noise_metric),
+        noises_(noises),
+        wide_(p_.element == Element::f64) {
     const int64_t lanes = KEGFAST_SELECT(diversity_lanes)() / (wide_ ? 2 : 1);
     tiles_ = (p_.features + lanes - 1) / lanes;
     p_.gradient_scale = noises_.distance_unit(noise_metric_);
     if (metric_ == Metric::cosine) normalise_rows();
   }
 
-  // S, in the units of both metrics but without means; fills the gradient of S times `scale` where p.gradient is given.
+  // S, in the units of both metrics but without means; fills the gradient of S times `scale` where p.gradient
+  // is given.
   double run(double scale) {
     p_.gradient_scale *= scale;
     return dispatch() * noises_.distance_unit(noise_metric_);
@@ -117,7 +132,8 @@ class Diversity {
       if (squared && Bilinear::fits(noises_)) {
         const int chunks = Bilinear::chunks_for(noises_.width);
         const auto forced = forced_l1.load(std::memory_order_relaxed);
-        if (forced == L1Kernel::sort || (forced == L1Kernel::automatic && p_.batch >= smallest_sorted_batch(chunks)))
+        if (forced == L1Kernel::sort ||
+            (forced == L1Kernel::automatic && p_.batch >= smallest_sorted_batch(chunks)))
           return sorted();
       }
       return l1_pairs();
@@ -129,7 +145,8 @@ class Diversity {
 
   double squares(bool squared) {
     if (squared) return wide_ ? low_rank<double>() : low_rank<float>();
-    p_.gradient_scale *= 2;  // of w |x_i - x_j|^2 it is twice that of c |x_i - x_j|^2 with a distance in c, see euclidean()
+    p_.gradient_scale *=
+        2;  // of w |x_i - x_j|^2 it is twice that of c |x_i - x_j|^2 with a distance in c, see euclidean()
     return wide_ ? with_weights<double>(KEGFAST_SELECT(diversity_square_pairs)) : square_pairs();
   }
 
@@ -171,7 +188,8 @@ class Diversity {
 
   template <class T>
   double with_weights(Kernel kernel) {
-    return with_weights<T>(kernel, [&](int64_t i, int64_t j) { return noises_.distance(i, j, noise_metric_); });
+    return with_weights<T>(kernel,
+                           [&](int64_t i, int64_t j) { return noises_.distance(i, j, noise_metric_); });
   }
 
   template <class T, class Weight>
@@ -181,14 +199,16 @@ class Diversity {
     for (int64_t i = 0; i < B; ++i) {
       weights.get()[weight_index(i, i, B)] = 0;
       for (int64_t j = i + 1; j < B; ++j)
-        weights.get()[weight_index(i, j, B)] = weights.get()[weight_index(j, i, B)] = static_cast<T>(weight(i, j));
+        weights.get()[weight_index(i, j, B)] = weights.get()[weight_index(j, i, B)] =
+            static_cast<T>(weight(i, j));
     }
     p_.weights = weights.get();
     p_.weight_unit = 1;
     return over_tiles(kernel);
   }
 
-  // sum w d with d = |x_i - x_j|: as sum c |x_i - x_j|^2 with c = w / d, held fixed (d/dx of w d is c (x_i - x_j)).
+  // sum w d with d = |x_i - x_j|: as sum c |x_i - x_j|^2 with c = w / d, held fixed (d/dx of w d is c (x_i -
+  // x_j)).
   double euclidean() {
     const std::vector<double> d = distances();
     double value = 0;
@@ -210,16 +230,20 @@ class Diversity {
     p_.gradient_scale /= 2;
     double value = squares(squared) / 2;
     if (p_.gradient)
-      in_parts(p_.batch, threads_for(p_.batch, p_.features),
-               [&](int64_t, int64_t first, int64_t last) { KEGFAST_SELECT(diversity_project)(p_, first, last); });
+      in_parts(p_.batch, threads_for(p_.batch, p_.features), [&](int64_t, int64_t first, int64_t last) {
+        KEGFAST_SELECT(diversity_project)(p_, first, last);
+      });
     for (int64_t i = 0; i < p_.batch; ++i)
       if (row_scale_[i] == 0)
         for (int64_t j = 0; j < p_.batch; ++j)
-          if (i != j) value += cosine_excess(i, j) * noises_.distance(i, j, noise_metric_) * (row_scale_[j] == 0 ? 1 : 2);
+          if (i != j)
+            value +=
+                cosine_excess(i, j) * noises_.distance(i, j, noise_metric_) * (row_scale_[j] == 0 ? 1 : 2);
     return value;
   }
 
-  // A row of norm 0 is at distance 1 of every other; half the squared distance says 1/2 and, for two of them, 0.
+  // A row of norm 0 is at distance 1 of every other; half the squared distance says 1/2 and, for two of them,
+  // 0.
   double cosine_excess(int64_t i, int64_t j) const {
     return 0.5 * ((row_scale_[i] == 0) + (row_scale_[j] == 0));
   }
@@ -244,7 +268,8 @@ class Diversity {
 
 // d exponent / d noises = -scale sum_j 2 d_ij dw_ij/dz_i.
 template <class T>
-void noise_gradient(const Noises& noises, NoiseMetric metric, const std::vector<double>& d, double scale, T* out) {
+void noise_gradient(const Noises& noises, NoiseMetric metric, const std::vector<double>& d, double scale,
+                    T* out) {
   const int64_t B = noises.batch, nz = noises.width;
   std::vector<double> row(nz);
   for (int64_t i = 0; i < B; ++i) {
@@ -263,17 +288,23 @@ void noise_gradient(const Noises& noises, NoiseMetric metric, const std::vector<
 }
 
 Noises read_noises(const Tensor& noises) {
-  const int64_t batch = noises.size(0), width = noises.size(1), down = noises.stride(0), across = noises.stride(1);
+  const int64_t batch = noises.size(0), width = noises.size(1), down = noises.stride(0),
+                across = noises.stride(1);
   const auto read = [&](const auto* data, auto widen) {
-    return Noises(batch, width, [&](int64_t i) { return widen(data[i / width * down + i % width * across]); });
+    return Noises(batch, width,
+                  [&](int64_t i) { return widen(data[i / width * down + i % width * across]); });
   };
   const void* data = noises.const_data_ptr();
   const auto same = [](auto value) { return static_cast<double>(value); };
   switch (element_of(noises.scalar_type())) {
-    case Element::f32: return read(static_cast<const float*>(data), same);
-    case Element::f64: return read(static_cast<const double*>(data), same);
-    case Element::bf16: return read(static_cast<const uint16_t*>(data), bf16_to_float);
-    default: return read(static_cast<const uint16_t*>(data), half_to_float);
+    case Element::f32:
+      return read(static_cast<const float*>(data), same);
+    case Element::f64:
+      return read(static_cast<const double*>(data), same);
+    case Element::bf16:
+      return read(static_cast<const uint16_t*>(data), bf16_to_float);
+    default:
+      return read(static_cast<const uint16_t*>(data), half_to_float);
   }
 }
 
@@ -285,8 +316,10 @@ Tensor gradient_like(const Tensor& x, bool wanted) {
 
 void fill(const Tensor& x, double value) {
   const int64_t count = x.numel();
-  if (x.scalar_type() == ScalarType::Double) std::fill_n(static_cast<double*>(x.mutable_data_ptr()), count, value);
-  else std::fill_n(static_cast<float*>(x.mutable_data_ptr()), count, static_cast<float>(value));
+  if (x.scalar_type() == ScalarType::Double)
+    std::fill_n(static_cast<double*>(x.mutable_data_ptr()), count, value);
+  else
+    std::fill_n(static_cast<float*>(x.mutable_data_ptr()), count, static_cast<float>(value));
 }
 
 std::tuple<Tensor, Tensor, Tensor> diversity_forward(const Tensor& noises,  // [B, nz]
@@ -300,13 +333,14 @@ std::tuple<Tensor, Tensor, Tensor> diversity_forward(const Tensor& noises,  // [
   KEGFAST_CHECK(given.size(0) <= int64_t{1} << 24, "samples", "at most 2^24", given.size(0));
   KEGFAST_CHECK(0 <= metric && metric <= 3, "metric", "0 to 3", metric);
   KEGFAST_CHECK(0 <= noise_metric && noise_metric <= 1, "noise_metric", "0 or 1", noise_metric);
-  const Tensor samples = given.stride(1) == 1 || given.size(1) == 1 ? given : torch::stable::contiguous(given);
+  const Tensor samples =
+      given.stride(1) == 1 || given.size(1) == 1 ? given : torch::stable::contiguous(given);
   const int64_t B = samples.size(0), D = samples.size(1), one[] = {1};
   const auto kind = static_cast<Metric>(metric);
   const auto noise_kind = static_cast<NoiseMetric>(noise_metric);
 
-  Tensor exponent = torch::stable::new_empty(samples, torch::headeronly::IntHeaderOnlyArrayRef(one, size_t{0}),
-                                             ScalarType::Double);
+  Tensor exponent = torch::stable::new_empty(
+      samples, torch::headeronly::IntHeaderOnlyArrayRef(one, size_t{0}), ScalarType::Double);
   Tensor noise_out = gradient_like(noises, noise_grad), sample_out = gradient_like(samples, sample_grad);
   double& value = *static_cast<double*>(exponent.mutable_data_ptr());
 
@@ -327,8 +361,10 @@ std::tuple<Tensor, Tensor, Tensor> diversity_forward(const Tensor& noises,  // [
     if (noise_grad) {
       const std::vector<double> d = diversity.distances();
       const bool wide = noise_out.scalar_type() == ScalarType::Double;
-      if (wide) noise_gradient(prepared, noise_kind, d, scale, static_cast<double*>(noise_out.mutable_data_ptr()));
-      else noise_gradient(prepared, noise_kind, d, scale, static_cast<float*>(noise_out.mutable_data_ptr()));
+      if (wide)
+        noise_gradient(prepared, noise_kind, d, scale, static_cast<double*>(noise_out.mutable_data_ptr()));
+      else
+        noise_gradient(prepared, noise_kind, d, scale, static_cast<float*>(noise_out.mutable_data_ptr()));
     }
     value = scale * diversity.run(scale);
   }
@@ -341,8 +377,12 @@ std::tuple<Tensor, Tensor, Tensor> diversity_forward(const Tensor& noises,  // [
 
 }  // namespace
 
-void force_l1_kernel(L1Kernel kernel) { forced_l1.store(kernel, std::memory_order_relaxed); }
+void force_l1_kernel(L1Kernel kernel) {
+  forced_l1.store(kernel, std::memory_order_relaxed);
+}
 
 }  // namespace kegfast
 
-STABLE_TORCH_LIBRARY_IMPL(kegfast, CPU, m) { m.impl("diversity_forward", TORCH_BOX(&kegfast::diversity_forward)); }
+STABLE_TORCH_LIBRARY_IMPL(kegfast, CPU, m) {
+  m.impl("diversity_forward", TORCH_BOX(&kegfast::diversity_forward));
+}

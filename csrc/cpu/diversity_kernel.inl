@@ -5,42 +5,63 @@
 
 namespace kegfast::KEGFAST_ISA {
 
-int64_t diversity_lanes() { return L; }
+int64_t diversity_lanes() {
+  return L;
+}
 
 int64_t diversity_workspace(int64_t batch) {
   // Two tiles, the keys, and the runs of ties (at most one for every two positions of a lane).
-  return 2 * batch * kVectorBytes + padded_batch(batch) * kVectorBytes + (batch / 2 + 1) * L * int64_t{sizeof(Run)};
+  return 2 * batch * kVectorBytes + padded_batch(batch) * kVectorBytes +
+         (batch / 2 + 1) * L * int64_t{sizeof(Run)};
 }
 
-void diversity_l1_sort(const DiversityParams& p, int64_t first, int64_t last, void* workspace, double* values) {
-  if (p.chunks == 1) l1_sort_tiles<1>(p, first, last, workspace, values);
-  else if (p.chunks == 2) l1_sort_tiles<2>(p, first, last, workspace, values);
-  else if (p.chunks == 4) l1_sort_tiles<4>(p, first, last, workspace, values);
-  else l1_sort_tiles<8>(p, first, last, workspace, values);
+void diversity_l1_sort(const DiversityParams& p, int64_t first, int64_t last, void* workspace,
+                       double* values) {
+  if (p.chunks == 1)
+    l1_sort_tiles<1>(p, first, last, workspace, values);
+  else if (p.chunks == 2)
+    l1_sort_tiles<2>(p, first, last, workspace, values);
+  else if (p.chunks == 4)
+    l1_sort_tiles<4>(p, first, last, workspace, values);
+  else
+    l1_sort_tiles<8>(p, first, last, workspace, values);
 }
 
-void diversity_l1_pairs(const DiversityParams& p, int64_t first, int64_t last, void* workspace, double* values) {
-  if (p.element == Element::f64) l1_pair_tiles_plain<double>(p, first, last, workspace, values);
-  else l1_pair_tiles(p, first, last, workspace, values);
+void diversity_l1_pairs(const DiversityParams& p, int64_t first, int64_t last, void* workspace,
+                        double* values) {
+  if (p.element == Element::f64)
+    l1_pair_tiles_plain<double>(p, first, last, workspace, values);
+  else
+    l1_pair_tiles(p, first, last, workspace, values);
 }
 
-void diversity_square_pairs(const DiversityParams& p, int64_t first, int64_t last, void* workspace, double* values) {
-  if (p.element == Element::f64) square_pair_tiles<double>(p, first, last, workspace, values);
-  else square_pair_tiles<float>(p, first, last, workspace, values);
+void diversity_square_pairs(const DiversityParams& p, int64_t first, int64_t last, void* workspace,
+                            double* values) {
+  if (p.element == Element::f64)
+    square_pair_tiles<double>(p, first, last, workspace, values);
+  else
+    square_pair_tiles<float>(p, first, last, workspace, values);
 }
 
 template <class T>
 static void low_rank(const DiversityParams& p, int64_t first, int64_t last, void* workspace, double* values) {
   const int columns = p.low_rank_tail + 1;
-  if (columns <= 4) low_rank_tiles<T, 4>(p, first, last, workspace, values);
-  else if (columns <= 8) low_rank_tiles<T, 8>(p, first, last, workspace, values);
-  else if (columns <= 12) low_rank_tiles<T, 12>(p, first, last, workspace, values);
-  else low_rank_tiles<T, 16>(p, first, last, workspace, values);
+  if (columns <= 4)
+    low_rank_tiles<T, 4>(p, first, last, workspace, values);
+  else if (columns <= 8)
+    low_rank_tiles<T, 8>(p, first, last, workspace, values);
+  else if (columns <= 12)
+    low_rank_tiles<T, 12>(p, first, last, workspace, values);
+  else
+    low_rank_tiles<T, 16>(p, first, last, workspace, values);
 }
 
-void diversity_low_rank(const DiversityParams& p, int64_t first, int64_t last, void* workspace, double* values) {
-  if (p.element == Element::f64) low_rank<double>(p, first, last, workspace, values);
-  else low_rank<float>(p, first, last, workspace, values);
+void diversity_low_rank(const DiversityParams& p, int64_t first, int64_t last, void* workspace,
+                        double* values) {
+  if (p.element == Element::f64)
+    low_rank<double>(p, first, last, workspace, values);
+  else
+    low_rank<float>(p, first, last, workspace, values);
 }
 
 double diversity_weights(const float* z, int64_t batch, int64_t width, bool root, float* weights) {
@@ -54,18 +75,23 @@ void diversity_fix_weights(float* weights, int64_t batch, double unit, int32_t* 
 void diversity_distances(const DiversityParams& p, int64_t first, int64_t last, bool squared, void* workspace,
                          double* distances) {
   if (p.element == Element::f64) {
-    if (squared) distance_tiles<double, true>(p, first, last, workspace, distances);
-    else distance_tiles<double, false>(p, first, last, workspace, distances);
+    if (squared)
+      distance_tiles<double, true>(p, first, last, workspace, distances);
+    else
+      distance_tiles<double, false>(p, first, last, workspace, distances);
   } else {
-    if (squared) distance_tiles<float, true>(p, first, last, workspace, distances);
-    else distance_tiles<float, false>(p, first, last, workspace, distances);
+    if (squared)
+      distance_tiles<float, true>(p, first, last, workspace, distances);
+    else
+      distance_tiles<float, false>(p, first, last, workspace, distances);
   }
 }
 
 // Rows a vector at a time: f(feature, x) for every vector of row i.
 template <class T, class F>
 static void each_vector(const DiversityParams& p, int64_t row, F f) {
-  for (int64_t feature = 0; feature < p.features; feature += lanes<T>) f(feature, load_row<T>(p, row, feature));
+  for (int64_t feature = 0; feature < p.features; feature += lanes<T>)
+    f(feature, load_row<T>(p, row, feature));
 }
 
 template <class T>
@@ -100,8 +126,10 @@ static void project_row(const DiversityParams& p, int64_t row) {
 
 void diversity_project(const DiversityParams& p, int64_t first, int64_t last) {
   for (int64_t i = first; i < last; ++i)
-    if (p.element == Element::f64) project_row<double>(p, i);
-    else project_row<float>(p, i);
+    if (p.element == Element::f64)
+      project_row<double>(p, i);
+    else
+      project_row<float>(p, i);
 }
 
 }  // namespace kegfast::KEGFAST_ISA

@@ -1,4 +1,5 @@
-// sqeuclidean and cosine under squared noise distances: the closed form of rank nz + 2, on samples centred twice.
+// sqeuclidean and cosine under squared noise distances: the closed form of rank nz + 2, on samples centred
+// twice.
 #pragma once
 
 #include "cpu/diversity_tile.inl"
@@ -58,7 +59,8 @@ inline __attribute__((always_inline)) Vec<T> expand(Vec<T> sum, const Vec<T>* c,
 
 // K: columns of the last block, whose last one is a (p.low_rank_tail says which).
 template <class T, int K>
-inline void low_rank_tiles(const DiversityParams& p, int64_t first, int64_t last, void* workspace, double* values) {
+inline void low_rank_tiles(const DiversityParams& p, int64_t first, int64_t last, void* workspace,
+                           double* values) {
   constexpr int N = lanes<T>;
   const int64_t B = p.batch;
   const T* diagonal = static_cast<const T*>(p.diagonal);
@@ -88,10 +90,11 @@ inline void low_rank_tiles(const DiversityParams& p, int64_t first, int64_t last
     for (int k = 0; k < K; ++k) c[k] *= T(2);
     c[p.low_rank_tail] = Vec<T>{};
     // g is a quarter of dS/dx, and S = 1/2 sum x dS/dx.
-    const double value = finish_tile<T>(p, tile * N, t, 4.0 * t.unit, [&](int64_t i) __attribute__((always_inline)) {
-      const Vec<T> own = load(x + i * N) * splat(diagonal[i]) - shared;
-      return expand<T, K>(several ? own + load(g + i * N) : own, c, table + i * kBlockColumns);
-    });
+    const double value =
+        finish_tile<T>(p, tile * N, t, 4.0 * t.unit, [&](int64_t i) __attribute__((always_inline)) {
+          const Vec<T> own = load(x + i * N) * splat(diagonal[i]) - shared;
+          return expand<T, K>(several ? own + load(g + i * N) : own, c, table + i * kBlockColumns);
+        });
     values[tile] = 0.5 * value;
   }
 }

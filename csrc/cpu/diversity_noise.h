@@ -19,7 +19,8 @@ template <class T>
 class Aligned {
  public:
   explicit Aligned(int64_t count)
-      : data_(static_cast<T*>(::operator new(std::max<int64_t>(count, 1) * sizeof(T), std::align_val_t{64}))) {}
+      : data_(
+            static_cast<T*>(::operator new(std::max<int64_t>(count, 1) * sizeof(T), std::align_val_t{64}))) {}
   Aligned(Aligned&& other) noexcept : data_(other.data_) { other.data_ = nullptr; }
   Aligned(const Aligned&) = delete;
   ~Aligned() { ::operator delete(data_, std::align_val_t{64}); }
@@ -73,7 +74,9 @@ struct Noises {
   }
 
   // The value of one unit of distance().
-  double distance_unit(NoiseMetric metric) const { return metric == NoiseMetric::euclidean ? unit : unit * unit; }
+  double distance_unit(NoiseMetric metric) const {
+    return metric == NoiseMetric::euclidean ? unit : unit * unit;
+  }
 };
 
 // Squared distances |z_i - z_j|^2 as the bilinear form v_i^T J v_j.
@@ -90,7 +93,8 @@ struct Bilinear {
     return chunks;
   }
 
-  explicit Bilinear(const Noises& noises) : chunks(chunks_for(noises.width)), rows(noises.batch * 16 * chunks) {
+  explicit Bilinear(const Noises& noises)
+      : chunks(chunks_for(noises.width)), rows(noises.batch * 16 * chunks) {
     const int64_t width = 16 * chunks, nz = noises.width;
     const std::vector<double> a = noises.square_norms();
     double total = 0;
@@ -138,7 +142,8 @@ struct LowRank {
   }
 };
 
-// Noise distances as the pair kernels want them in float; in fixed point, in units that let no sum over a row overflow 32 bits.
+// Noise distances as the pair kernels want them in float; in fixed point, in units that let no sum over a row
+// overflow 32 bits.
 struct PairWeights {
   Aligned<float> weights;  // see weight_index()
   std::vector<int32_t> offsets;
@@ -150,8 +155,8 @@ struct PairWeights {
     std::vector<float> z(noises.width * rows);
     for (int64_t i = 0; i < B; ++i)
       for (int64_t k = 0; k < noises.width; ++k) z[k * rows + i] = static_cast<float>(noises.row(i)[k]);
-    const double most = KEGFAST_SELECT(diversity_weights)(z.data(), B, noises.width, metric == NoiseMetric::euclidean,
-                                                          weights.get());
+    const double most = KEGFAST_SELECT(diversity_weights)(z.data(), B, noises.width,
+                                                          metric == NoiseMetric::euclidean, weights.get());
     if (!fixed) return;
     if (most > 0) unit = most * 1.0001 / 0x1p31;  // a margin for the rounding of the sums
     KEGFAST_SELECT(diversity_fix_weights)(weights.get(), B, unit, offsets.data());

@@ -1,4 +1,9 @@
 // Any weights: pairs of rows i < j over tiles of features.
+//
+// Story (l1, one Zen 5 core): three vector instructions a pair, comparison and two masked integer sums. Whole
+// numbers make the sums exact, let ties be handled apart (a sort tells the tiles that have none) and issue
+// faster than float sums. At 1024 x 1024 rows of weights a batch apart took 128 ms; stored by groups of 16
+// rows 19 ms. A loop of nothing but these instructions does 1.07 pairs a cycle; the kernel reaches about 0.8.
 #pragma once
 
 #include "cpu/diversity_sort.inl"
@@ -47,8 +52,8 @@ inline void fix_weights(float* weights, int64_t batch, double unit, int32_t* off
 }
 
 // sum where above else 0, added to and subtracted from the two rows' sums.
-inline __attribute__((always_inline)) void add_sign(Vec<float> xi, Vec<float> xj, Vec<int32_t> w, Vec<int32_t>& gi,
-                                                    Vec<int32_t>& gj) {
+inline __attribute__((always_inline)) void add_sign(Vec<float> xi, Vec<float> xj, Vec<int32_t> w,
+                                                    Vec<int32_t>& gi, Vec<int32_t>& gj) {
 #if defined(__AVX512F__)
   const __mmask16 above = _mm512_cmp_ps_mask((__m512)xi, (__m512)xj, _CMP_GT_OQ);
   gi = (Vec<int32_t>)_mm512_mask_add_epi32((__m512i)gi, above, (__m512i)gi, (__m512i)w);
@@ -60,8 +65,8 @@ inline __attribute__((always_inline)) void add_sign(Vec<float> xi, Vec<float> xj
 #endif
 }
 
-// sums_i += sum_j w_ij [x_i > x_j] over pairs i < j, sums_j -= the same; with `both`, also the pairs where x_i < x_j, mirrored, so that
-// ties count for nothing.
+// sums_i += sum_j w_ij [x_i > x_j] over pairs i < j, sums_j -= the same; with `both`, also the pairs where
+// x_i < x_j, mirrored, so that ties count for nothing.
 template <bool both>
 inline void sign_pairs(const float* x, const int32_t* weights, int64_t batch, int32_t* sums) {
   for (int64_t i = 0; i < batch * L; i += L) store(sums + i, Vec<int32_t>{});
@@ -111,11 +116,13 @@ inline bool may_tie(const Tile<float>& t, int64_t batch, uint32_t* keys) {
   sort_keys(t, batch, keys);
   const uint32_t bound = uint32_t{1} << bits_for(batch);
   uint32_t same = 0;
-  for (int64_t i = 0; i + 1 < batch; ++i) same |= lanes_below(load(keys + i * L) ^ load(keys + (i + 1) * L), bound);
+  for (int64_t i = 0; i + 1 < batch; ++i)
+    same |= lanes_below(load(keys + i * L) ^ load(keys + (i + 1) * L), bound);
   return same != 0;
 }
 
-inline void l1_pair_tiles(const DiversityParams& p, int64_t first, int64_t last, void* workspace, double* values) {
+inline void l1_pair_tiles(const DiversityParams& p, int64_t first, int64_t last, void* workspace,
+                          double* values) {
   const int64_t B = p.batch;
   const int32_t* weights = static_cast<const int32_t*>(p.weights);
   float* x = static_cast<float*>(workspace);
@@ -132,18 +139,20 @@ inline void l1_pair_tiles(const DiversityParams& p, int64_t first, int64_t last,
       sign_pairs<true>(x, weights, B, sums);
     else
       sign_pairs<false>(x, weights, B, sums);
-    // Without ties, sum_j w sign(x_i - x_j) = 2 sum_j w [x_i > x_j] - sum_j w for i < j, and its mirror image for i > j. The sums are
-    // taken modulo 2^32; the result fits.
-    values[tile] = finish_tile<float>(p, tile * L, t, 2.0 * p.weight_unit, [&](int64_t i) __attribute__((always_inline)) {
-      Vec<int32_t> sum = load(sums + i * L);
-      if (!both) sum = sum + sum - p.offsets[i];
-      return __builtin_convertvector(sum, Vec<float>);
-    });
+    // Without ties, sum_j w sign(x_i - x_j) = 2 sum_j w [x_i > x_j] - sum_j w for i < j, and its mirror image
+    // for i > j. The sums are taken modulo 2^32; the result fits.
+    values[tile] = finish_tile<float>(p, tile * L, t, 2.0 * p.weight_unit,
+                                      [&](int64_t i) __attribute__((always_inline)) {
+                                        Vec<int32_t> sum = load(sums + i * L);
+                                        if (!both) sum = sum + sum - p.offsets[i];
+                                        return __builtin_convertvector(sum, Vec<float>);
+                                      });
   }
 }
 
 template <class T>
-inline void l1_pair_tiles_plain(const DiversityParams& p, int64_t first, int64_t last, void* workspace, double* values) {
+inline void l1_pair_tiles_plain(const DiversityParams& p, int64_t first, int64_t last, void* workspace,
+                                double* values) {
   const int64_t B = p.batch;
   const T* weights = static_cast<const T*>(p.weights);
   T* x = static_cast<T*>(workspace);
@@ -163,7 +172,8 @@ inline void l1_pair_tiles_plain(const DiversityParams& p, int64_t first, int64_t
       }
       store(g + i * lanes<T>, sum);
     }
-    values[tile] = finish_tile<T>(p, tile * lanes<T>, t, 2.0, [&](int64_t i) { return load(g + i * lanes<T>); });
+    values[tile] =
+        finish_tile<T>(p, tile * lanes<T>, t, 2.0, [&](int64_t i) { return load(g + i * lanes<T>); });
   }
 }
 
@@ -209,7 +219,8 @@ inline void difference_pairs(const T* x, const T* weights, int64_t batch, T* g) 
 }
 
 template <class T>
-inline void square_pair_tiles(const DiversityParams& p, int64_t first, int64_t last, void* workspace, double* values) {
+inline void square_pair_tiles(const DiversityParams& p, int64_t first, int64_t last, void* workspace,
+                              double* values) {
   constexpr int N = lanes<T>;
   T* x = static_cast<T*>(workspace);
   T* g = x + p.batch * N;
@@ -226,7 +237,8 @@ inline void square_pair_tiles(const DiversityParams& p, int64_t first, int64_t l
 }
 
 template <class T, bool squared>
-inline void distance_tiles(const DiversityParams& p, int64_t first, int64_t last, void* workspace, double* distances) {
+inline void distance_tiles(const DiversityParams& p, int64_t first, int64_t last, void* workspace,
+                           double* distances) {
   constexpr int N = lanes<T>;
   const int64_t B = p.batch;
   T* x = static_cast<T*>(workspace);

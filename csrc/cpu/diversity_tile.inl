@@ -1,4 +1,5 @@
-// Tiles: one vector of features, all rows of the batch. Loading widens, finishing stores the gradient and sums the value.
+// Tiles: one vector of features, all rows of the batch. Loading widens, finishing stores the gradient and
+// sums the value.
 #pragma once
 
 #include "cpu/vec.h"
@@ -63,8 +64,8 @@ inline T largest(Vec<T> v) {
   return m;
 }
 
-// Rows lie a page or more apart, which no hardware prefetcher follows: asks for this row of the next tile, and for the line that
-// this tile's gradient will take.
+// Rows lie a page or more apart, which no hardware prefetcher follows: asks for this row of the next tile,
+// and for the line that this tile's gradient will take.
 template <class T>
 inline void prefetch_row(const DiversityParams& p, int64_t row, int64_t feature) {
   const int64_t next = row * p.row_stride + feature + lanes<T>;
@@ -100,10 +101,11 @@ inline Tile<T> load_tile(const DiversityParams& p, int64_t feature, T* x) {
   return t;
 }
 
-// Stores scale * g(row) as the gradient (times p.gradient_scale) and returns sum x g; x is taken from the middle of its range,
-// which changes nothing as each column of g sums to 0, but the rounding.
+// Stores scale * g(row) as the gradient (times p.gradient_scale) and returns sum x g; x is taken from the
+// middle of its range, which changes nothing as each column of g sums to 0, but the rounding.
 template <class T, class Column>
-inline double finish_tile(const DiversityParams& p, int64_t feature, const Tile<T>& t, double scale, Column g) {
+inline double finish_tile(const DiversityParams& p, int64_t feature, const Tile<T>& t, double scale,
+                          Column g) {
   const Vec<T> middle = t.low + (t.high - t.low) * T(0.5);
   const Vec<T> stored = splat(static_cast<T>(scale * p.gradient_scale));
   double value = 0;

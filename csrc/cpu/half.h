@@ -1,4 +1,5 @@
-// Half-precision numbers, one at a time. Internal linkage: objects for different instruction sets each have their own copy.
+// Half-precision numbers, one at a time. Internal linkage: objects for different instruction sets each have
+// their own copy.
 #pragma once
 
 #include <cstdint>
@@ -12,7 +13,9 @@ static inline float bits_to_float(uint32_t bits) {
   return value;
 }
 
-[[maybe_unused]] static inline float bf16_to_float(uint16_t b) { return bits_to_float(static_cast<uint32_t>(b) << 16); }
+[[maybe_unused]] static inline float bf16_to_float(uint16_t b) {
+  return bits_to_float(static_cast<uint32_t>(b) << 16);
+}
 
 [[maybe_unused]] static inline float half_to_float(uint16_t h) {
   const uint32_t magnitude = h & 0x7fffu;

@@ -7,9 +7,9 @@
 
 namespace kegfast {
 
-#define KEGFAST_DECLARE_PEAK(isa)             \
-  namespace isa {                             \
-  int64_t issue_vectors(int64_t rounds);      \
+#define KEGFAST_DECLARE_PEAK(isa)        \
+  namespace isa {                        \
+  int64_t issue_vectors(int64_t rounds); \
   }
 KEGFAST_EACH_ISA(KEGFAST_DECLARE_PEAK)
 #undef KEGFAST_DECLARE_PEAK

@@ -1,5 +1,5 @@
-// Vectors of the instruction set that this object is compiled for, on GCC's vector extensions. Included by .inl files only:
-// everything lives in `namespace kegfast::KEGFAST_ISA` (see cmake/Isa.cmake).
+// Vectors of the instruction set that this object is compiled for, on GCC's vector extensions. Included by
+// .inl files only: everything lives in `namespace kegfast::KEGFAST_ISA` (see cmake/Isa.cmake).
 #pragma once
 
 #include <cstdint>
@@ -34,19 +34,33 @@ template <class T>
 constexpr int lanes = kVectorBytes / static_cast<int>(sizeof(T));
 
 template <class T>
-inline Vec<T> load(const T* p) { return *reinterpret_cast<const Vec<T>*>(p); }
+inline Vec<T> load(const T* p) {
+  return *reinterpret_cast<const Vec<T>*>(p);
+}
 template <class T>
-inline Vec<T> load_unaligned(const T* p) { return *reinterpret_cast<const typename VecOf<T>::unaligned*>(p); }
+inline Vec<T> load_unaligned(const T* p) {
+  return *reinterpret_cast<const typename VecOf<T>::unaligned*>(p);
+}
 template <class T>
-inline void store(T* p, Vec<T> v) { *reinterpret_cast<Vec<T>*>(p) = v; }
+inline void store(T* p, Vec<T> v) {
+  *reinterpret_cast<Vec<T>*>(p) = v;
+}
 template <class T>
-inline void store_unaligned(T* p, Vec<T> v) { *reinterpret_cast<typename VecOf<T>::unaligned*>(p) = v; }
+inline void store_unaligned(T* p, Vec<T> v) {
+  *reinterpret_cast<typename VecOf<T>::unaligned*>(p) = v;
+}
 template <class T>
-inline Vec<T> splat(T value) { return value - Vec<T>{}; }
+inline Vec<T> splat(T value) {
+  return value - Vec<T>{};
+}
 template <class V>
-inline V vmin(V a, V b) { return a < b ? a : b; }
+inline V vmin(V a, V b) {
+  return a < b ? a : b;
+}
 template <class V>
-inline V vmax(V a, V b) { return a > b ? a : b; }
+inline V vmax(V a, V b) {
+  return a > b ? a : b;
+}
 
 inline Vec<float> vsqrt(Vec<float> v) {
 #if defined(__AVX512F__)
