@@ -4,10 +4,14 @@ import importlib.util
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+import torch
+
+import kegfast
 
 ROOT = Path(__file__).parents[1]
 TORCH = Path(importlib.util.find_spec("torch").origin).parent
@@ -183,3 +187,33 @@ def test_every_function_of_torch_that_is_called_exists(compiled):
         torch_names = {name for name in names if name.startswith(("aoti_torch", "torch_"))}
         assert torch_names - FROM_CUDA_TORCH <= exported
         assert all(f"{name}(" in declared for name in torch_names & FROM_CUDA_TORCH)
+
+
+LOAD = """
+import sys, torch, kegfast
+torch.ops.load_library(sys.argv[1])
+for name in ("diversity_forward", "tucker2", "tucker2_forward", "tucker2_backward", "tucker2_as"):
+    assert torch._C._dispatch_has_kernel_for_dispatch_key(f"kegfast::{name}", "CUDA"), name
+torch.ops.kegfast.cuda_allow_tf32(False)
+"""
+
+
+@pytest.mark.skipif(not kegfast.build_info()["native"], reason="the schemas are in kegfast's compiled part")
+@pytest.mark.skipif(torch.version.cuda is not None, reason="kegfast has loaded its own")
+def test_the_library_loads_and_registers_every_operator(compiled, tmp_path):
+    source = tmp_path / "torch_cuda.cpp"
+    source.write_text("".join(f'extern "C" void {name}() {{}}\n' for name in FROM_CUDA_TORCH))
+    stand_in, library = tmp_path / "libtorch_cuda.so", tmp_path / "_cuda.so"
+    subprocess.check_call(["g++", "-shared", "-fPIC", str(source), "-o", str(stand_in)])
+    objects = [str(compiled[name].object) for name in SOURCES]
+    command = [
+        "nvcc",
+        "-shared",
+        *objects,
+        str(TORCH / "lib/libtorch_cpu.so"),
+        str(stand_in),
+        "-o",
+        str(library),
+    ]
+    subprocess.check_call(command)
+    subprocess.run([sys.executable, "-c", LOAD, str(library)], check=True)

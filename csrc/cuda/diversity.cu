@@ -6,7 +6,7 @@
 #include <limits>
 #include <tuple>
 
-#include "../check.h"
+#include "check.h"
 #include "diversity_plan.h"
 #include "launch.h"
 

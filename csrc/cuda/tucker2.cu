@@ -7,7 +7,7 @@
 #include <optional>
 #include <tuple>
 
-#include "../check.h"
+#include "check.h"
 #include "launch.h"
 #include "tucker2_plan.h"
 
