@@ -308,15 +308,19 @@ Tensor tucker2_pack(const Tensor& first, const Tensor& core, const Tensor& last,
 // i], per tap.
 void reduce(const float* sums, int64_t copies, int64_t copy_floats, int64_t taps, int64_t inner,
             int64_t outer,
-            const Tensor& to) {  // sums (taps, outer, inner) -> to (inner, outer, taps)
-  float* out = to.mutable_data_ptr<float>();
-  for (int64_t i = 0; i < inner; ++i)
+            const Tensor& to) {   // sums (taps, outer, inner) -> to (inner, outer, taps)
+  constexpr int64_t kBlock = 16;  // lines written at a time
+  float* const out = to.mutable_data_ptr<float>();
+  for (int64_t begin = 0; begin < inner; begin += kBlock) {
+    const int64_t end = std::min(begin + kBlock, inner);
     for (int64_t j = 0; j < outer; ++j)
-      for (int64_t t = 0; t < taps; ++t) {
-        float sum = 0;
-        for (int64_t c = 0; c < copies; ++c) sum += sums[c * copy_floats + (t * outer + j) * inner + i];
-        *out++ = sum;
-      }
+      for (int64_t t = 0; t < taps; ++t)
+        for (int64_t i = begin; i < end; ++i) {
+          float sum = 0;
+          for (int64_t c = 0; c < copies; ++c) sum += sums[c * copy_floats + (t * outer + j) * inner + i];
+          out[(i * outer + j) * taps + t] = sum;
+        }
+  }
 }
 
 Tensor like_weight(const Tensor& w, bool needed) {
