@@ -98,7 +98,9 @@ int main(int count, char**) {
     std::vector<float> out(32);
     return emulate_past_the_end(out.data());
   }
-  const int failures = all<float>(0) + all<uint16_t>(1) + all<uint16_t>(2);
+  // Beyond one block's shared memory: the merged sort.
+  const int failures =
+      diversity<float>(4100, 1, 1, 0, 0, 0) + all<float>(0) + all<uint16_t>(1) + all<uint16_t>(2);
   if (failures != 0) std::fprintf(stderr, "%d failed: %s %s\n", failures, diversity_error(), tucker2_error());
   return failures != 0;
 }
