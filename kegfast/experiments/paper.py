@@ -14,7 +14,7 @@ Ranks = Mapping[str, tuple[int, int]]
 METHODS = ("tucker-only", "uniform", "gaussian", "procedural", "kegnet", "kegfast", "oracle")
 """What a compressed student is taught with: nothing, noise, dead leaves, the published generators, the
 default recipe, real unlabelled training samples. The default recipe solves the factors on dead leaves before
-it teaches with them; for tables, where there are none, on its generators' rows."""
+it teaches with them; for tables, on Gaussian rows and on rows that the teacher is sure of."""
 
 
 @dataclass(frozen=True)

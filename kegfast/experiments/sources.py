@@ -12,17 +12,18 @@ from torch import Tensor, nn
 
 from kegfast.data import DataInfo
 from kegfast.data.splits import Samples
-from kegfast.distillation import GaussianNoise, InMemory, Pool, UniformNoise
+from kegfast.distillation import GaussianNoise, InMemory, Mixture, Pool, UniformNoise
 from kegfast.distillation.sources import Source
 from kegfast.experiments.ledger import Ledger
 from kegfast.experiments.paper import Config, Paper
-from kegfast.extraction import RECIPES, Generators, Recipe, extract
+from kegfast.extraction import RECIPES, Generators, extract
+from kegfast.extraction.langevin import Langevin
 from kegfast.extraction.procedural import DeadLeaves
 from kegfast.loop import mix
 
 PROBES = ("uniform", "gaussian", "procedural", "kegnet")
 """Sources whose samples judge a student that was taught with another."""
-MADE_OF = {"kegfast": ("procedural",)}
+MADE_OF = {"kegfast": ("procedural", "gaussian")}
 """Sources that a recipe draws from, and that must not judge its students."""
 
 
@@ -98,48 +99,49 @@ class Sources:
             return DeadLeaves(shape, self.info.mean, self.info.std)
         if method == "oracle":
             return InMemory(self.train.tensors[0])
-        return self.generators(method)
+        if method == "kegfast":
+            sure = Langevin(self.teacher, self.info.num_classes, shape)
+            return Mixture([GaussianNoise(shape), sure])
+        return self.generators()
 
-    def generators(self, recipe: str) -> Generators:
-        """The generators of the paper ("kegnet") or of the default recipe ("kegfast")."""
-        path = self.output / f"generators-{recipe}-{self.seed}.safetensors"
+    def generators(self) -> Generators:
+        """The paper's generators, trained where there are none yet."""
+        path = self.output / f"generators-{self.seed}.safetensors"
         if path.exists():
             return Generators.load(path)
         start = time.monotonic()
         checkpoint = path.with_suffix(".pt")
+        recipe = replace(
+            RECIPES["paper"],
+            learning_rate=self.paper.generator_lr,
+            beta=self.paper.beta,
+            steps=self.config.generator_steps,
+            batch_size=self.config.generator_batch,
+        )
         made = extract(
             self.teacher,
             num_classes=self.info.num_classes,
             sample_shape=self.info.sample_shape,
-            recipe=self._recipe(recipe),
-            input_range=self.info.input_range,
-            seed=mix(self.seed, crc32(recipe.encode())),
+            recipe=recipe,
+            seed=mix(self.seed, crc32(b"generators")),
             checkpoint=checkpoint,
             resume=True,
             progress=self.progress,
-            label=f"{recipe} generators",
+            label="generators",
         )
-        made.save(path)
         seconds = time.monotonic() - start
-        self.ledger.cell(_key(recipe, self.seed), lambda: {"seconds": seconds, "history": made.history})
+        self.ledger.cell(self.key, lambda: {"seconds": seconds, "history": made.history})
+        made.save(path)
         checkpoint.unlink(missing_ok=True)
         return made
 
-    def _recipe(self, name: str) -> Recipe:
-        config = self.config
-        size = {"steps": config.generator_steps, "batch_size": config.generator_batch}
-        if name == "kegnet":
-            return replace(
-                RECIPES["paper"], learning_rate=self.paper.generator_lr, beta=self.paper.beta, **size
-            )
-        return replace(RECIPES["kegfast"], **size)
+    @property
+    def key(self) -> str:
+        """The generators' cell in the ledger."""
+        return f"generators/{self.seed}"
 
     def _training_seconds(self, method: str) -> float:
-        return self.ledger.cells.get(_key(method, self.seed), {"seconds": 0.0})["seconds"]
-
-
-def _key(recipe: str, seed: int) -> str:
-    return f"generators/{recipe}/{seed}"
+        return self.ledger.cells[self.key]["seconds"] if method == "kegnet" else 0.0
 
 
 @contextmanager

@@ -119,18 +119,15 @@ def page(study: Study, found: Sequence[dict[str, Any]], seed: int, path: Path) -
     )
     result.table(HEADERS, [cells(row) for row in found])
     sources = study.sources(seed)
-    recipes = [name for name in ("kegnet", "kegfast") if f"generators/{name}/{seed}" in study.ledger.cells]
-    for recipe in recipes:
-        _generators(result, study, sources.generators(recipe), recipe, seed)
+    if sources.key in study.ledger.cells:
+        _generators(result, study.ledger.cells[sources.key]["history"], sources.generators(), seed)
     _samples(result, study, sources)
     result.write(path)
 
 
-def _generators(page: Page, study: Study, generators: Generators, recipe: str, seed: int) -> None:
-    history = study.ledger.cells[f"generators/{recipe}/{seed}"]["history"]
-    page.section(
-        f"Generators of the recipe {recipe}", f"{len(generators)} generators, {history[-1]['step']} steps."
-    )
+def _generators(page: Page, history: list[dict[str, float]], generators: Generators, seed: int) -> None:
+    steps = history[-1]["step"]
+    page.section("KegNet's generators", f"{len(generators)} generators, {steps} steps.")
     terms = [name for name in history[0] if name not in ("step", "agreement")]
 
     def curves(axes: Any) -> None:
@@ -208,8 +205,7 @@ def _samples(page: Page, study: Study, sources: Sources) -> None:
 
 def _made(study: Study, sources: Sources, method: str) -> bool:
     """Whether showing a source would not train its generators first."""
-    needs = method in ("kegnet", "kegfast")
-    return not needs or f"generators/{method}/{sources.seed}" in study.ledger.cells
+    return method != "kegnet" or sources.key in study.ledger.cells
 
 
 def _percent(value: float | None) -> str:

@@ -97,7 +97,7 @@ def test_table_and_report_of_a_tabular_set(table_paper, tmp_path):
     assert 0.9 * own["params"] < budget["params"] <= own["params"]
     assert tables.table(result.study, result.rows).row_count == len(result.rows) + 2
     page = result.report.read_text(encoding="utf-8")
-    assert "Generators of the recipe kegnet" in page
+    assert "generators, 2 steps" in page
     assert "tucker-only" in page
     json.dumps(result.rows, allow_nan=False)
 
