@@ -72,11 +72,11 @@ def table(study: Study, found: Sequence[dict[str, Any]]) -> Table:
         result.add_column(name, justify="right", no_wrap=True)
     group = None
     for row in found:
-        *before, method = cells(row)[:3]
-        if before != group:
-            group = before
-            result.add_row("[bold]" + " ".join(before))
-        result.add_row(method, *cells(row)[3:])
+        label, ranks, method, *numbers = cells(row)
+        if group != (row["student"], ranks):
+            group = row["student"], ranks
+            result.add_row(f"[bold]{label} {ranks}")
+        result.add_row(method, *numbers)
     return result
 
 
