@@ -114,7 +114,7 @@ class Study:
         """Freshly compressed students, among which agreement on other sources' samples decides.
 
         The default recipe adds those whose factors are solved anew on its artificial samples, with the
-        BatchNorm statistics of these samples and with the teacher's.
+        BatchNorm statistics that `compress` gives them and with the teacher's.
         """
         if number not in self.paper.students:
             raise ValueError(expected("students", f"of {sorted(self.paper.students)}", number))
