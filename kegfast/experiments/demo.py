@@ -73,7 +73,7 @@ class DemoConfig:
     teacher_batch: int = 64
     teacher_lr: float = 3e-3
     generators: int = 5
-    generator_steps: int = 300
+    generator_steps: int = 500
     generator_batch: int = 64
     generator_lr: float = 2e-3
     batch_norm: float = 0.1
@@ -88,6 +88,13 @@ class DemoConfig:
     batchnorm: Mapping[str, str] = field(default_factory=lambda: dict(_BATCHNORM))
     latency_batch: int = 64
     latency_rounds: int = 15
+
+    def __post_init__(self) -> None:
+        """Refuses what would only fail minutes later."""
+        for name, value in vars(self).items():
+            counts = name.endswith(("_steps", "_batch", "_rounds")) or name in ("generators", "pool")
+            if counts and (not isinstance(value, int) or value < 1):
+                raise ValueError(expected(name, "a positive int", value))
 
 
 def run_demo(
