@@ -3,6 +3,7 @@
 import json
 import os
 import secrets
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,8 +28,15 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
     Yields:
         A path in the same folder, which does not exist yet. A reader therefore sees the old file or the
         whole new one, and a failure (a full disk, Ctrl-C) leaves the old one and nothing else.
+
+    Raises:
+        OSError: the file cannot be written.
+        ValueError: `path` is a folder or a device, which a file must not take the place of.
     """
     path = Path(path).resolve()
+    if path.exists() and not path.is_file():
+        kind = "a folder" if path.is_dir() else "a device or a pipe"
+        raise ValueError(f"{path} must be a file, new or to be replaced, got {kind}")
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
@@ -87,7 +95,9 @@ def read_checkpoint(path: str | Path) -> Any:
     """
     with open(path, "rb") as file:
         try:
-            return torch.load(file, map_location="cpu", weights_only=True)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # its remarks on pickle protocols: the error below says it
+                return torch.load(file, map_location="cpu", weights_only=True)
         except OSError:
             raise
         except Exception as error:  # on foreign bytes the unpickler fails in any way

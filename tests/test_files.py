@@ -1,6 +1,7 @@
 """Atomic writing, and weights from files that nobody vouches for."""
 
 import json
+import os
 import pickle
 import subprocess
 import sys
@@ -74,6 +75,14 @@ except OSError as error:
     assert done.stdout.strip() == "File too large"
     assert read_tensors(path)[0]["a"].shape == (2,)
     assert leftovers(tmp_path, "weights.safetensors") == []
+
+
+def test_a_device_is_not_replaced_by_a_file(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for path, kind in ((tmp_path / "pipe", "a device or a pipe"), (tmp_path, "a folder")):
+        with pytest.raises(ValueError, match=kind), atomic_write(path) as temporary:
+            temporary.write_text("new")
+    assert (tmp_path / "pipe").is_fifo()
 
 
 def test_write_json_refuses_what_json_cannot_hold(tmp_path):
