@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import DataLoader, Dataset
 
-from kegfast.check import expected
+from kegfast.check import describe, expected
 from kegfast.compression.decompose import Metric
 from kegfast.compression.surgery import Site, factored_layers, tail_of
 
@@ -130,7 +130,11 @@ def evaluation(model: nn.Module) -> Iterator[None]:
 
 @torch.no_grad()
 def trace(model: nn.Module, sites: Sequence[Site], inputs: Inputs) -> dict[str, Traffic]:
-    """Runs the model once and notes the shapes at every site that ran."""
+    """Runs the model once and notes the shapes at every site that ran.
+
+    Raises:
+        ValueError: the model does not take `inputs`.
+    """
     traffic: dict[str, Traffic] = {}
     handles = []
     for site in sites:
@@ -142,6 +146,9 @@ def trace(model: nn.Module, sites: Sequence[Site], inputs: Inputs) -> dict[str, 
     try:
         with evaluation(model):
             model(*inputs)
+    except (RuntimeError, ValueError, TypeError, IndexError) as error:
+        got = ", ".join(map(describe, inputs))
+        raise ValueError(f"example_input must be what the model takes, got {got}: {error}") from error
     finally:
         for handle in handles:
             handle.remove()

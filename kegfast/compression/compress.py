@@ -93,7 +93,7 @@ def compress(
     """
     if isinstance(budget, int) and isinstance(model, nn.Module):
         budget = {"params": budget / max(count_parameters(model), 1)}
-    _check(model, rank, budget, example_input, round_to)
+    _check(model, rank, budget, example_input, samples, round_to)
     student = model if inplace else clone(model)
     sites = survey(student)
     selected = select(sites, include, exclude, rank)
@@ -130,6 +130,7 @@ def _check(
     rank: RankRules,
     budget: Mapping[str, float] | None,
     example_input: Any,
+    samples: int,
     round_to: int | None,
 ) -> None:
     if not isinstance(model, nn.Module):
@@ -138,6 +139,8 @@ def _check(
         raise TypeError("model must be a plain module, got a TorchScript one")
     if round_to is not None and (not isinstance(round_to, int) or round_to < 1):
         raise ValueError(expected("round_to", "a positive int", round_to))
+    if isinstance(samples, bool) or not isinstance(samples, int) or samples < 2:
+        raise ValueError(expected("samples", "an int of at least 2", samples))
     if budget is None:
         return
     if not isinstance(budget, Mapping) or len(budget) != 1 or next(iter(budget)) not in costs.KINDS:

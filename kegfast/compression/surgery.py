@@ -78,6 +78,8 @@ def _owners(model: nn.Module) -> dict[int, set[str]]:
 def _opaque(module: nn.Module) -> str | None:
     if isinstance(module, nn.MultiheadAttention | nn.TransformerEncoderLayer):
         return f"inside {type(module).__name__}, which reads its layers' weights itself"
+    if is_factored(module):
+        return "a factor already; kegfast.densify first to choose its ranks anew"
     if isinstance(module, torch.jit.ScriptModule):
         return "compiled by TorchScript"
     return None

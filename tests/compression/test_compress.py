@@ -60,6 +60,15 @@ def test_shared_layers_are_handled_once():
     assert isinstance(by_alias.shared, TuckerConv2d)
 
 
+def test_factors_are_not_factorised_again():
+    torch.manual_seed(0)
+    once, first = compress(odd(), 0.5)
+    twice, second = compress(once, 0.5)
+    assert twice.state_dict().keys() == once.state_dict().keys()
+    assert first.ranks and not any(name.startswith(tuple(first.ranks)) for name in second.ranks)
+    assert "densify first" in {entry.reason.partition("kegfast.")[2][:13] for entry in second.layers}
+
+
 def test_reasons_of_layers_that_stay():
     model = nn.ModuleDict(
         {
