@@ -131,7 +131,9 @@ def run_steps(
                 update(run.done, entry)
                 if metrics is not None:
                     metrics.write(label, run.done, run.seconds(), entry)
-            run.save_if_due()
+            if run.due() or interrupted.is_set():
+                _read(values, label, run.done)  # what has diverged must not replace what has not
+                run.save()
         run.save()
     if run.done < steps:
         raise KeyboardInterrupt(f"{label} stopped at step {run.done} of {steps}")
@@ -154,9 +156,8 @@ class _Run:
     def seconds(self) -> float:
         return time.monotonic() - self.started
 
-    def save_if_due(self) -> None:
-        if time.monotonic() - self.saved >= CHECKPOINT_SECONDS:
-            self.save()
+    def due(self) -> bool:
+        return time.monotonic() - self.saved >= CHECKPOINT_SECONDS
 
     def save(self) -> None:
         if self.path is None:

@@ -180,9 +180,9 @@ def test_divergence_stops_the_run_and_keeps_the_last_checkpoint(tmp_path, monkey
     def step(i: int):
         return {**toy.step(i), "loss": bad if i >= 20 else 1.0}
 
-    with pytest.raises(FloatingPointError, match=r"loss is .* at step 30"):
+    with pytest.raises(FloatingPointError, match=r"loss is .* at step 21"):
         toy.run(step, checkpoint=tmp_path / "run.pt")
-    assert loop.read_checkpoint(tmp_path / "run.pt")["done"] == 29
+    assert loop.read_checkpoint(tmp_path / "run.pt")["done"] == 20  # no diverged state
 
 
 def test_values_are_read_from_the_device_only_when_logged():
