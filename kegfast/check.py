@@ -8,7 +8,9 @@ def describe(value: object) -> str:
     if isinstance(value, torch.Tensor):
         dtype = str(value.dtype).removeprefix("torch.")
         return f"a {dtype} tensor of shape {tuple(value.shape)} on {value.device}"
-    text = repr(value)
+    if isinstance(value, tuple | list) and any(isinstance(part, torch.Tensor) for part in value):
+        return f"a {type(value).__name__} of {', '.join(map(describe, value))}"
+    text = " ".join(repr(value).split())
     if len(text) > 80:
         text = text[:77] + "..."
     return f"{text} ({type(value).__name__})"

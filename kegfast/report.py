@@ -1,4 +1,4 @@
-"""report.html: one self-contained file of tables, charts and image grids. Charts are inline SVG, images inline PNG."""
+"""report.html: one self-contained file of tables, charts and image grids (inline SVG and PNG)."""
 
 import base64
 import html
@@ -50,7 +50,9 @@ class Page:
         if text:
             self._parts.append(f"<p>{html.escape(text)}</p>")
 
-    def table(self, headers: Sequence[str], rows: Sequence[Sequence[object]], best: Sequence[int] = ()) -> None:
+    def table(
+        self, headers: Sequence[str], rows: Sequence[Sequence[object]], best: Sequence[int] = ()
+    ) -> None:
         """Add a table.
 
         Args:
@@ -65,7 +67,9 @@ class Page:
             body += "<tr>" + "".join(f"<td{mark}>{html.escape(str(cell))}</td>" for cell in row) + "</tr>"
         self._parts.append(f'<div class="scroll"><table><tr>{head}</tr>{body}</table></div>')
 
-    def chart(self, draw: Callable[[Axes], None], caption: str, size: tuple[float, float] = (7.2, 3.6)) -> None:
+    def chart(
+        self, draw: Callable[[Axes], None], caption: str, size: tuple[float, float] = (7.2, 3.6)
+    ) -> None:
         """Add a chart as inline SVG.
 
         Args:

@@ -72,9 +72,15 @@ def train(
     per_epoch = size // batch_size
     if (steps is None) == (epochs is None):
         raise ValueError(f"steps or epochs must be given, one of them, got {steps} and {epochs}")
-    total = _positive("steps", steps if epochs is None else math.ceil(epochs * per_epoch))
+    if not 0 <= weight_decay < math.inf:
+        raise ValueError(expected("weight_decay", "a number of at least 0", weight_decay))
+    if not 0 <= label_smoothing <= 1:
+        raise ValueError(expected("label_smoothing", "a share in [0, 1]", label_smoothing))
+    if epochs is not None and not 0 < epochs < math.inf:
+        raise ValueError(expected("epochs", "a positive number", epochs))
     if shift < 0:
         raise ValueError(expected("shift", "pixels, 0 or more", shift))
+    total = _positive("steps", steps if epochs is None else math.ceil(epochs * per_epoch))
     place = _place(model, device)
     updates = _optimizer(model, optimizer, lr, weight_decay)
     schedule = torch.optim.lr_scheduler.LambdaLR(updates, warmup_cosine(total))

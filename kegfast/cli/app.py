@@ -4,6 +4,7 @@ import argparse
 import logging
 import shlex
 import sys
+import warnings
 from collections.abc import Sequence
 from typing import NoReturn
 
@@ -49,7 +50,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return int(stop.code or 0)
     _log_to_stderr(args.verbose)
     try:
-        COMMANDS[args.command].run(args)
+        with warnings.catch_warnings():
+            if not args.verbose:
+                warnings.simplefilter("ignore")  # other libraries': errors here are one line
+            COMMANDS[args.command].run(args)
     except BAD_INPUT as error:
         logging.getLogger(__name__).debug("", exc_info=error)
         return _complain(f"kegfast {args.command}", error)

@@ -54,7 +54,7 @@ def run(args: argparse.Namespace) -> None:
     torch.manual_seed(args.seed)
     student, report = compression.compress(
         model, parse_ranks(args.rank), include=args.include, exclude=args.exclude,
-        budget=parse_budget(args.budget), example_input=_example(args.example, device),
+        budget=parse_budget(args.budget), example_input=_example(args.example, model),
         calibration=_calibration(args, info, device), samples=args.samples, round_to=args.round_to,
     )  # fmt: skip
     options.save_model(student, args.out, args.model)
@@ -99,13 +99,14 @@ def _rule(text: str) -> Any:
         return text  # a rule's name, which compress checks
 
 
-def _example(text: str | None, device: Any) -> Any:
+def _example(text: str | None, model: Any) -> Any:
     import torch
 
     if text is None:
         return None
+    like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
     try:
-        return torch.randn([int(n) for n in text.split(",")], device=device)
+        return torch.randn([int(n) for n in text.split(",")], device=like.device, dtype=like.dtype)
     except (ValueError, RuntimeError) as error:
         raise ValueError(f"example must be a shape such as 1,3,224,224, got {text!r}") from error
 

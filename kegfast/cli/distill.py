@@ -18,10 +18,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--pool", type=int, help="draw so many samples once, instead of fresh ones at each step"
     )
     parser.add_argument("--loss", default="soft_target", help="e.g. soft_target+rkd_distance:25")
-    parser.add_argument("--temperature", type=float, default=4.0, help="default 4")
+    parser.add_argument("--temperature", type=options.number, default=4.0, help="default 4")
     parser.add_argument("--steps", type=int, default=1000, help="default 1000")
     parser.add_argument("--batch-size", type=int, default=128, help="default 128")
-    parser.add_argument("--lr", type=float, default=1e-3, help="learning rate of Adam (default 1e-3)")
+    parser.add_argument("--lr", type=options.number, default=1e-3, help="of Adam (default 1e-3)")
     parser.add_argument(
         "--student-batchnorm", choices=("train", "eval"), default="train",
         help="eval keeps the running statistics: for noise (default train)",

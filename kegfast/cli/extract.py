@@ -15,7 +15,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument("--steps", type=int, help="default: the recipe's")
     parser.add_argument("--batch-size", type=int, help="samples per generator; default: the recipe's")
-    parser.add_argument("--lr", type=float, help="learning rate; default: the recipe's")
+    parser.add_argument("--lr", type=options.number, help="learning rate; default: the recipe's")
     options.add_compute(parser)
     options.add_run(parser, "extract")
 

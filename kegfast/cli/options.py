@@ -3,6 +3,7 @@
 import argparse
 import importlib
 import json
+import math
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,8 +18,17 @@ if TYPE_CHECKING:  # the commands' own imports are heavy, and --help should not 
     from kegfast.loop import MetricsLog
 
 MODELS = ("lenet5", "resnet14", "mlp")
+METRICS = "metrics.jsonl"
 NOT_THE_RUN = {"command", "config", "out", "resume", "verbose", "device"}
 """Options that may differ when a run is resumed."""
+
+
+def number(text: str) -> float:
+    """A finite number, as an option's type."""
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(text)
+    return value
 
 
 def add_model(parser: argparse.ArgumentParser, weights: str | None = "required") -> None:
@@ -52,7 +62,7 @@ def add_samples(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--num-classes", type=int, help="number of logits")
     for name in ("--mean", "--std"):
         parser.add_argument(
-            name, type=float, nargs="+", default=[], metavar="X",
+            name, type=number, nargs="+", default=[], metavar="X",
             help="of the images' normalisation, per channel, for pixels in [0, 1]",
         )  # fmt: skip
 
@@ -67,6 +77,8 @@ def sample_info(args: argparse.Namespace) -> "DataInfo":
         raise ValueError("data must be given, or sample-shape and num-classes in its place")
     if args.num_classes < 2:
         raise ValueError(f"num-classes must be 2 or more, got {args.num_classes}")
+    if min(args.std, default=1.0) <= 0:
+        raise ValueError(f"std must be above 0, got {min(args.std)}")
     if len(args.mean) != len(args.std) or len(args.mean) not in (0, args.sample_shape[0]):
         raise ValueError(f"mean and std must have {args.sample_shape[0]} values each, one per channel")
     shape = tuple(args.sample_shape)
@@ -126,8 +138,10 @@ def pick_device(name: str) -> "torch.device":
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:
+        device = torch.empty(0, device=name).device
+        torch.zeros(1, device=device).item()  # meta has no values
+        return device
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ValueError(f"device must be one that this torch can use, got {name!r}") from error
 
 
@@ -205,7 +219,8 @@ def check_fit(model: "nn.Module", info: "DataInfo") -> None:
 class Run:
     """The folder of one run: its options, checkpoint, metrics and results.
 
-    As a context: an error before the first checkpoint leaves the folder as it was.
+    As a context: an error before the first step that is logged leaves a new folder as it was, one before the
+    first checkpoint an older run's options.
     """
 
     def __init__(self, args: argparse.Namespace) -> None:
@@ -229,15 +244,18 @@ class Run:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
-        if kind is None or self._last_checkpoint() != self._began:
+        if kind is None or issubclass(kind, KeyboardInterrupt):
             return
         path = self.folder / OPTIONS
+        log = self.folder / METRICS
         if self._before is not None:
-            path.write_bytes(self._before)
-            return
-        path.unlink()
-        if not any(self.folder.iterdir()):
-            self.folder.rmdir()
+            if self._last_checkpoint() == self._began:
+                path.write_bytes(self._before)
+        elif not log.exists() or log.stat().st_size == 0:
+            for left in (path, log, self.checkpoint):
+                left.unlink(missing_ok=True)
+            if not any(self.folder.iterdir()):
+                self.folder.rmdir()
 
     @property
     def checkpoint(self) -> Path:
@@ -247,7 +265,7 @@ class Run:
     def metrics(self) -> "MetricsLog":
         from kegfast.loop import MetricsLog
 
-        return MetricsLog(self.folder / "metrics.jsonl")
+        return MetricsLog(self.folder / METRICS)
 
     def finish(self, results: dict[str, Any]) -> None:
         """Write results.json and say where everything is."""

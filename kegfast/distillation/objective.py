@@ -5,6 +5,7 @@ a loss's name, the layers it looks at (`@student=teacher,...`; one path where bo
 alike) and its weight (`:number`, 1 by default).
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -61,7 +62,7 @@ class Objective(nn.Module):
         alpha: Weight of the soft part of `soft_target` against the labels.
 
     Raises:
-        ValueError: The text names an unknown loss, or layers are missing.
+        ValueError: The text names an unknown loss, layers are missing, or a number is out of its range.
     """
 
     def __init__(
@@ -72,6 +73,8 @@ class Objective(nn.Module):
         alpha: float = 1.0,
     ):
         super().__init__()
+        if not 0 < temperature < math.inf:
+            raise ValueError(expected("temperature", "a number above 0", temperature))
         self.terms = _terms(loss)
         self.settings = {"temperature": temperature, "alpha": alpha}
         self.regressors = nn.ModuleDict()
@@ -219,9 +222,12 @@ def _parse_term(text: str) -> Term:
     if not colon:
         return Term(name, boundary.boundary_weight if name == "boundary" else 1.0, pairs)
     try:
-        return Term(name, float(weight), pairs)
+        factor = float(weight)
     except ValueError:
-        raise ValueError(expected("loss", f"'{name}:<number>'", text)) from None
+        factor = math.nan
+    if not 0 <= factor < math.inf:
+        raise ValueError(expected("loss", f"'{name}:<weight>', a number of at least 0", text))
+    return Term(name, factor, pairs)
 
 
 def _parse_layer(text: str) -> tuple[str, str]:
