@@ -1,0 +1,110 @@
+"""Write the README's tables anew from benchmarks/results/*.json:  python -m benchmarks.readme"""
+
+import json
+from collections.abc import Callable
+from statistics import mean
+from typing import Any
+
+from benchmarks.common import RESULTS, markdown_table, update_readme
+from kegfast.experiments.demo import SOURCES, TITLES
+
+
+def demo(runs: list[dict[str, Any]]) -> str:
+    """Accuracy by student and source: the mean over seeds, and the lowest and highest."""
+    students = [run["students"] for run in runs]
+    first = students[0]
+    headers = ["", "teacher", *(f"{s['name']}, {s['ratio']:.1f}x" for s in first)]
+    teachers = [run["teacher"] for run in runs]
+    rows = [
+        ["parameters", f"{teachers[0]['parameters']:,}", *(f"{s['parameters']:,}" for s in first)],
+        ["latency, batch 64 (ms)", _spread([t["latency_ms"] for t in teachers])]
+        + [_spread([s[i]["latency_ms"] for s in students]) for i in range(len(first))],
+    ]
+    for source in SOURCES:
+        own = _spread([t["accuracy"] for t in teachers]) if source == "tucker" else ""
+        cells = [_spread([s[i]["accuracy"][source] for s in students]) for i in range(len(first))]
+        rows.append([TITLES[source], own, *cells])
+    return markdown_table(headers, rows)
+
+
+def tucker2(summary: dict[str, dict[str, float]]) -> str:
+    """Geometric means of rival / kegfast by batch size."""
+    names = [
+        "best rival",
+        "best rival, ResNet shapes",
+        "best rival, worst configuration",
+        "NCHW Sequential",
+        "dense layer",
+    ]
+    rows = [[name, *(f"{summary[batch][name]:.2f}" for batch in summary)] for name in names]
+    return markdown_table(["rival / kegfast", *(f"batch {batch}" for batch in summary)], rows)
+
+
+def models(records: list[dict[str, Any]]) -> str:
+    """Whole networks: the dense network and its Sequential twin over kegfast's."""
+    rows = [
+        [r["model"], r["threads"], r["batch"], f"{r['dense']:.2f}", f"{r['sequential']:.2f}"] for r in records
+    ]
+    return markdown_table(["model", "threads", "batch", "dense / kegfast", "Sequential / kegfast"], rows)
+
+
+def curve(cells: list[dict[str, Any]]) -> str:
+    """Accuracy straight after compression, by parameter ratio and rule."""
+    rules = list(dict.fromkeys(c["way"] for c in cells if c["ratio"] > 1))
+    rules = [rule for rule in rules if not rule.startswith("evbmf")]
+    ratios = sorted({round(c["ratio"], 1) for c in cells if c["way"] in rules})
+    found = {(c["way"], round(c["ratio"], 1)): c["accuracy"] for c in cells}
+    rows = [
+        [rule, *(f"{found[rule, r]:.1f}" if (rule, r) in found else "" for r in ratios)] for rule in rules
+    ]
+    return markdown_table(["ranks by", *(f"{ratio:.1f}x" for ratio in ratios)], rows)
+
+
+def paper(rows: list[dict[str, Any]]) -> str:
+    """A table of the paper, cell by cell."""
+    headers = ["student", "ranks", "ratio", "method", "published", "ours", "seeds", "seconds"]
+    return markdown_table(
+        headers,
+        [
+            [f"S{r['student']}", r["ranks"], f"{r['ratio']:.2f}x", r["method"], r["published"] or "",
+             _spread(r["accuracy"], 2), len(r["accuracy"]), f"{r['seconds']:.0f}"]
+            for r in rows
+        ],
+    )  # fmt: skip
+
+
+def soft_target(rows: list[dict[str, Any]]) -> str:
+    """Fused soft target against torch's operators."""
+    cells = [
+        [r["batch"], f"{r['classes']:,}", f"{r['torch / fused']:.1f}", f"{r['compiled'] / r['fused']:.1f}"]
+        for r in rows
+    ]
+    return markdown_table(["batch", "classes", "torch / kegfast", "compiled / kegfast"], cells)
+
+
+TABLES: dict[str, tuple[str, str, Callable[[Any], str]]] = {
+    "demo": ("demo", "runs", demo),
+    "tucker2": ("tucker2_float32_1threads", "summary", tucker2),
+    "models": ("models", "configurations", models),
+    "curve-mnist": ("compression_curve_mnist", "cells", curve),
+    "mnist": ("reproduce_mnist", "rows", paper),
+    "soft_target": ("soft_target", "rows", soft_target),
+}
+"""Marker in the README -> results file, its key, and what makes a table of it; diversity's writes its own."""
+
+
+def main() -> None:
+    for name, (file, key, make) in TABLES.items():
+        results = json.loads((RESULTS / f"{file}.json").read_text(encoding="utf-8"))
+        if not update_readme(name, make(results[key])):
+            raise ValueError(f"README.md has no place '<!-- benchmark: {name} -->'")
+
+
+def _spread(values: list[float], digits: int = 1) -> str:
+    text = f"{mean(values):.{digits}f}"
+    low, high = min(values), max(values)
+    return text if len(values) == 1 else f"{text} ({low:.{digits}f} to {high:.{digits}f})"
+
+
+if __name__ == "__main__":
+    main()
