@@ -29,7 +29,7 @@ demo: build
 	$(PYTHON) -m kegfast demo
 
 test: $(STAMPS)/dev
-	$(PYTHON) -m pytest
+	OMP_WAIT_POLICY=PASSIVE $(PYTHON) -m pytest -n auto
 
 test-cuda: $(STAMPS)/dev
 	$(PYTHON) -m pytest tests/test_cuda.py
