@@ -1,5 +1,8 @@
 """One voice for argument errors: the argument's name, what was expected, what came."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 
 
@@ -25,3 +28,24 @@ def expected(argument: str, what: str, got: object) -> str:
         got: the value that came.
     """
     return f"{argument} must be {what}, got {describe(got)}"
+
+
+@contextmanager
+def accepts(argument: str, got: object, model: str = "model") -> Iterator[None]:
+    """Turns what a model says about an input that does not fit it into an error that names the argument.
+
+    Args:
+        argument: the argument that the input comes from.
+        got: the input.
+        model: the name of the model that is called in the block.
+
+    Raises:
+        ValueError: in place of the errors with which torch's layers refuse an input.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, ValueError, TypeError, IndexError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"{expected(argument, f'what the {model} takes', got)}: {reason}") from error

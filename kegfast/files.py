@@ -14,6 +14,8 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from kegfast.check import expected
+
 WRAPPERS = ("model_state", "state_dict", "model")
 """Keys under which training scripts keep the state dict inside a larger checkpoint."""
 
@@ -168,8 +170,11 @@ def load_weights(model: nn.Module, path: str | Path) -> nn.Module:
 
     Raises:
         OSError: the file cannot be opened.
+        TypeError: `model` is no module.
         ValueError: it holds no state dict, one of another architecture, or NaN or infinite values.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(expected("model", "a torch.nn.Module", model))
     weights = read_state_dict(path)
     own = model.state_dict()
     shapes = [

@@ -18,17 +18,24 @@ from kegfast.files import atomic_write
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#999999", "#222222")
 
 _STYLE = """
-:root { color-scheme: light dark; --line: #d8dce2; --soft: #f4f6f8; --text: #1c2430; --dim: #5c6672; --mark: #0072B2 }
-@media (prefers-color-scheme: dark) { :root { --line: #3a424d; --soft: #1e242c; --text: #e4e8ee; --dim: #9aa5b1;
-  --mark: #56B4E9 } body { background: #14181d } figure svg, figure img { background: #fff; border-radius: 6px } }
-body { font: 16px/1.55 system-ui, sans-serif; color: var(--text); max-width: 60rem; margin: 2.5rem auto; padding: 0 1.2rem }
-h1 { font-size: 1.9rem; margin: 0 } h2 { font-size: 1.25rem; margin: 2.4rem 0 .6rem } .dim, figcaption { color: var(--dim) }
+:root { color-scheme: light dark; --line: #d8dce2; --soft: #f4f6f8; --text: #1c2430; --dim: #5c6672;
+  --mark: #0072B2 }
+@media (prefers-color-scheme: dark) { :root { --line: #3a424d; --soft: #1e242c; --text: #e4e8ee;
+  --dim: #9aa5b1;
+  --mark: #56B4E9 } body { background: #14181d } figure svg, figure img { background: #fff;
+  border-radius: 6px } }
+body { font: 16px/1.55 system-ui, sans-serif; color: var(--text); max-width: 60rem; margin: 2.5rem auto;
+  padding: 0 1.2rem }
+h1 { font-size: 1.9rem; margin: 0 } h2 { font-size: 1.25rem; margin: 2.4rem 0 .6rem }
+  .dim, figcaption { color: var(--dim) }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums }
 th, td { padding: .35rem .7rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap }
 th:first-child, td:first-child { text-align: left } th { background: var(--soft); font-weight: 600 }
 td.best { font-weight: 700; color: var(--mark) } .scroll { overflow-x: auto }
-figure { margin: 1rem 0 } figure svg, figure img { max-width: 100%; height: auto } figcaption { font-size: .9rem }
-.pixels { image-rendering: pixelated } .row { display: flex; flex-wrap: wrap; gap: 1.2rem } .row figure { margin: .4rem 0 }
+figure { margin: 1rem 0 } figure svg, figure img { max-width: 100%; height: auto }
+  figcaption { font-size: .9rem }
+.pixels { image-rendering: pixelated } .row { display: flex; flex-wrap: wrap; gap: 1.2rem }
+  .row figure { margin: .4rem 0 }
 """
 
 

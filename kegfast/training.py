@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset, default_collate
 
-from kegfast.check import expected
+from kegfast.check import accepts, expected
 from kegfast.loop import MetricsLog, mix, run_steps
 
 WARMUP = 0.05
@@ -92,7 +92,7 @@ def train(
         x, labels = x.to(place), labels.to(place)
         if shift:
             x = random_shift(x, shift)
-        with torch.autocast(place.type, torch.bfloat16, enabled=amp):
+        with torch.autocast(place.type, torch.bfloat16, enabled=amp), accepts("dataset", x):
             logits = model(x)
         if i == 0 or i % per_epoch == 0:
             _check_labels(logits, labels)
@@ -139,7 +139,9 @@ def evaluate(
         for x, labels in _batches(data, batch_size):
             labels = labels.to(place)
             with torch.autocast(place.type, torch.bfloat16, enabled=amp):
-                logits = model(x.to(place))
+                x = x.to(place)
+                with accepts("data", x):
+                    logits = model(x)
             _check_labels(logits, labels)
             right = right + (logits.argmax(1) == labels).sum()  # stays on the device
             total += len(labels)
@@ -248,6 +250,8 @@ def _positive(name: str, value: int | None) -> int:
 
 def _place(model: nn.Module, device: torch.device | str | None) -> torch.device:
     """The device to use, to which the model is moved where one is given."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(expected("model", "a torch.nn.Module", model))
     if device is not None:
         model.to(device)
     parameter = next(model.parameters(), None)
@@ -255,7 +259,7 @@ def _place(model: nn.Module, device: torch.device | str | None) -> torch.device:
 
 
 def _check_labels(logits: Tensor, labels: Tensor) -> None:
-    if logits.ndim != 2 or logits.shape[0] != labels.shape[0]:
+    if not isinstance(logits, Tensor) or logits.ndim != 2 or logits.shape[0] != labels.shape[0]:
         raise ValueError(expected("model", f"a map to logits ({len(labels)}, classes)", logits))
     if labels.is_floating_point():
         raise TypeError(expected("labels", "integers", labels))

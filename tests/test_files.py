@@ -187,6 +187,11 @@ def test_what_is_no_state_dict_is_refused(tmp_path, content):
         read_state_dict(tmp_path / "w.pth")
 
 
+def test_weights_go_into_modules_alone(tmp_path):
+    with pytest.raises(TypeError, match="model must be"):
+        load_weights(5, tmp_path / "none.pth")
+
+
 @pytest.mark.parametrize("name", ["none.pth", "none.safetensors"])
 def test_a_missing_file_is_an_os_error(tmp_path, name):
     with pytest.raises(FileNotFoundError, match=name):

@@ -154,6 +154,9 @@ def dataset(labels, shape=(3,)) -> TensorDataset:
         (dataset([0, 1]), {"steps": 1, "optimizer": "adam"}, ValueError, "optimizer"),
         (dataset([0, 1]), {"steps": 1, "lr": -1.0}, ValueError, "lr must be a positive"),
         (dataset([0, 1]), {"steps": 1, "shift": -1}, ValueError, "shift"),
+        (dataset([0, 1]), {"steps": 1, "weight_decay": -1.0}, ValueError, "weight_decay"),
+        (dataset([0, 1]), {"steps": 1, "label_smoothing": 7}, ValueError, "label_smoothing"),
+        (dataset([0, 1]), {"epochs": float("inf")}, ValueError, "epochs"),
         (dataset([0, 1]), {"steps": 1, "shift": 2}, ValueError, "images"),
         (dataset([0, 2]), {"steps": 1}, ValueError, "labels must be 0 to 1, as the logits, got 2"),
         (dataset([0, -1]), {"steps": 1}, ValueError, "got -1"),
@@ -166,6 +169,27 @@ def dataset(labels, shape=(3,)) -> TensorDataset:
 def test_train_refuses_what_does_not_fit(data, options, error, message):
     with pytest.raises(error, match=message):
         train(nn.Linear(3, 2), data, **options)
+
+
+class Pair(nn.Linear):
+    def forward(self, x):
+        return super().forward(x), x
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (nn.Linear(4, 2), "must be what the model takes, got a float32 tensor"),
+        (nn.Linear(3, 2).double(), "must be what the model takes"),
+        (Pair(3, 2), "a map to logits .*, got a tuple of a float32 tensor"),
+        ("linear", "model must be a torch.nn.Module"),
+    ],
+)
+def test_models_that_do_not_fit_are_refused(model, message):
+    with pytest.raises((ValueError, TypeError), match=message):
+        evaluate(model, dataset([0, 1]))
+    with pytest.raises((ValueError, TypeError), match=message):
+        train(model, dataset([0, 1]), steps=1)
 
 
 def test_evaluate_refuses_what_does_not_fit():

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import DataLoader, Dataset
 
-from kegfast.check import describe, expected
+from kegfast.check import accepts, expected
 from kegfast.compression.decompose import Metric
 from kegfast.compression.surgery import Site, factored_layers, tail_of
 
@@ -144,11 +144,8 @@ def trace(model: nn.Module, sites: Sequence[Site], inputs: Inputs) -> dict[str, 
 
         handles.append(site.module.register_forward_hook(note))
     try:
-        with evaluation(model):
+        with evaluation(model), accepts("example_input", inputs[0] if len(inputs) == 1 else inputs):
             model(*inputs)
-    except (RuntimeError, ValueError, TypeError, IndexError) as error:
-        got = ", ".join(map(describe, inputs))
-        raise ValueError(f"example_input must be what the model takes, got {got}: {error}") from error
     finally:
         for handle in handles:
             handle.remove()

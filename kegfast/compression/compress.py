@@ -165,7 +165,8 @@ def _gather(
 ) -> _Evidence:
     evidence = _Evidence()
     if example_input is not None:
-        evidence.example = (example_input,) if isinstance(example_input, Tensor) else tuple(example_input)
+        sequence = isinstance(example_input, Sequence)
+        evidence.example = tuple(example_input) if sequence else (example_input,)
         if not all(isinstance(part, Tensor) for part in evidence.example):
             raise TypeError(expected("example_input", "a tensor or tensors", example_input))
         evidence.traffic = calibrating.trace(model, sites, evidence.example)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from kegfast.check import expected
 from kegfast.compression.structure import trace_graph
 from kegfast.compression.surgery import FactorChain, clone, tail_of
 from kegfast.nn import TuckerConv2d, TuckerLinear
@@ -30,6 +31,8 @@ def fuse(model: nn.Module) -> nn.Module:
         The folded model in eval mode: a torch.fx GraphModule with the same names. Where the forward
         pass cannot be traced, a copy in which only neighbours inside an `nn.Sequential` are folded.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(expected("model", "a torch.nn.Module", model))
     folded = clone(model).eval()
     graph = trace_graph(folded)
     if graph is None:

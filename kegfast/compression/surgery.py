@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from kegfast.check import expected
 from kegfast.compression.decompose import Factors, reconstruct
 from kegfast.nn import TuckerConv2d, TuckerLinear
 
@@ -250,6 +251,8 @@ def densify(model: nn.Module) -> nn.Module:
 
     The dense layers hold the products of the factors, so the outputs stay those of the student.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(expected("model", "a torch.nn.Module", model))
     return replace_all(model, is_factored, _dense)
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from kegfast.check import expected
+from kegfast.check import accepts, expected
 from kegfast.distillation.ensemble import Ensemble
 from kegfast.distillation.features import Features
 from kegfast.distillation.objective import Batch, Objective, Term
@@ -123,8 +123,9 @@ def distill(
             for group, rate in zip(optimiser.param_groups, rates, strict=True):
                 group["lr"] = rate * factor(i / steps)
             samples, labels, answers = draw(batch_size)
-            with autocast:
+            with autocast, accepts("source", samples, "student"):
                 logits = student(samples)
+            _check_logits(student=logits, teacher=answers)
             batch = Batch(samples, labels, logits, answers, ours.taken(), theirs.taken(), student, teacher)
             values = objective(batch, i / steps)
             optimiser.zero_grad()
@@ -165,12 +166,13 @@ def _drawer(
     def draw_and_ask(n: int) -> tuple[Tensor, Tensor | None, Tensor]:
         with torch.no_grad():  # a source may be a network
             samples, labels = map(move, source.sample(n))
-            with autocast:
+            with autocast, accepts("source", samples, "teacher"):
                 return samples, labels, teacher(samples)
 
     if not isinstance(source, InMemory) or objective.needs_teacher or len(source) > draws:
         return draw_and_ask
-    answers = source.answers(teacher, device)
+    with accepts("source", source.samples[:1], "teacher"):
+        answers = source.answers(teacher, device)
 
     def look_up(n: int) -> tuple[Tensor, Tensor | None, Tensor]:
         index = source.draw(n)
@@ -289,6 +291,12 @@ def _factor(schedule: str | Callable[[float], float]) -> Callable[[float], float
     if schedule == "constant":
         return lambda done: 1.0
     raise ValueError(expected("schedule", "'cosine', 'constant' or a function", schedule))
+
+
+def _check_logits(**outputs: Any) -> None:
+    for name, logits in outputs.items():
+        if not isinstance(logits, Tensor):
+            raise TypeError(expected(name, "a model that gives logits, one tensor", logits))
 
 
 def _check_numbers(**numbers: int) -> None:

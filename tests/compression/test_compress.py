@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, prune
 from torch.utils.flop_counter import FlopCounterMode
 
-from kegfast import compress, densify
+from kegfast import compress, densify, fuse
 from kegfast.compression.report import LayerReport
 from kegfast.models import LeNet5, ResNet14
 from kegfast.nn import TuckerConv2d, TuckerLinear
@@ -65,7 +65,8 @@ def test_factors_are_not_factorised_again():
     once, first = compress(odd(), 0.5)
     twice, second = compress(once, 0.5)
     assert twice.state_dict().keys() == once.state_dict().keys()
-    assert first.ranks and not any(name.startswith(tuple(first.ranks)) for name in second.ranks)
+    assert first.ranks
+    assert not any(name.startswith(tuple(first.ranks)) for name in second.ranks)
     assert "densify first" in {entry.reason.partition("kegfast.")[2][:13] for entry in second.layers}
 
 
@@ -174,6 +175,9 @@ def test_ranks_are_rounded_up_where_it_saves():
         ({"budget": {"params": 0.001}}, "must be at least"),
         ({"budget": {"flops": 0.5}}, "example_input must be given"),
         ({"round_to": 0}, "round_to must be"),
+        ({"samples": 1}, "samples must be"),
+        ({"example_input": 5}, "example_input must be a tensor or tensors"),
+        ({"example_input": torch.ones(1, 3, 32, 32)}, "example_input must be what the model takes"),
         ({"calibration": 3}, "calibration must be"),
         ({"calibration": torch.full((4, 1, 32, 32), torch.nan)}, "calibration must be"),
     ],
@@ -181,6 +185,12 @@ def test_ranks_are_rounded_up_where_it_saves():
 def test_bad_arguments_are_named(kwargs, message):
     with pytest.raises((ValueError, TypeError), match=message):
         compress(LeNet5(), **kwargs)
+
+
+@pytest.mark.parametrize("f", [fuse, densify])
+def test_a_number_is_no_module(f):
+    with pytest.raises(TypeError, match="model must be"):
+        f(5)
 
 
 def test_no_module_and_no_finite_weight():

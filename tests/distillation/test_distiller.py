@@ -285,6 +285,26 @@ def test_bad_arguments_are_named(student, teacher, noise, options, argument):
     assert teacher.training
 
 
+class Pair(nn.Linear):
+    def forward(self, x):
+        return super().forward(x), x
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"teacher": Pair(8, 4)}, TypeError, "teacher must be a model that gives logits"),
+        ({"student": Pair(8, 4)}, TypeError, "student must be a model that gives logits"),
+        ({"teacher": nn.Linear(8, 4).double()}, ValueError, "source must be what the teacher takes"),
+        ({"student": nn.Linear(7, 4)}, ValueError, "source must be what the student takes"),
+        ({"source": torch.ones(5, 7)}, ValueError, "source must be what the teacher takes"),
+    ],
+)
+def test_models_and_sources_that_do_not_fit_are_refused(student, teacher, noise, change, error, message):
+    with pytest.raises(error, match=message):
+        kegfast.distill(**({"student": student, "teacher": teacher, "source": noise} | change), steps=1)
+
+
 def test_a_teacher_cannot_teach_itself(teacher, noise):
     with pytest.raises(ValueError, match=r"^student must be another model"):
         kegfast.distill(teacher, teacher, noise)
