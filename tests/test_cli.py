@@ -6,6 +6,7 @@ import shlex
 import signal
 import subprocess
 import sys
+from functools import partial
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from torch import nn
 import kegfast
 from kegfast.cli import main
 from kegfast.cli.compress import parse_ranks
+from kegfast.experiments import demo
 from kegfast.files import read_state_dict, read_tensors, save_tensors
 
 MODELS = """
@@ -331,7 +333,7 @@ SHORT = {
         ("train MINE --weight-decay -1", "weight_decay must be a number of at least 0"),
         ("train MINE --label-smoothing 7", "label_smoothing must be a share"),
         ("train MINE --device meta", "device must be one"),
-        ("train --data mine.npz --model nets:Pair", "got a tuple of a float32 tensor of shape (2, 3) on cpu,"),
+        ("train --data mine.npz --model nets:Pair", "got a tuple of a float32 tensor of shape (2, 3) on"),
         ("train --data mine.npz --model nets:double", "model must take samples of shape (6,)"),
         ("train --data cifar --model lenet5", "name must be digits, mnist,"),
         ("train --data svhn --model resnet14 --root .", "svhn/train_32x32.mat is missing; put"),
@@ -373,7 +375,7 @@ SHORT = {
         ("compress TEACHER --budget 0.4", "budget must be KIND=SHARE"),
         ("compress TEACHER --budget size=0.4", "budget must be one of"),
         ("compress TEACHER --example 1,x", "example must be a shape"),
-        ("compress TEACHER --example 2,5", "example_input must be what the model takes, got a float32 tensor"),
+        ("compress TEACHER --example 2,5", "example_input must be what the model takes"),
         ("compress TEACHER --samples -1", "samples must be an int of at least 2"),
         ("compress TEACHER -o .", "must be a file, new or to be replaced"),
         ("compress TEACHER --calibrate uniform", "calibrate needs --data"),
@@ -414,6 +416,32 @@ def test_bad_input_is_one_line_and_leaves_nothing(home, capsys, command, message
     assert message in line
     left = {path.name for path in home.glob("runs/**/*") if path.is_file()}
     assert left == set()
+
+
+def test_demo_leaves_a_table_and_a_report(home, capsys, monkeypatch):
+    small = {"teacher_batch": 8, "generator_batch": 4, "student_batch": 8, "ranks": (0.4, 0.1)}
+    small |= {"pool": 32, "latency_batch": 2, "latency_rounds": 3}
+    monkeypatch.setattr(demo, "DemoConfig", partial(demo.DemoConfig, **small))
+    command = "demo --teacher-steps 2 --generators 2 --generator-steps 3 --student-steps 2 --seed 7 --no-amp"
+    assert run(command) == 0
+    out = capsys.readouterr().out
+    assert "KegNet" in out
+    assert "report in runs/demo/report.html" in out.replace("\n", " ")
+    folder = home / "runs/demo"
+    config = json.loads((folder / "config.json").read_text())
+    assert (config["seed"], config["amp"], config["teacher_steps"], config["generators"]) == (7, False, 2, 2)
+    assert (config["generator_steps"], config["student_steps"], config["pool"]) == (3, 2, 32)
+    results = json.loads((folder / "results.json").read_text())
+    assert len(results["students"]) == 2
+    page = (folder / "report.html").read_text()
+    assert "<svg" in page
+    assert "data:image/png" in page
+    entries = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert {"train": 2, "extract": 3}.items() <= {e["stage"]: e["step"] for e in entries}.items()
+    cells = (folder / "cells.json").stat().st_mtime_ns
+    assert run(f"{command} --resume") == 0
+    assert (folder / "cells.json").stat().st_mtime_ns == cells  # nothing ran again
+    assert json.loads((folder / "results.json").read_text())["students"] == results["students"]
 
 
 def test_a_full_disk_is_one_line_and_leaves_the_old_files(home):
