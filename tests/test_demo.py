@@ -95,9 +95,10 @@ def test_interrupted_stage_continues_from_its_checkpoint(run, tmp_path, monkeypa
         self.save()
         if self.identity["label"] == "S1 kegnet":
             raise KeyboardInterrupt
+        return False
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop._Run, "save_if_due", stop_after_first_step)
+        patch.setattr(loop._Run, "due", stop_after_first_step)
         with pytest.raises(KeyboardInterrupt):
             run_demo(TINY, tmp_path)
     assert (tmp_path / "students/S1-kegnet.pt").exists()
