@@ -1,5 +1,6 @@
-// Argument checks of the operators. Errors raised inside a stable-ABI operator reach Python as RuntimeError; the functional layer
-// has already turned every mistake a user can make into ValueError or TypeError, so these guard direct calls of torch.ops.kegfast.
+// Argument checks of the operators. Errors raised inside a stable-ABI operator reach Python as RuntimeError;
+// the functional layer has already turned every mistake a user can make into ValueError or TypeError, so
+// these guard direct calls of torch.ops.kegfast.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>

@@ -1,4 +1,5 @@
-// pybind11 module _C: what the library was built with and the knobs of its kernels. Tensors never pass through here.
+// pybind11 module _C: what the library was built with and the knobs of its kernels. Tensors never pass
+// through here.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -6,8 +7,8 @@
 
 #include "cpu/isa.h"
 #include "cpu/peak.h"
-#include "tucker2.h"
 #include "diversity.h"
+#include "tucker2.h"
 
 namespace py = pybind11;
 
@@ -30,7 +31,8 @@ py::dict build_info() {
 double vector_issue_rate() {
   const auto start = std::chrono::steady_clock::now();
   const int64_t issued = KEGFAST_SELECT(issue_vectors)(1 << 20);
-  return static_cast<double>(issued) / std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+  return static_cast<double>(issued) /
+         std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
 }
 
 }  // namespace
@@ -48,5 +50,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("set_tucker2_winograd", &kegfast::set_tucker2_winograd, py::arg("allowed"));
   m.def("last_kernel", &kegfast::last_kernel);
   m.def("note_unfused", &kegfast::note_unfused);
-  m.def("set_isa", [](const std::string& name) { return kegfast::isa_name(kegfast::set_isa(name)); }, py::arg("name"));
+  m.def(
+      "set_isa", [](const std::string& name) { return kegfast::isa_name(kegfast::set_isa(name)); },
+      py::arg("name"));
 }

@@ -297,4 +297,3 @@ def fuses_inference(x: Tensor) -> bool:
         and native.use_native()
         and not torch.is_autocast_enabled("cpu")
     )
-

@@ -17,7 +17,8 @@ Isa detect() {
   __builtin_cpu_init();
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
+      __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
+      __builtin_cpu_supports("avx512vl"))
     return Isa::avx512;
   if (avx2) return Isa::avx2;
 #endif
@@ -48,7 +49,9 @@ Isa detected_isa() {
   return isa;
 }
 
-Isa active_isa() { return chosen().load(std::memory_order_relaxed); }
+Isa active_isa() {
+  return chosen().load(std::memory_order_relaxed);
+}
 
 Isa set_isa(const std::string& name) {
   const Isa isa = parse(name);
@@ -56,8 +59,12 @@ Isa set_isa(const std::string& name) {
   return isa;
 }
 
-std::vector<std::string> compiled_isas() { return {std::begin(kNames), std::end(kNames)}; }
+std::vector<std::string> compiled_isas() {
+  return {std::begin(kNames), std::end(kNames)};
+}
 
-const char* isa_name(Isa isa) { return kNames[static_cast<int>(isa)]; }
+const char* isa_name(Isa isa) {
+  return kNames[static_cast<int>(isa)];
+}
 
 }  // namespace kegfast

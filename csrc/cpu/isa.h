@@ -8,8 +8,8 @@ namespace kegfast {
 
 enum class Isa : int { baseline, avx2, avx512 };  // rising; the names are those of cmake/Isa.cmake
 
-Isa detected_isa();  // the widest that is compiled and that this CPU and its system support
-Isa active_isa();    // detected_isa(), lowered by KEGFAST_CPU_ISA or set_isa()
+Isa detected_isa();                    // the widest that is compiled and that this CPU and its system support
+Isa active_isa();                      // detected_isa(), lowered by KEGFAST_CPU_ISA or set_isa()
 Isa set_isa(const std::string& name);  // throws std::invalid_argument for a name that cannot run here
 const char* isa_name(Isa isa);
 std::vector<std::string> compiled_isas();
@@ -19,9 +19,9 @@ std::vector<std::string> compiled_isas();
 // KEGFAST_SELECT(f): the copy of kernel f for the active instruction set.
 #if defined(__x86_64__)
 #define KEGFAST_EACH_ISA(X) X(baseline) X(avx2) X(avx512)
-#define KEGFAST_SELECT(f)                                                         \
-  (::kegfast::active_isa() == ::kegfast::Isa::avx512 ? &::kegfast::avx512::f      \
-   : ::kegfast::active_isa() == ::kegfast::Isa::avx2 ? &::kegfast::avx2::f        \
+#define KEGFAST_SELECT(f)                                                    \
+  (::kegfast::active_isa() == ::kegfast::Isa::avx512 ? &::kegfast::avx512::f \
+   : ::kegfast::active_isa() == ::kegfast::Isa::avx2 ? &::kegfast::avx2::f   \
                                                      : &::kegfast::baseline::f)
 #else
 #define KEGFAST_EACH_ISA(X) X(baseline)
