@@ -52,11 +52,13 @@ def curve(cells: list[dict[str, Any]]) -> str:
     """Accuracy straight after compression, by parameter ratio and rule."""
     rules = list(dict.fromkeys(c["way"] for c in cells if c["ratio"] > 1))
     rules = [rule for rule in rules if not rule.startswith("evbmf")]
-    ratios = sorted({round(c["ratio"], 1) for c in cells if c["way"] in rules})
-    found = {(c["way"], round(c["ratio"], 1)): c["accuracy"] for c in cells}
-    rows = [
-        [rule, *(f"{found[rule, r]:.1f}" if (rule, r) in found else "" for r in ratios)] for rule in rules
-    ]
+    ratios = sorted({round(c["ratio"], 1) for c in cells if c["way"] == rules[-1]})
+
+    def column(ratio: float) -> float:  # rules that count layer by layer only come near the ratio asked for
+        return min(ratios, key=lambda r: abs(r - ratio))
+
+    found = {(c["way"], column(c["ratio"])): f"{c['accuracy']:.1f}" for c in cells}
+    rows = [[rule, *(found.get((rule, ratio), "") for ratio in ratios)] for rule in rules]
     return markdown_table(["ranks by", *(f"{ratio:.1f}x" for ratio in ratios)], rows)
 
 
@@ -66,7 +68,8 @@ def paper(rows: list[dict[str, Any]]) -> str:
     return markdown_table(
         headers,
         [
-            [f"S{r['student']}", r["ranks"], f"{r['ratio']:.2f}x", r["method"], r["published"] or "",
+            [f"S{r['student']}", r["ranks"], f"{r['ratio']:.2f}x", r["method"],
+             r["published"] if r["published"] and r["ranks"] == "paper" else "",
              _spread(r["accuracy"], 2), len(r["accuracy"]), f"{r['seconds']:.0f}"]
             for r in rows
         ],
