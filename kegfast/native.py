@@ -1,6 +1,7 @@
 """Loads the compiled part and chooses between it and the reference path."""
 
 import functools
+import importlib
 import logging
 import platform
 from collections.abc import Iterator
@@ -22,10 +23,9 @@ _backend: Backend = "auto"
 
 def _load() -> tuple[ModuleType | None, str]:
     try:
-        from kegfast import _C
+        return importlib.import_module("kegfast._C"), ""
     except ImportError as error:
         return None, str(error)
-    return _C, ""
 
 
 # Loading _C registers torch.ops.kegfast; torch itself must be loaded first, as it is above.

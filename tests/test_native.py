@@ -1,0 +1,88 @@
+"""The compiled part: present, lowered, chosen against, or missing."""
+
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+
+import kegfast
+
+needs_native = pytest.mark.skipif(not kegfast.build_info()["native"], reason="kegfast was built without it")
+
+
+def run(code: str, **environment: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        env={"PATH": "", **environment},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def test_without_the_compiled_part_all_runs_and_says_so_once():
+    done = run("""
+        import sys
+        sys.modules["kegfast._C"] = None
+        import torch, kegfast
+        info = kegfast.build_info()
+        assert info["native"] is False and "_C" in info["why"], info
+        layer = kegfast.nn.TuckerConv2d(4, 6, 3, (2, 3), padding=1)
+        x = torch.randn(2, 4, 5, 5, requires_grad=True)
+        layer(x).sum().backward()
+        kegfast.nn.DiversityLoss()(torch.randn(3, 2), x[:1].expand(3, -1, -1, -1)).backward()
+        kegfast.functional.soft_target(torch.randn(4, 3), torch.randn(4, 3))
+        try:
+            kegfast.backend("native")
+        except RuntimeError as error:
+            assert "missing" in str(error)
+        else:
+            raise AssertionError
+    """)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("without its compiled kernels") == 1
+
+
+@needs_native
+def test_an_unknown_instruction_set_is_refused_by_name():
+    done = run("import kegfast; kegfast.build_info()", KEGFAST_CPU_ISA="sse9")
+    assert done.returncode == 1
+    assert "instruction set must be one of auto, baseline" in done.stderr
+    assert "sse9" in done.stderr
+    with pytest.raises(ValueError, match="instruction set must be one of"), kegfast.cpu_isa("sse9"):
+        pass
+
+
+@needs_native
+def test_an_operator_under_an_unknown_instruction_set_does_not_crash():
+    done = run(
+        """
+        import torch, kegfast
+        try:
+            kegfast.functional.diversity_loss(torch.randn(4, 2), torch.randn(4, 3))
+        except (RuntimeError, ValueError):
+            print("refused")
+        """,
+        KEGFAST_CPU_ISA="sse9",
+    )
+    assert (done.returncode, done.stdout.strip()) == (0, "refused"), done.stderr
+
+
+@needs_native
+def test_cpu_isa_lowers_and_restores():
+    before = kegfast.build_info()["isa_active"]
+    with kegfast.cpu_isa("baseline"):
+        assert kegfast.build_info()["isa_active"] == "baseline"
+    assert kegfast.build_info()["isa_active"] == before
+
+
+def test_backend_is_a_context_and_a_setter():
+    noises, samples = torch.randn(5, 2), torch.randn(5, 3)
+    with kegfast.backend("reference"):
+        reference = kegfast.functional.diversity_loss(noises, samples)
+        kegfast.backend("auto")
+        assert torch.allclose(kegfast.functional.diversity_loss(noises, samples), reference)
+    with pytest.raises(ValueError, match="backend must be 'auto', 'native' or 'reference', got 'fast'"):
+        kegfast.backend("fast")
