@@ -4,11 +4,10 @@
 //
 // What each version bought: fp32, batch 8, one core of Zen 5, on which the tile itself reaches 255 GFLOP/s.
 //   tiles of 14 pixels x 2 vectors over that banding     92 to 99 % of that from rank 16 up, buffers in cache
-//   accumulators of lane-packed tiles in registers       2.2 to 2.4x at rank 8: a fold that was not unrolled
-//   had
+//   accumulators of lane-packed tiles in registers       2.2 to 2.4x at rank 8: a fold that was not unrolled had
 //                                                        kept them on the stack
-//   Winograd F(2x2, 3x3) between the 1x1 factors         1.1x at rank 32, 1.35x at 64, 1.5x at 128, 1.35x at
-//   256 sums cut at 128                                      error 2.9e-7 instead of 6.7e-7 at rank 256
+//   Winograd F(2x2, 3x3) between the 1x1 factors         1.1x at rank 32, 1.35x at 64, 1.5x at 128, 1.35x at 256
+//   sums cut at 128                                      error 2.9e-7 instead of 6.7e-7 at rank 256
 //   asking for the next band's memory during the core    best rival / ours on the ResNet shapes 1.08 -> 1.21
 //   huge pages for fresh outputs of 32 MB and more       2.2x at 64@56, batch 64: 792 page faults for 12545
 //   non-temporal stores for outputs of 8 to 32 MB        0 to 15 %
