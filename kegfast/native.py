@@ -18,6 +18,7 @@ from kegfast.version import __version__
 Backend = Literal["auto", "native", "reference"]
 
 _log = logging.getLogger(__name__)
+_CUDA_LIBRARY = Path(__file__).with_name("_cuda.so")
 _backend: Backend = "auto"
 
 
@@ -34,11 +35,10 @@ _C, _why_absent = _load()
 
 def _load_cuda() -> bool:
     """Adds the CUDA kernels, a library of their own: it needs the functions of a torch with CUDA."""
-    library = Path(__file__).with_name("_cuda.so")
-    if _C is None or torch.version.cuda is None or not library.exists():
+    if _C is None or torch.version.cuda is None or not _CUDA_LIBRARY.exists():
         return False
     try:
-        torch.ops.load_library(library)
+        torch.ops.load_library(_CUDA_LIBRARY)
     except OSError as error:
         _log.warning("kegfast runs without its CUDA kernels: %s", error)
         return False
@@ -117,6 +117,7 @@ def build_info() -> dict[str, object]:
 
     Returns:
         A dict of plain values; `native` is False where the compiled part is missing, `why` says why.
+        `cuda_built` tells whether the CUDA library is there, `cuda_kernels` whether it is loaded.
     """
     info: dict[str, object] = {
         "version": __version__,
@@ -125,6 +126,7 @@ def build_info() -> dict[str, object]:
         "torch_cuda": torch.version.cuda,
         "threads": torch.get_num_threads(),
         "native": _C is not None,
+        "cuda_built": _CUDA_LIBRARY.exists(),
         "cuda_kernels": _cuda,
     }
     if _C is None:
