@@ -1,6 +1,6 @@
 """The fused soft-target loss, forward and backward, against torch's own operators.
 
-    python -m benchmarks.bench_soft_target [--threads 1] [--json FILE]
+    python -m benchmarks.bench_soft_target [--threads 1]
 
 torch: log_softmax of both, kl_div with log_target, autograd. compiled: that under torch.compile. copy: one
 elementwise sum of two (B, C) tensors into a third, the least traffic that a fused kernel could have. The
@@ -8,16 +8,13 @@ results are compared before anything is timed; the variants take turns, and medi
 """
 
 import argparse
-import statistics
-import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from kegfast import build_info, functional, reference
-from kegfast.files import write_json
+from benchmarks.common import interleaved, write_results
+from kegfast import functional, reference
 
 SHAPES = [(256, 10), (256, 100), (256, 1_000), (128, 10_000), (64, 100_000)]
 TEMPERATURE = 4.0
@@ -27,15 +24,12 @@ ROUNDS = 15
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     rows = [measure(*shape) for shape in SHAPES]
     for row in rows:
         print("  ".join(f"{name} {value:10.1f}" for name, value in row.items()))
-    if args.json:
-        info = {key: build_info()[key] for key in ("torch", "compiler", "isa_active")}
-        write_json(args.json, {"unit": "microseconds", "threads": args.threads, **info, "rows": rows})
+    write_results("soft_target", {"unit": "microseconds", "threads": args.threads, "rows": rows})
 
 
 def measure(batch: int, classes: int) -> dict[str, float]:
@@ -55,24 +49,13 @@ def measure(batch: int, classes: int) -> dict[str, float]:
         if error > 1e-5:
             raise AssertionError(f"{name}: relative error {error:.1e} at {batch} x {classes}")
     variants["copy"] = lambda: torch.add(student.detach(), teacher, out=target)
-    medians = interleaved(variants)
+    medians = {name: 1e6 * seconds for name, seconds in interleaved(variants, ROUNDS).items()}
     ratio = medians["torch"] / medians["fused"]
     return {"batch": batch, "classes": classes, **medians, "torch / fused": ratio}
 
 
 def gradient(loss: Callable[..., Tensor], student: Tensor, teacher: Tensor) -> Tensor:
     return torch.autograd.grad(loss(student, teacher, TEMPERATURE), student)[0]
-
-
-def interleaved(variants: dict[str, Callable[[], object]]) -> dict[str, float]:
-    """Median microseconds of each."""
-    seconds = {name: [] for name in variants}
-    for _ in range(ROUNDS):
-        for name, run in variants.items():
-            start = time.perf_counter()
-            run()
-            seconds[name].append(time.perf_counter() - start)
-    return {name: 1e6 * statistics.median(found) for name, found in seconds.items()}
 
 
 if __name__ == "__main__":
