@@ -24,12 +24,12 @@ from torch import Tensor, nn
 
 from benchmarks.resnet import resnet18, resnet50
 from kegfast import Generators, build_info, compress, data, load_weights
-from kegfast.compression.choice import interleaved
 from kegfast.compression.costs import factor_parameters
 from kegfast.compression.ranks import layer_rank
 from kegfast.extraction.procedural import DeadLeaves
 from kegfast.files import write_json
 from kegfast.models import LeNet5, ResNet14
+from kegfast.timing import interleaved
 
 RATIOS = (1.2, 1.4, 1.58, 2.0, 2.9, 4.0, 5.74, 8.0)
 TEACHERS = {  # model, data set, mean and std of its normalisation, the layers that the paper compresses
@@ -182,7 +182,8 @@ def latency(args: argparse.Namespace):
                 student, report = compress(model, budget={"params": 1 / ratio}, example_input=x)
                 seconds = time.perf_counter() - start
                 calls = {"before": lambda: model(x), "after": lambda s=student: s(x)}  # noqa: B023
-                times = interleaved(calls, seconds=1.0)
+                with torch.inference_mode():
+                    times = interleaved(calls, seconds=1.0)
                 yield {
                     "model": name,
                     "batch": batch,

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from benchmarks import common
 from kegfast.functional import diversity_loss
+from kegfast.timing import interleaved
 
 WIDTH = 10  # of the noises
 Loss = Callable[["Case", Tensor, Tensor], Tensor]
@@ -172,11 +173,11 @@ def measure(case: Case, rounds: int) -> dict:
     steps |= {name: step(rival(name), case, z, x) for name in names}
     torch.set_num_threads(1)
     errors = verify(case, steps, z, x)
-    cold = common.interleaved(steps, rounds)
+    cold = interleaved(steps, rounds)
     ours = {"kegfast": steps["kegfast"]}
-    warm = common.interleaved(ours, 10 * rounds, cold=False)["kegfast"]
+    warm = interleaved(ours, 10 * rounds, warm=True)["kegfast"]
     torch.set_num_threads(2)
-    two = common.interleaved(ours, 10 * rounds, cold=False)["kegfast"]
+    two = interleaved(ours, 10 * rounds, warm=True)["kegfast"]
     torch.set_num_threads(1)
     return {
         "seconds": cold,

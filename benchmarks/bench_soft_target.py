@@ -13,8 +13,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from benchmarks.common import interleaved, write_results
+from benchmarks.common import write_results
 from kegfast import functional, reference
+from kegfast.timing import interleaved
 
 SHAPES = [(256, 10), (256, 100), (256, 1_000), (128, 10_000), (64, 100_000)]
 TEMPERATURE = 4.0

@@ -1,12 +1,11 @@
-"""What benchmarks share: interleaved timing, the machine's facts and limits, results, README tables."""
+"""What benchmarks share: the machine's facts and limits, results, README tables."""
 
 import platform
-import random
 import re
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -18,33 +17,6 @@ from kegfast.files import atomic_write, write_json
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-
-
-def interleaved(
-    calls: Mapping[str, Callable[[], object]], rounds: int, *, cold: bool = True, seed: int = 0
-) -> dict[str, float]:
-    """Median seconds of each call; the calls take turns, so that a busy machine hits all alike.
-
-    Args:
-        calls: what to time, by name; each runs once beforehand.
-        rounds: turns of each.
-        cold: each call finds the caches as another one left them, in an order shuffled each round; else
-            the call runs twice and the second time counts.
-        seed: of the shuffling.
-    """
-    for call in calls.values():
-        call()
-    order, times = list(calls), {name: [] for name in calls}
-    shuffle = random.Random(seed)
-    for _ in range(rounds):
-        shuffle.shuffle(order)
-        for name in order:
-            if not cold:
-                calls[name]()
-            start = time.perf_counter()
-            calls[name]()
-            times[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values) for name, values in times.items()}
 
 
 def machine() -> dict[str, Any]:

@@ -2,12 +2,12 @@
 
 import logging
 import statistics
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
+from kegfast import timing
 from kegfast.compression.calibration import Inputs, Traffic, evaluation
 from kegfast.compression.report import CompressionReport, LayerReport
 from kegfast.compression.surgery import Site, replace, unfused
@@ -17,44 +17,6 @@ log = logging.getLogger(__name__)
 
 NOISE = 0.02
 """Differences below this share are those of the clock, not of the model."""
-
-
-def interleaved(
-    calls: Mapping[str, Callable[[], object]], *, seconds: float = 0.1, least: int = 5
-) -> dict[str, float]:
-    """Median seconds of each call, the calls taking turns so that a busy machine hits all alike.
-
-    Args:
-        calls: what to time, by name.
-        seconds: roughly the time to spend on all of them together.
-        least: rounds at least.
-    """
-    times = take_turns(calls, seconds=seconds, least=least)
-    return {name: statistics.median(values) for name, values in times.items()}
-
-
-def take_turns(
-    calls: Mapping[str, Callable[[], object]], *, seconds: float, least: int = 5
-) -> dict[str, list[float]]:
-    """Seconds of each call in each round; see `interleaved`."""
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    with torch.inference_mode():
-        for call in calls.values():
-            call()
-        _wait()
-        end = time.perf_counter() + seconds
-        while len(next(iter(times.values()))) < least or time.perf_counter() < end:
-            for name, call in calls.items():
-                start = time.perf_counter()
-                call()
-                _wait()
-                times[name].append(time.perf_counter() - start)
-    return times
-
-
-def _wait() -> None:
-    if torch.cuda.is_initialized():
-        torch.cuda.synchronize()
 
 
 def time_layers(
@@ -87,7 +49,8 @@ def _time_ways(ways: Mapping[str, nn.Module], x: Tensor, seconds: float) -> dict
     try:
         for way in ways.values():
             way.eval()
-        return interleaved({way: lambda m=m: m(x) for way, m in ways.items()}, seconds=seconds)
+        with torch.inference_mode():
+            return timing.interleaved({way: lambda m=m: m(x) for way, m in ways.items()}, seconds=seconds)
     finally:
         for layer, mode in modes.items():
             layer.training = mode
@@ -192,9 +155,9 @@ def _time_models(
     calls = {"before": lambda: teacher(*example), "after": lambda: student(*example)}
     times: dict[str, list[float]] = {name: [] for name in calls}
     before = after = 0.0
-    with evaluation(student), evaluation(teacher):
+    with evaluation(student), evaluation(teacher), torch.inference_mode():
         for longer in (1, 2, 4):
-            for name, values in take_turns(calls, seconds=longer * seconds).items():
+            for name, values in timing.take_turns(calls, seconds=longer * seconds).items():
                 times[name] += values
             before, after = (statistics.median(values) for values in times.values())
             if after <= before:

@@ -9,9 +9,10 @@ from torch import nn
 
 from kegfast.compression.budget import Cost, Rank
 from kegfast.compression.calibration import Inputs, Traffic
-from kegfast.compression.choice import interleaved, like
+from kegfast.compression.choice import like
 from kegfast.compression.decompose import Factors
 from kegfast.compression.surgery import Site, build, explicit_padding
+from kegfast.timing import interleaved
 
 KINDS = ("params", "flops", "latency", "memory")
 
@@ -82,7 +83,8 @@ def latency(site: Site, traffic: Traffic, example: Inputs, seconds: float) -> tu
         works.append(float(work(np.array(rank[0] or 0), np.array(rank[1] or 0))))
     x = like(example, traffic.inputs, module.weight)
     calls = {name: lambda layer=layer: layer(x) for name, layer in layers.items()}
-    times = interleaved({"dense": lambda: module(x), **calls}, seconds=seconds)
+    with torch.inference_mode():
+        times = interleaved({"dense": lambda: module(x), **calls}, seconds=seconds)
     measured = np.array([times[name] for name in layers])
     slope = max(np.polyfit(works, measured, 1)[0], 0.0) if len(set(works)) > 1 else 0.0
     floor = float(np.median(measured - slope * np.array(works)))

@@ -1,13 +1,10 @@
 """Never slower: the fastest way is kept, and what loses is rolled back."""
 
-import time
-
 import pytest
 import torch
 from torch import nn
 
 from kegfast import compress
-from kegfast.compression import choice
 from kegfast.nn import TuckerConv2d
 
 
@@ -20,10 +17,10 @@ def model():
 def pretend(monkeypatch, costs):
     """Replaces the clock: a call takes what `costs` says about it."""
 
-    def take_turns(calls, *, seconds, least=5):
+    def take_turns(calls, rounds=5, *, seconds):
         return {name: [costs(name, call)] for name, call in calls.items()}
 
-    monkeypatch.setattr(choice, "take_turns", take_turns)
+    monkeypatch.setattr("kegfast.timing.take_turns", take_turns)
 
 
 X = torch.zeros(1, 16, 8, 8)
@@ -68,19 +65,6 @@ def test_layers_are_rolled_back_until_the_model_is_not_slower(monkeypatch, model
     assert report["2"].parameters == report["2"].parameters_before
     assert report.parameters == sum(p.numel() for p in student.parameters())
     assert report.latency["after"] <= report.latency["before"]
-
-
-def test_turns_interleave_and_medians_are_reported():
-    order = []
-
-    def call(name, seconds):
-        order.append(name)
-        time.sleep(seconds)
-
-    calls = {"a": lambda: call("a", 0.001), "b": lambda: call("b", 0.004)}
-    times = choice.interleaved(calls, seconds=0.02)
-    assert order[2:8] == ["a", "b"] * 3
-    assert 0.001 <= times["a"] < times["b"]
 
 
 def test_a_real_measurement_is_never_slower():
