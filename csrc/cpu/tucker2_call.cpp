@@ -1,0 +1,167 @@
+#include "cpu/tucker2_call.h"
+
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cstdlib>
+#include <memory>
+#include <new>
+
+#include "check.h"
+
+namespace kegfast {
+namespace {
+
+std::atomic<bool> winograd_allowed{true};
+std::atomic<const char*> last_path{"none"};
+
+// Memory that a thread keeps between calls, so that no call pays for page faults.
+class Scratch {
+ public:
+  float* take(int64_t floats) {
+    if (floats > held_) {
+      memory_.reset(
+          static_cast<float*>(std::aligned_alloc(64, static_cast<size_t>((floats * 4 + 63) / 64 * 64))));
+      held_ = memory_ ? floats : 0;
+      if (!memory_) throw std::bad_alloc();
+    }
+    return memory_.get();
+  }
+
+ private:
+  struct Free {
+    void operator()(float* p) const { std::free(p); }
+  };
+  std::unique_ptr<float, Free> memory_;
+  int64_t held_ = 0;
+};
+
+float* scratch(int64_t floats) {
+  static thread_local Scratch memory;
+  return memory.take(floats);
+}
+
+// f(begin, end) over `parts` equal shares of `units`, each a multiple of `grain`.
+template <class F>
+void share_out(int64_t parts, int64_t units, int64_t grain, const F& f) {
+  if (parts == 1) return f(0, units * grain);
+  torch::stable::parallel_for(0, parts, 1, [&](int64_t from, int64_t to) {
+    for (int64_t i = from; i < to; ++i) f(units * i / parts * grain, units * (i + 1) / parts * grain);
+  });
+}
+
+}  // namespace
+
+Tensor empty_strided(std::initializer_list<int64_t> sizes, std::initializer_list<int64_t> strides,
+                     ScalarType type) {
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.begin(),
+                                                         strides.begin(), static_cast<int32_t>(type),
+                                                         aoti_torch_device_type_cpu(), 0, &handle));
+  return Tensor(handle);
+}
+
+Tensor empty(int64_t n, int64_t c, int64_t h, int64_t w, bool channels_last, ScalarType type) {
+  if (channels_last) return empty_strided({n, c, h, w}, {h * w * c, 1, w * c, c}, type);
+  return empty_strided({n, c, h, w}, {c * h * w, h * w, w, 1}, type);
+}
+
+Tensor empty_flat(int64_t n, ScalarType type) {
+  return empty_strided({n}, {1}, type);
+}
+
+bool reads_channels_last(const Tensor& x) {
+  return x.stride(1) == 1 && x.size(2) * x.size(3) > 1;
+}
+
+Tensor readable(const Tensor& x) {
+  if (reads_channels_last(x) || x.stride(3) == 1 || x.size(3) == 1) return x;
+  return torch::stable::contiguous(x);
+}
+
+Tucker2Type type_of(const Tensor& t) {
+  if (t.scalar_type() == ScalarType::Float) return Tucker2Type::float32;
+  KEGFAST_CHECK(t.scalar_type() == ScalarType::BFloat16 || t.scalar_type() == ScalarType::Half, "x",
+                "float32, bfloat16 or float16", static_cast<int>(t.scalar_type()));
+  return t.scalar_type() == ScalarType::BFloat16 ? Tucker2Type::bfloat16 : Tucker2Type::float16;
+}
+
+Tucker2Factor factor(const Tensor& weight) {  // (O, I, kh, kw)
+  return {weight.const_data_ptr(), type_of(weight),  weight.stride(0),
+          weight.stride(1),        weight.stride(2), weight.stride(3)};
+}
+
+Tucker2Params geometry(int64_t images, int64_t channels, int64_t height, int64_t width, const Tensor& core,
+                       int64_t features, const Geometry& g) {
+  Tucker2Params p{};
+  p.images = images, p.channels = channels, p.height = height, p.width = width, p.features = features;
+  p.rank_in = core.size(1), p.rank_out = core.size(0), p.kernel_h = core.size(2), p.kernel_w = core.size(3);
+  p.stride_h = g.stride_h, p.stride_w = g.stride_w, p.padding_h = g.padding_h, p.padding_w = g.padding_w;
+  p.dilation_h = g.dilation_h, p.dilation_w = g.dilation_w;
+  KEGFAST_CHECK(g.stride_h > 0 && g.stride_w > 0 && g.dilation_h > 0 && g.dilation_w > 0,
+                "stride and dilation", "positive", g.stride_h);
+  KEGFAST_CHECK(g.padding_h >= 0 && g.padding_w >= 0, "padding", "non-negative", g.padding_h);
+  const int64_t reach_h = height + 2 * g.padding_h - (p.kernel_h - 1) * g.dilation_h - 1;
+  const int64_t reach_w = width + 2 * g.padding_w - (p.kernel_w - 1) * g.dilation_w - 1;
+  KEGFAST_CHECK(reach_h >= 0 && reach_w >= 0, "x", "at least as large as the core's window", height);
+  p.out_height = reach_h / g.stride_h + 1, p.out_width = reach_w / g.stride_w + 1;
+  p.winograd = tucker2_winograd();
+  KEGFAST_CHECK(p.kernel_h * p.kernel_w <= 256, "core", "a window of at most 256 taps",
+                p.kernel_h * p.kernel_w);
+  return p;
+}
+
+void set_input(Tucker2Params& p, const Tensor& x) {
+  p.channels_last = reads_channels_last(x);
+  p.type = type_of(x);
+  p.x = x.const_data_ptr();
+  p.x_image = x.stride(0), p.x_channel = x.stride(1), p.x_row = x.stride(2), p.x_pixel = x.stride(3);
+}
+
+int64_t multiply_adds(const Tucker2Params& p) {
+  return p.images *
+         (p.height * p.width * p.channels * p.rank_in +
+          p.out_height * p.out_width * p.rank_out * (p.rank_in * p.kernel_h * p.kernel_w + p.features));
+}
+
+// Below this a second thread costs more than it brings (about 40 us of one core).
+constexpr int64_t kSerialWork = 4'000'000;
+
+int64_t threads_for(int64_t work, int64_t parts) {
+  if (work < kSerialWork) return 1;
+  return std::max<int64_t>(
+      1, std::min<int64_t>({torch::stable::get_num_threads(), parts, work / (kSerialWork / 2)}));
+}
+
+void run_rows(const Tucker2Params& p, const Tucker2Plan& plan, int64_t threads) {
+  last_path.store(plan.winograd ? "winograd" : "direct", std::memory_order_relaxed);
+  const auto kernel = KEGFAST_SELECT(tucker2_rows);
+  const auto f = [&](int64_t begin, int64_t end) {
+    kernel(p, plan, begin, end, scratch(plan.scratch_floats));
+  };
+  // Kept intermediates overlap between bands of an image, so then images are the unit.
+  const bool by_image = p.images >= threads || p.t1;
+  if (by_image)
+    share_out(std::min(threads, p.images), p.images, p.out_height, f);
+  else
+    share_out(threads, p.images * p.out_height, 1, f);
+}
+
+bool tucker2_winograd() {
+  return winograd_allowed.load(std::memory_order_relaxed);
+}
+void set_tucker2_winograd(bool allowed) {
+  winograd_allowed.store(allowed, std::memory_order_relaxed);
+}
+void note_unfused() {
+  last_path.store("unfused", std::memory_order_relaxed);
+}
+std::string last_kernel() {
+  const std::string path = last_path.load(std::memory_order_relaxed);
+  return path == "direct" || path == "winograd" ? path + " " + isa_name(active_isa()) : path;
+}
+
+}  // namespace kegfast

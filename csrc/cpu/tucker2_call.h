@@ -1,0 +1,51 @@
+// What the forward and the backward pass of tucker2 on the CPU share: tensors as the kernels see them, and the
+// threads.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <initializer_list>
+#include <optional>
+#include <tuple>
+
+#include "tucker2.h"
+
+namespace kegfast {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+struct Geometry {
+  int64_t stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w;
+};
+
+// A stride-exact allocation: the fakes promise these strides.
+Tensor empty_strided(std::initializer_list<int64_t> sizes, std::initializer_list<int64_t> strides,
+                     ScalarType type);
+Tensor empty(int64_t n, int64_t c, int64_t h, int64_t w, bool channels_last, ScalarType type);
+Tensor empty_flat(int64_t n, ScalarType type = ScalarType::Float);
+
+bool reads_channels_last(const Tensor& x);
+// x as the kernels read it: pixels of contiguous channels, planes of contiguous rows, or else a copy as
+// planes.
+Tensor readable(const Tensor& x);
+
+Tucker2Type type_of(const Tensor& t);
+Tucker2Factor factor(const Tensor& weight);  // (O, I, kh, kw)
+
+// The whole Params of a call but for x, y and what is kept; throws for a geometry that cannot be.
+Tucker2Params geometry(int64_t images, int64_t channels, int64_t height, int64_t width, const Tensor& core,
+                       int64_t features, const Geometry& g);
+void set_input(Tucker2Params& p, const Tensor& x);
+
+int64_t multiply_adds(const Tucker2Params& p);
+int64_t threads_for(int64_t work, int64_t parts);  // 1 where a second thread costs more than it brings
+void run_rows(const Tucker2Params& p, const Tucker2Plan& plan, int64_t threads);  // all rows, on `threads`
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> tucker2_backward(
+    const Tensor& gradient, const Tensor& input, const Tensor& t1, const Tensor& t2, const Tensor& first,
+    const Tensor& core, const Tensor& last, int64_t padding_h, int64_t padding_w, int64_t dilation_h,
+    int64_t dilation_w, bool need_x, bool need_first, bool need_core, bool need_last);
+
+}  // namespace kegfast
