@@ -70,7 +70,7 @@ class Tucker2Call(ctypes.Structure):
             for name in ("relu", "form", "dtype", "split", "multiprocessors", "descending")
         ]
         + [("shared_bytes", ctypes.c_int64), ("dry", ctypes.c_int), ("launches", ctypes.c_int)]
-        + [("blocks", ctypes.c_int64), ("most_shared", ctypes.c_int64)]
+        + [(name, ctypes.c_int64) for name in ("blocks", "most_shared", "workspace")]
     )
 
 
@@ -148,14 +148,15 @@ class Emulator:
         sizes = zip((h, w), (kh, kw), stride, padding, dilation, strict=True)
         out_h, out_w = ((s + 2 * p - d * (k - 1) - 1) // t + 1 for s, k, t, p, d in sizes)
         y = torch.empty((n, last.shape[0], out_h, out_w), dtype=x.dtype)
-        if not dry:
-            y.fill_(float("nan"))
         t1 = t2 = None
         if x.stride(1) == 1 and h * w > 1:
             y = y.contiguous(memory_format=torch.channels_last)
         if keep:
-            t1 = torch.full((n, h + 2 * padding[0], w + 2 * padding[1], r1), float("nan"), dtype=x.dtype)
-            t2 = torch.full((n, out_h, out_w, r2), float("nan"), dtype=x.dtype)
+            t1 = torch.empty((n, h + 2 * padding[0], w + 2 * padding[1], r1), dtype=x.dtype)
+            t2 = torch.empty((n, out_h, out_w, r2), dtype=x.dtype)
+        for output in (y, t1, t2):
+            if output is not None and not dry:
+                output.fill_(float("nan"))
         tensors = (x.stride(), y.stride(), first.strides, core.strides, last.strides)
         call = Tucker2Call(
             pointer(x), first.pointer, core.pointer, last.pointer, *(pointer(t) for t in (bias, y, t1, t2)),

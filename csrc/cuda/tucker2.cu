@@ -54,37 +54,28 @@ Image<T> image(const Tensor& t) {  // (N, C, H, W)
 
 template <class T>
 Factor<T> factor(const Tensor& w) {
-  return {static_cast<const T*>(w.data_ptr()),
-          w.stride(0),
-          w.stride(1),
-          w.stride(2),
-          w.stride(3),
-          int(w.size(0)),
-          int(w.size(1)),
-          int(w.size(2)),
-          int(w.size(3))};
+  return make_factor(static_cast<const T*>(w.data_ptr()),
+                     {w.stride(0), w.stride(1), w.stride(2), w.stride(3)}, int(w.size(0)), int(w.size(1)),
+                     int(w.size(2)), int(w.size(3)));
 }
 
 // Rows and inputs exchanged, taps backward: what the gradient of x convolves with.
 template <class T>
 Factor<T> transposed(const Tensor& w) {
   const int64_t last_tap = (w.size(2) - 1) * w.stride(2) + (w.size(3) - 1) * w.stride(3);
-  return {static_cast<const T*>(w.data_ptr()) + last_tap,
-          w.stride(1),
-          w.stride(0),
-          -w.stride(2),
-          -w.stride(3),
-          int(w.size(1)),
-          int(w.size(0)),
-          int(w.size(2)),
-          int(w.size(3))};
+  return make_factor(static_cast<const T*>(w.data_ptr()) + last_tap,
+                     {w.stride(1), w.stride(0), -w.stride(2), -w.stride(3)}, int(w.size(1)), int(w.size(0)),
+                     int(w.size(2)), int(w.size(3)));
 }
 
 template <class M, class T>
 void run(const Tucker2Problem<T>& problem, const Tensor& like, const Launcher& launcher) {
-  const Tensor workspace =
-      torch::stable::new_empty(like, {int64_t(tucker2<M>(problem, nullptr, launcher))}, ScalarType::Byte);
-  tucker2<M>(problem, static_cast<char*>(workspace.data_ptr()), launcher);
+  std::optional<Tensor> kept;  // freed in stream order when the call returns
+  const auto workspace = [&](size_t bytes) {
+    kept = torch::stable::new_empty(like, {int64_t(bytes)}, ScalarType::Byte);
+    return static_cast<char*>(kept->data_ptr());
+  };
+  tucker2<M>(problem, workspace, launcher);
 }
 
 // work(Math{}) for the tensor's dtype and the precision asked for.
@@ -187,7 +178,8 @@ Tensor tucker2_as(const Tensor& x, const Tensor& first, const Tensor& core, cons
   return forward(x, first, core, last, bias, window, relu, false, Form(form)).y;
 }
 
-// `packed` is the CPU's; here the factors are packed by a kernel in the same call.
+// `packed` is the CPU's. Here factors are read where they lie: a copy kept between calls would outlive them in
+// a captured graph, and would have to be ordered across streams.
 Tensor tucker2_inference(const Tensor& x, const Tensor& first, const Tensor& core, const Tensor& last,
                          const std::optional<Tensor>& bias, const std::optional<Tensor>& /*packed*/,
                          int64_t stride_h, int64_t stride_w, int64_t padding_h, int64_t padding_w,
@@ -207,7 +199,6 @@ std::tuple<Tensor, Tensor, Tensor> tucker2_forward(const Tensor& x, const Tensor
 }
 
 // ---- gradients
-// ---------------------------------------------------------------------------------------------------------------------
 
 Tensor pixels_of(const Tensor& planes) {  // (N, C, H, W) -> (N H W, C)
   const Tensor last = torch::stable::transpose(torch::stable::transpose(planes, 1, 2), 2, 3);

@@ -27,7 +27,6 @@ Image<T> make_image(T* data, const int64_t (&strides)[4], int channels, int heig
 // Channels first .. first + 16 bytes of pixel (y, x), zeros outside of the image, to shared memory.
 template <class T>
 KEGFAST_DEVICE void load_piece(const Image<const T>& x, char* to, int64_t n, int y, int column, int first) {
-  constexpr int kVector = 16 / sizeof(T);
   const bool inside = unsigned(y) < unsigned(x.height) && unsigned(column) < unsigned(x.width);
   const T* from = x.data + (inside ? n * x.image + y * x.row + column * x.pixel : 0);
   if (x.vectors) {
@@ -35,18 +34,7 @@ KEGFAST_DEVICE void load_piece(const Image<const T>& x, char* to, int64_t n, int
     cp_async16(to, from + (valid ? first : 0), valid);
     return;
   }
-  uint32_t words[4] = {};
-  KEGFAST_UNROLL
-  for (int e = 0; e < kVector; ++e) {
-    if (!inside || first + e >= x.channels) break;
-    const T value = from[(first + e) * x.channel];
-    if constexpr (sizeof(T) == 4) {
-      words[e] = float_bits(value);
-    } else {
-      words[e / 2] |= uint32_t(value.bits) << (16 * (e % 2));
-    }
-  }
-  store_shared16(to, {{words[0], words[1], words[2], words[3]}});
+  gather_piece(to, from + first * x.channel, x.channel, inside ? x.channels - first : 0);
 }
 
 // Piece i of a tile of kRows rows: neighbouring threads go along what lies together in memory.
@@ -62,12 +50,39 @@ struct Epilogue {
   bool relu;
 };
 
-// Accumulators -> shared memory -> 16-byte stores. pixel(row): where channel 0 of the row's pixel lies in y,
-// or -1.
-template <class T, int kTiles, int kThreads, class Pixel>
+// Rows of shared memory -> columns first .. of pixels of y, 16 bytes at a time where they may be. pixel(row):
+// where channel 0 of the row's pixel lies in y, or -1.
+template <class T, class Pixel>
+KEGFAST_DEVICE void store_rows(const Image<T>& y, const char* rows, int pitch, int count, int first_column,
+                               int columns, Pixel pixel) {
+  constexpr int kVector = 16 / sizeof(T);
+  if (y.vectors) {
+    const int pieces = columns / kVector;
+    for (int i = thread(); i < count * pieces; i += kTuckerThreads) {
+      const int64_t at = pixel(i / pieces);
+      if (at >= 0) {
+        store_global16(y.data + at + first_column + i % pieces * kVector,
+                       load_shared16(rows + i / pieces * pitch + i % pieces * 16));
+      }
+    }
+  } else {
+    const bool planes = y.channel != 1;
+    for (int i = thread(); i < count * columns; i += kTuckerThreads) {
+      const int row = planes ? i % count : i / columns, column = planes ? i / count : i % columns;
+      const int64_t at = pixel(row);
+      if (at >= 0)
+        y.data[at + (first_column + column) * y.channel] =
+            reinterpret_cast<const T*>(rows + row * pitch)[column];
+    }
+  }
+}
+
+// Accumulators -> shared memory -> bias, ReLU -> y.
+template <class T, int kTiles, class Pixel>
 KEGFAST_DEVICE void store_tile(const Image<T>& y, const float (&acc)[2][kTiles][4], char* scratch,
                                int first_column, const Epilogue<T>& epilogue, Pixel pixel) {
-  constexpr int kColumns = 16 * kTiles, kVector = 16 / sizeof(T), kOutPitch = kColumns * sizeof(T) + 16;
+  constexpr int kColumns = 16 * kTiles, kOutPitch = kColumns * sizeof(T) + 16;
+  static_assert(kStages * stage_bytes(kTiles) >= kRows * kOutPitch);
   const Place<kTiles> place;
   barrier();  // the stages under `scratch` are read
   KEGFAST_UNROLL
@@ -86,26 +101,7 @@ KEGFAST_DEVICE void store_tile(const Image<T>& y, const float (&acc)[2][kTiles][
     }
   }
   barrier();
-  const int columns = smaller(kColumns, y.channels - first_column);
-  if (y.vectors) {
-    const int pieces = columns / kVector;
-    for (int i = thread(); i < kRows * pieces; i += kThreads) {
-      const int64_t at = pixel(i / pieces);
-      if (at >= 0) {
-        store_global16(y.data + at + first_column + i % pieces * kVector,
-                       load_shared16(scratch + i / pieces * kOutPitch + i % pieces * 16));
-      }
-    }
-  } else {
-    const bool planes = y.channel != 1;
-    for (int i = thread(); i < kRows * columns; i += kThreads) {
-      const int row = planes ? i % kRows : i / columns, column = planes ? i / kRows : i % columns;
-      const int64_t at = pixel(row);
-      if (at >= 0)
-        y.data[at + (first_column + column) * y.channel] =
-            reinterpret_cast<T*>(scratch + row * kOutPitch)[column];
-    }
-  }
+  store_rows(y, scratch, kOutPitch, kRows, first_column, smaller(kColumns, y.channels - first_column), pixel);
 }
 
 // Accumulators -> rows of shared memory, as the next stage's A.

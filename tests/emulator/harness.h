@@ -15,6 +15,7 @@ struct Tucker2Call {
   int dry;                      // only the plan
   int launches;                 // out: kernels run
   int64_t blocks, most_shared;  // out: of the last kernel; of any
+  int64_t workspace;            // out: bytes
 };
 
 extern "C" const char* tucker2_error();

@@ -19,8 +19,7 @@ void run(Tucker2Call& c) {
   using T = typename M::T;
   const auto factor = [](const void* data, const int64_t (&strides)[4], int rows, int inputs, int kh,
                          int kw) {
-    return cuda::Factor<T>{
-        static_cast<const T*>(data), strides[0], strides[1], strides[2], strides[3], rows, inputs, kh, kw};
+    return cuda::make_factor(static_cast<const T*>(data), strides, rows, inputs, kh, kw);
   };
   const cuda::Window window{c.window[0], c.window[1], c.window[2], c.window[3],
                             c.window[4], c.window[5], c.window[6], c.window[7]};
@@ -44,9 +43,14 @@ void run(Tucker2Call& c) {
     c.most_shared = simt::larger(c.most_shared, int64_t(shared_bytes));
     if (!c.dry) emulator::launch<decltype(kernel)>({int(x), int(y), 1}, shared_bytes, order, params);
   };
-  std::vector<char> workspace(cuda::tucker2<M>(problem, nullptr, launch) + 256, char(0xff));
-  const auto base = (reinterpret_cast<uintptr_t>(workspace.data()) + 255) / 256 * 256;
-  cuda::tucker2<M>(problem, reinterpret_cast<char*>(base), launch);
+  std::vector<char> kept;
+  const auto workspace = [&](size_t bytes) {
+    c.workspace = int64_t(bytes);
+    if (c.dry) return reinterpret_cast<char*>(256);  // never read
+    kept.assign(bytes + 256, char(0xff));
+    return reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(kept.data()) + 255) / 256 * 256);
+  };
+  cuda::tucker2<M>(problem, workspace, launch);
 }
 
 }  // namespace
