@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from kegfast.check import expected
+from kegfast.distillation.features import unwrap
 from kegfast.distillation.logit import UNLABELLED, soft_target
 
 if TYPE_CHECKING:
@@ -88,9 +89,10 @@ def boundary_samples(
 
 
 def boundary_loss(batch: "Batch") -> Tensor:
-    """KL(teacher || student) at temperature 3 on the batch's accepted boundary samples, mean; 0 without any.
+    """KL(teacher || student) at temperature 3 on the batch's accepted boundary samples, their mean.
 
-    The paper's third term; like the paper it leaves out the factor T^2.
+    The paper's third term; like the paper it leaves out the factor T^2. It is 0 with fewer than two
+    samples, of which BatchNorm could not take statistics.
     """
     found = boundary_samples(
         batch.teacher_model,
@@ -100,11 +102,14 @@ def boundary_loss(batch: "Batch") -> Tensor:
         student_logits=batch.student.detach(),
     )
     samples = found.samples[found.accepted]
-    if len(samples) == 0:
+    if len(samples) < 2:
         return batch.student.sum() * 0.0
     with torch.no_grad():
         teacher = batch.teacher_model(samples)
-    return soft_target(batch.student_model(samples), teacher, temperature=TEMPERATURE) / TEMPERATURE**2
+    # Past DistributedDataParallel, whose forward pass waits for processes that may have no such sample; it
+    # averages the gradients all the same.
+    student = unwrap(batch.student_model)(samples)
+    return soft_target(student, teacher, temperature=TEMPERATURE) / TEMPERATURE**2
 
 
 def boundary_weight(done: float) -> float:
@@ -210,20 +215,21 @@ def _search(
     bounds: tuple[float, float] | None,
 ) -> tuple[Tensor, Tensor]:  # (N, ...), (N,) bool
     moved = start.detach().clone()
-    if len(moved) == 0:
-        return moved, base.new_zeros(0, dtype=torch.bool)
-    for _ in range(steps):
-        gap, slope, answer = _gap(teacher, moved, base, target)
-        inside = answer == base
-        if not inside.any():
+    accepted = torch.zeros_like(base, dtype=torch.bool)
+    active = torch.arange(len(moved), device=moved.device)  # those still in their base class
+    for step in range(steps + 1):
+        if len(active) == 0:
             break
-        squared = slope.flatten(1).square().sum(dim=1)
-        length = torch.where(inside & (squared > 0), eta * (gap + epsilon) / squared, 0.0)
-        moved = moved - length.view(-1, *[1] * (moved.ndim - 1)) * slope
-        if bounds is not None:
-            moved = moved.clamp(*bounds)
-    with torch.no_grad():
-        return moved, teacher(moved).argmax(dim=1) == target
+        gap, slope, answer = _gap(teacher, moved[active], base[active], target[active])
+        accepted[active] = answer == target[active]
+        inside = answer == base[active]
+        active, gap, slope = active[inside], gap[inside], slope[inside]
+        if step < steps:
+            squared = slope.flatten(1).square().sum(dim=1)
+            length = torch.where(squared > 0, eta * (gap + epsilon) / squared, 0.0)
+            ahead = moved[active] - length.view(-1, *[1] * (moved.ndim - 1)) * slope
+            moved[active] = ahead if bounds is None else ahead.clamp(*bounds)
+    return moved, accepted
 
 
 def _gap(teacher: nn.Module, x: Tensor, base: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:

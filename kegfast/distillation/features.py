@@ -5,6 +5,7 @@ from difflib import get_close_matches
 from types import TracebackType
 from typing import Self
 
+import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.utils.hooks import RemovableHandle
@@ -13,8 +14,18 @@ from kegfast.check import expected
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The user's module inside a (Distributed)DataParallel wrapper."""
-    return model.module if isinstance(model, DataParallel | DistributedDataParallel) else model
+    """The user's module inside (Distributed)DataParallel and what `torch.compile` made of it."""
+    while True:
+        if isinstance(model, DataParallel | DistributedDataParallel):
+            model = model.module
+        elif "_orig_mod" in model._modules:
+            model = model._orig_mod
+        else:
+            return model
+
+
+def _compiled(model: nn.Module) -> bool:
+    return any("_orig_mod" in m._modules or m._compiled_call_impl is not None for m in model.modules())
 
 
 class Features:
@@ -22,8 +33,11 @@ class Features:
 
     Use as a context manager; `features["layers2.0"]` is that module's output.
 
+    Code compiled without the hooks would not run them, and with them would go on to: where the model is
+    compiled, entering and leaving empty the compiler's caches.
+
     Args:
-        model: Any module, wrapped for parallel training or not.
+        model: Any module, wrapped for parallel training, compiled, or neither.
         paths: Paths as `named_modules` spells them, `""` for the model itself.
 
     Raises:
@@ -35,8 +49,11 @@ class Features:
         self._modules = {path: _find(modules, path) for path in paths}
         self._outputs: dict[str, Tensor] = {}
         self._hooks: list[RemovableHandle] = []
+        self._recompile = bool(self._modules) and _compiled(model)
 
     def __enter__(self) -> Self:
+        if self._recompile:
+            torch.compiler.reset()
         for path, module in self._modules.items():
             self._hooks.append(module.register_forward_hook(self._keep(path)))
         return self
@@ -49,6 +66,8 @@ class Features:
     ) -> None:
         for hook in self._hooks:
             hook.remove()
+        if self._recompile:
+            torch.compiler.reset()
         self._hooks.clear()
         self._outputs.clear()
 
@@ -58,8 +77,10 @@ class Features:
         return self._outputs[path]
 
     def taken(self) -> dict[str, Tensor]:
-        """All outputs of the latest pass, by path."""
-        return {path: self[path] for path in self._modules}
+        """All outputs since the last call, by path."""
+        found = {path: self[path] for path in self._modules}
+        self._outputs.clear()
+        return found
 
     def _keep(self, path: str) -> Callable[[nn.Module, tuple, object], None]:
         def hook(module: nn.Module, inputs: tuple, output: object) -> None:

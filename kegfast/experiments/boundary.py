@@ -5,9 +5,8 @@ from a LeNet5 that saw all of it. Two students of all data, by soft targets and 
 compared by how alike their boundaries are to the teacher's.
 """
 
-import logging
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +17,21 @@ from torch.utils.data import TensorDataset
 import kegfast
 from kegfast import data
 from kegfast.distillation import Term, boundary, fitnets
-from kegfast.experiments.ledger import Ledger, spread
+from kegfast.experiments.trial import Trial, beginning, spreads, trials
 from kegfast.loop import mix
 from kegfast.models import LeNet5
 from kegfast.training import evaluate, train
 
-log = logging.getLogger(__name__)
+Loss = str | list[Term]
 
-LOSSES: dict[str, str | list[Term]] = {
+_PAPER = [
+    Term("hard_label"),
+    # The paper's distillation terms lack soft_target's factor T^2.
+    Term("soft_target", lambda done: boundary.soft_weight(done) / boundary.TEMPERATURE**2),
+    Term("boundary", boundary.boundary_weight),
+]
+
+LOSSES: dict[str, Loss] = {
     "alone": "hard_label",
     "soft_target": "hard_label+soft_target",
     "logit_regression": "hard_label+logit_regression",
@@ -33,14 +39,12 @@ LOSSES: dict[str, str | list[Term]] = {
     # On the last embedding, as in the paper: on the logits the angles drive this student into one point.
     "rkd": "hard_label+rkd_distance@fc1:25+rkd_angle@fc1:50",
     "hint": "hard_label+soft_target",  # after a stage on conv2's features
-    "boundary": [
-        Term("hard_label"),
-        # The paper's distillation terms lack soft_target's factor T^2.
-        Term("soft_target", lambda done: boundary.soft_weight(done) / boundary.TEMPERATURE**2),
-        Term("boundary", boundary.boundary_weight),
-    ],
+    "boundary": _PAPER,
 }
 """What each student minimises; all of them see the labels."""
+
+COMPARED: dict[str, Loss] = {"alone": "hard_label", "soft_target": _PAPER[:-1], "boundary": _PAPER}
+"""The students whose boundaries are compared with the teacher's; each has a term more than the last."""
 
 HINT_LAYERS = "conv2"
 
@@ -53,7 +57,7 @@ class Config:
         seeds: One run of everything per seed.
         shares: Parts of the training set that students see.
         teacher_epochs: Passes of the teacher over the whole set.
-        steps: Of each student, whatever its share; a hint's stage has a third of them on top.
+        steps: Of each student, whatever its share; a hint's stage has a third of them.
         batch_size: Of all runs.
         lr: First learning rate of Adam.
         compared: Test samples whose perturbations are compared.
@@ -97,109 +101,88 @@ def run(
         Test accuracies in percent and the boundaries' measures, as mean and spread over the seeds.
     """
     splits = data.load("mnist", root)
-    output = Path(output)
-    ledger = Ledger(output / "results.json", asdict(config))
-    runs = [_Run(config, seed, splits, output, ledger, progress).all() for seed in config.seeds]
-    return {name: spread([found[name] for found in runs]) for name in runs[0]}
+    return spreads([_Run(trial, config, splits).all() for trial in trials(output, config, progress)])
 
 
 class _Run:
     """All cells of one seed."""
 
-    def __init__(
-        self,
-        config: Config,
-        seed: int,
-        splits: data.Splits,
-        output: Path,
-        ledger: Ledger,
-        progress: bool,
-    ):
-        self.config, self.seed, self.splits = config, seed, splits
-        self.output, self.ledger, self.progress = output, ledger, progress
-        self.teacher = self._teacher()
+    def __init__(self, trial: Trial, config: Config, splits: data.Splits):
+        self.trial, self.config, self.splits = trial, config, splits
 
     def all(self) -> dict[str, float]:
-        found = {"teacher": self._cell("teacher", lambda: evaluate(self.teacher, self.splits.test))}
+        cell = self.trial.cell
+        found = {"teacher": cell("teacher", lambda: evaluate(self.teacher, self.splits.test))}
         for share in self.config.shares:
             for method in self.config.methods:
                 name = f"{100 * share:g} %, {method}"
-                found[name] = self._cell(name, lambda m=method, s=share: self._accuracy(m, s))
-        for method in ("soft_target", "boundary"):
-            part = self._cell(f"boundaries, {method}", lambda m=method: self._compare(m))
-            found |= {f"boundaries, {method}: {key}": value for key, value in part.items()}
+                found[name] = cell(name, lambda n=name, m=method, s=share: self._accuracy(n, m, s))
+        for method in COMPARED:
+            name = f"boundaries, {method}"
+            part = cell(name, lambda n=name, m=method: self._compare(n, COMPARED[m]))
+            found |= {f"{name}: {key}": value for key, value in part.items()}
         return found
 
-    def _cell(self, name: str, compute: Callable[[], Any]) -> Any:
-        log.info("seed %d: %s", self.seed, name)
-        return self.ledger.cell(f"seed {self.seed}: {name}", compute)
-
-    def _teacher(self) -> nn.Module:
-        teacher = _seeded(LeNet5, mix(self.seed, 0))
-        train(
-            teacher,
-            self.splits.train,
-            epochs=self.config.teacher_epochs,
-            batch_size=self.config.batch_size,
-            seed=self.seed,
-            checkpoint=self.output / f"seed{self.seed}-teacher.pt",
-            resume=True,
-            progress=self.progress,
-        )
+    @cached_property
+    def teacher(self) -> nn.Module:
+        teacher = beginning(LeNet5, mix(self.trial.seed, 0))
+        options = {"epochs": self.config.teacher_epochs, "batch_size": self.config.batch_size}
+        train(teacher, self.splits.train, **options, **self.trial.resumed("teacher"))
         return teacher.eval()
 
-    def _accuracy(self, method: str, share: float) -> float:
-        return evaluate(self._student(method, share), self.splits.test)
+    def _accuracy(self, name: str, method: str, share: float) -> float:
+        student = self._student(name, LOSSES[method], share, hints=method == "hint")
+        return evaluate(student, self.splits.test)
 
-    def _student(self, method: str, share: float) -> nn.Module:
+    def _student(self, name: str, loss: Loss, share: float = 1.0, hints: bool = False) -> nn.Module:
         """A student; all of a seed begin alike."""
         config = self.config
-        student = _seeded(HalfLeNet5, mix(self.seed, 1))
+        student = beginning(HalfLeNet5, mix(self.trial.seed, 1))
+        samples = _part(self.splits.train, share, self.trial.seed)
         options = {
-            "steps": config.steps,
+            "loss": loss,
             "batch_size": config.batch_size,
             "lr": config.lr,
             "temperature": boundary.TEMPERATURE,
-            "seed": self.seed,
-            "checkpoint": self.output / f"seed{self.seed}-{share:g}-{method}.pt",
-            "resume": True,
-            "progress": self.progress,
-            "loss": LOSSES[method],
+            **self.trial.resumed(name),
         }
-        samples = _part(self.splits.train, share, self.seed)
-        if method == "hint":
-            fitnets(
-                student, self.teacher, samples, layers=HINT_LAYERS, hint_steps=config.steps // 3, **options
-            )
+        if hints:
+            first = config.steps // 3
+            options |= {"layers": HINT_LAYERS, "hint_steps": first, "steps": config.steps - first}
+            fitnets(student, self.teacher, samples, **options)
         else:
-            kegfast.distill(student, self.teacher, samples, label=method, **options)
+            kegfast.distill(student, self.teacher, samples, steps=config.steps, label=name, **options)
         return student.eval()
 
-    def _compare(self, method: str) -> dict[str, float]:
-        """Similarities of the vectors to the teacher's and the student's boundary, all data seen."""
-        student = self._student(method, 1.0)
+    def _compare(self, name: str, loss: Loss) -> dict[str, float]:
+        """Similarities of the vectors to the teacher's and to the student's boundary, all data seen.
+
+        Samples and targets depend on the teacher alone; those count that the student, too, puts into their
+        class, and from which both searches reach the target.
+        """
+        student = self._student(name, loss)
         samples, labels = (x[: self.config.compared] for x in self.splits.test.tensors)
-        with torch.no_grad():
-            right = [model(samples).argmax(dim=1) == labels for model in (self.teacher, student)]
-        samples, labels = (x[right[0] & right[1]] for x in (samples, labels))
-        with torch.random.fork_rng():
-            torch.manual_seed(self.seed)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.trial.seed)
             found = boundary.boundary_samples(self.teacher, samples, labels, count=len(samples))
-        theirs = found.samples - samples[found.index]
-        ours, reached = boundary.perturbations(student, samples[found.index], found.base, found.target)
-        both = found.accepted & reached
+        bases = samples[found.index]
+        theirs = found.samples - bases
+        ours, reached = boundary.perturbations(student, bases, found.base, found.target)
+        with torch.no_grad():
+            both = found.accepted & reached & (student(bases).argmax(dim=1) == found.base)
+            across = self.teacher(found.samples).argmax(dim=1) == found.target
         return {
             "accuracy": evaluate(student, self.splits.test),
-            "percent of bases that crossed": 100 * float(found.accepted.float().mean()),
+            "percent of bases accepted": _percent(found.accepted),
+            "percent of accepted across": _percent(across[found.accepted]),
+            "percent compared": _percent(both),
             "MagSim": float(boundary.magnitude_similarity(theirs[both], ours[both])),
             "AngSim": float(boundary.angle_similarity(theirs[both], ours[both])),
         }
 
 
-def _seeded(make: Callable[[], nn.Module], seed: int) -> nn.Module:
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        return make()
+def _percent(x: Tensor) -> float:  # bool
+    return 100 * float(x.float().mean())
 
 
 def _part(dataset: TensorDataset, share: float, seed: int) -> TensorDataset:

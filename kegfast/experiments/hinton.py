@@ -1,11 +1,12 @@
 """Hinton, Vinyals and Dean (2015), section 3, on MNIST: `kegfast reproduce hinton`.
 
-Errors of a thousand-unit teacher, of a smaller student trained alone and distilled; of students whose
-transfer set lacks the 3s, or holds 7s and 8s alone; and of a student of five teachers.
+Errors of a thousand-unit teacher, of smaller students trained alone and distilled, of students whose
+transfer set lacks the 3s, or holds 7s and 8s alone; and of one student of five networks.
 """
 
-import logging
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -15,11 +16,10 @@ import kegfast
 from kegfast.data.catalog import ENTRIES, load_entry
 from kegfast.data.splits import DataInfo, Splits
 from kegfast.distillation import Ensemble, InMemory
-from kegfast.experiments.ledger import Ledger, spread
+from kegfast.experiments.ledger import spread
+from kegfast.experiments.trial import Trial, beginning, spreads, trials
 from kegfast.loop import mix
 from kegfast.training import train
-
-log = logging.getLogger(__name__)
 
 CLASSES = 10
 
@@ -29,37 +29,43 @@ class Config:
     """What the results depend on.
 
     Attributes:
-        seeds: One run of everything per seed.
+        seeds: One student of each kind per seed; all learn from one teacher.
         teacher_units: Width of the teacher's two hidden layers, as in the paper.
         student_units: The student's, as in the paper.
         dropout: The teacher's, on its hidden layers.
-        jitter: Pixels by which the teacher's images move.
+        jitter: Pixels by which the teacher's images move; those of the students never do.
         teacher_epochs: Passes of the teacher over the training set.
         student_epochs: Passes of each student; all have the same number of steps.
         batch_size: Of all runs.
+        lr: Highest learning rate of all runs.
         temperature: The paper's for 300 units and more.
         alpha: Weight of the soft targets against the labels.
-        ensemble: Teachers of the last student; 1 leaves it out.
+        members: Networks of the ensemble; below 2 leaves it out.
+        member_units: Width of their hidden layers, and of their student's.
+        member_epochs: Passes of each of them.
         amp: Train in bfloat16 where that is safe.
     """
 
     seeds: tuple[int, ...] = (0, 1, 2)
     teacher_units: int = 1200
     student_units: int = 800
-    dropout: float = 0.5
+    dropout: float = 0.25
     jitter: int = 2
-    teacher_epochs: int = 60
-    student_epochs: int = 40
-    batch_size: int = 128
+    teacher_epochs: int = 40
+    student_epochs: int = 25
+    batch_size: int = 256
+    lr: float = 2e-3
     temperature: float = 20.0
     alpha: float = 0.9
-    ensemble: int = 5
-    amp: bool = False
+    members: int = 5
+    member_units: int = 100
+    member_epochs: int = 15
+    amp: bool = True
 
 
 def run(
     output: str | Path, root: str | Path | None = None, config: Config = Config(), progress: bool = False
-) -> dict:
+) -> dict[str, dict[str, float]]:
     """Run what is missing of the experiment.
 
     Args:
@@ -76,68 +82,75 @@ def run(
     info = entry.info
     flat = DataInfo(info.name, info.num_classes, (1, 28, 28), info.mean, info.std)
     splits = load_entry(replace(entry, info=flat), None if root is None else Path(root))
-    output = Path(output)
-    ledger = Ledger(output / "results.json", asdict(config))
-    runs = [_Run(config, seed, splits, output, ledger, progress).all() for seed in config.seeds]
-    return {name: spread([found[name] for found in runs]) for name in runs[0]}
+    runs = trials(output, config, progress)
+    shared = Trial(0, runs[0].ledger, progress, name="shared")
+
+    @cache
+    def teacher() -> nn.Module:
+        model = beginning(lambda: _network(config.teacher_units, config.dropout), 0)
+        return _trained(shared, "teacher", model, config.teacher_epochs, config, splits, config.jitter)
+
+    found = [_Run(trial, config, splits, teacher).all() for trial in runs]
+    errors = shared.cell("teacher", lambda: _errors(teacher(), splits))
+    return {"teacher": spread([errors]), **spreads(found)}
+
+
+def _trained(
+    trial: Trial, name: str, model: nn.Module, epochs: int, config: Config, splits: Splits, shift: int = 0
+) -> nn.Module:
+    """A network that learnt from the labels alone."""
+    train(
+        model,
+        splits.train,
+        epochs=epochs,
+        batch_size=config.batch_size,
+        lr=config.lr,
+        weight_decay=0.0,
+        shift=shift,
+        amp=config.amp,
+        **trial.resumed(name),
+    )
+    return model
 
 
 class _Run:
-    """All cells of one seed; models that another cell needs are kept as files."""
+    """All cells of one seed; its networks of one width begin alike and make the same number of steps."""
 
-    def __init__(
-        self, config: Config, seed: int, splits: Splits, output: Path, ledger: Ledger, progress: bool
-    ):
-        self.config, self.seed, self.splits, self.output = config, seed, splits, output
-        self.ledger, self.progress = ledger, progress
-        self.steps = config.student_epochs * (len(splits.train) // config.batch_size)
+    def __init__(self, trial: Trial, config: Config, splits: Splits, teacher: Callable[[], nn.Module]):
+        self.trial, self.config, self.splits, self.teacher = trial, config, splits, teacher
 
     def all(self) -> dict[str, float]:
-        teacher = self._teacher(0)
-        cells = {
-            "teacher": lambda: self._errors(teacher),
-            "student alone": lambda: self._errors(self._distil(teacher, "alone", alpha=0.0)),
-            "distilled": lambda: self._errors(self._distil(teacher, "distilled")),
+        found = {
+            "student alone": self._errors("student alone", self._alone),
+            "distilled": self._errors("distilled", self._distilled),
         }
-        found = {name: self._cell(name, compute) for name, compute in cells.items()}
         for name, kept in (("without 3", [0, 1, 2, 4, 5, 6, 7, 8, 9]), ("7 and 8 only", [7, 8])):
-            part = self._cell(name, lambda name=name, kept=kept: self._missing(teacher, name, kept))
+            part = self.trial.cell(name, lambda name=name, kept=kept: self._missing(name, kept))
             found |= {f"{name}: {key}": value for key, value in part.items()}
-        if self.config.ensemble > 1:
-            found |= self._ensemble()
-        return found
+        return found | (self._ensemble() if self.config.members > 1 else {})
 
-    def _cell(self, name: str, compute):
-        log.info("seed %d: %s", self.seed, name)
-        return self.ledger.cell(f"seed {self.seed}: {name}", compute)
+    def _errors(self, name: str, make: Callable[[str], nn.Module]) -> int:
+        return self.trial.cell(name, lambda: _errors(make(name), self.splits))
 
-    def _teacher(self, member: int) -> nn.Module:
+    def _alone(self, name: str) -> nn.Module:
         config = self.config
-        seed = mix(self.seed, member)
-        model = _network(config.teacher_units, seed, config.dropout)
-        train(
-            model,
-            self.splits.train,
-            epochs=config.teacher_epochs,
-            batch_size=config.batch_size,
-            lr=1e-3,
-            weight_decay=0.0,
-            shift=config.jitter,
-            amp=config.amp,
-            seed=seed,
-            checkpoint=self.output / f"seed{self.seed}-teacher{member}.pt",
-            resume=True,
-            progress=self.progress,
-        )
-        return model
+        student = self._beginning(config.student_units)
+        return _trained(self.trial, name, student, config.student_epochs, config, self.splits)
 
-    def _distil(
-        self, teacher: nn.Module, name: str, kept: list[int] | None = None, alpha: float | None = None
+    def _distilled(self, name: str, kept: list[int] | None = None) -> nn.Module:
+        student = self._beginning(self.config.student_units)
+        return self._taught(name, student, self.teacher(), self.config.student_epochs, kept)
+
+    def _beginning(self, units: int, number: int = 0) -> nn.Module:
+        return beginning(lambda: _network(units), mix(self.trial.seed, number))
+
+    def _taught(
+        self, name: str, student: nn.Module, teacher: nn.Module, epochs: int, kept: list[int] | None = None
     ) -> nn.Module:
-        """A student; all of them begin alike and make the same number of steps."""
+        """Distilled from the samples of some classes, all when None, in as many steps."""
         config = self.config
-        student = _network(config.student_units, mix(self.seed, 100))
         samples, labels = self.splits.train.tensors
+        steps = epochs * (len(samples) // config.batch_size)
         if kept is not None:
             chosen = torch.isin(labels, torch.tensor(kept))
             samples, labels = samples[chosen], labels[chosen]
@@ -145,31 +158,29 @@ class _Run:
             student,
             teacher,
             InMemory(samples, labels),
-            steps=self.steps,
+            steps=steps,
             batch_size=config.batch_size,
+            lr=config.lr,
             temperature=config.temperature,
-            alpha=config.alpha if alpha is None else alpha,
+            alpha=config.alpha,
             amp=config.amp,
-            seed=self.seed,
-            checkpoint=self.output / f"seed{self.seed}-{name.replace(' ', '-')}.pt",
-            resume=True,
-            progress=self.progress,
             label=name,
+            **self.trial.resumed(name),
         )
         return student
 
-    def _missing(self, teacher: nn.Module, name: str, kept: list[int]) -> dict[str, float]:
+    def _missing(self, name: str, kept: list[int]) -> dict[str, float]:
         """Errors of a student that never saw some classes, before and after moving their biases.
 
         The paper shifts the biases of what was shown too often or never by what serves the test set
         best; here the shift makes these classes as frequent among the unlabelled validation images as
         the teacher finds them.
         """
-        student = self._distil(teacher, name, kept)
+        student = self._distilled(name, kept)
         absent = [k for k in range(CLASSES) if k not in kept]
         moved = min(kept, absent, key=len)
         images = self.splits.val.tensors[0]
-        shift = _balance(_logits(student, images), _logits(teacher, images), moved)
+        shift = _balance(_logits(student, images), _logits(self.teacher(), images), moved)
         logits, labels = _logits(student, self.splits.test.tensors[0]), self.splits.test.tensors[1]
         found = {"errors": _wrong(logits, labels)}
         logits = logits + shift * _columns(moved)
@@ -183,33 +194,46 @@ class _Run:
         }
 
     def _ensemble(self) -> dict[str, float]:
-        members = [self._teacher(member) for member in range(self.config.ensemble)]
-        together = Ensemble(members, temperature=self.config.temperature)
+        """One network's errors (mean of the members), those of all together, and of a student of all."""
+        config = self.config
+        units, epochs, numbers = config.member_units, config.member_epochs, range(1, config.members + 1)
+
+        @cache
+        def member(number: int) -> nn.Module:
+            network = self._beginning(units, number)
+            return _trained(self.trial, f"member {number}", network, epochs, config, self.splits)
+
+        @cache
+        def together() -> nn.Module:
+            return Ensemble([member(number) for number in numbers], temperature=config.temperature)
+
+        errors = [self._errors(f"member {number}", lambda name, n=number: member(n)) for number in numbers]
         return {
-            "ensemble": self._cell("ensemble", lambda: self._errors(together)),
-            "distilled from the ensemble": self._cell(
-                "distilled from the ensemble", lambda: self._errors(self._distil(together, "ensemble"))
+            "one network": sum(errors) / len(errors),
+            "ensemble": self._errors("ensemble", lambda name: together()),
+            "distilled from the ensemble": self._errors(
+                "distilled from the ensemble",
+                lambda name: self._taught(name, self._beginning(units), together(), epochs),
             ),
         }
 
-    def _errors(self, model: nn.Module) -> int:
-        samples, labels = self.splits.test.tensors
-        return _wrong(_logits(model, samples), labels)
+
+def _network(units: int, dropout: float = 0.0) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Flatten(),
+        nn.Linear(784, units),
+        nn.ReLU(),
+        nn.Dropout(dropout),
+        nn.Linear(units, units),
+        nn.ReLU(),
+        nn.Dropout(dropout),
+        nn.Linear(units, CLASSES),
+    )
 
 
-def _network(units: int, seed: int, dropout: float = 0.0) -> nn.Sequential:
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        return nn.Sequential(
-            nn.Flatten(),
-            nn.Linear(784, units),
-            nn.ReLU(),
-            nn.Dropout(dropout),
-            nn.Linear(units, units),
-            nn.ReLU(),
-            nn.Dropout(dropout),
-            nn.Linear(units, CLASSES),
-        )
+def _errors(model: nn.Module, splits: Splits) -> int:
+    samples, labels = splits.test.tensors
+    return _wrong(_logits(model, samples), labels)
 
 
 def _logits(model: nn.Module, samples: Tensor) -> Tensor:

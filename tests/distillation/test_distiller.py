@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import kegfast
 from kegfast.distillation import GaussianNoise, InMemory, Mixture, Pool, losses
+from kegfast.distillation.objective import TERMS
 
 
 def perceptron(*widths: int, seed: int = 0) -> nn.Sequential:
@@ -237,6 +238,40 @@ def test_a_compiled_student_learns(student, teacher, noise):
     assert agreement(student, teacher) > 0.75
 
 
+LAYERS = {"hint": "@3", "attention_transfer": "@0,3", "fsp": "@0,3", "rkd_distance": "@5", "rkd_angle": "@5"}
+
+
+@pytest.mark.parametrize("way", ["amp", "compile"])
+@pytest.mark.parametrize("name", TERMS)
+def test_every_loss_takes_data_generators_and_noise_in_every_way(name, way):
+    torch.manual_seed(0)
+    teacher, student = convolutional(4, seed=1), convolutional(4)
+    data = DataLoader(TensorDataset(torch.randn(20, 1, 9, 9), torch.randint(3, (20,))), batch_size=8)
+    source = Mixture([data, kegfast.Generators(2, 3, (1, 9, 9)), GaussianNoise((1, 9, 9))])
+    model = torch.compile(student, backend="aot_eager", fullgraph=True) if way == "compile" else student
+    model(torch.randn(12, 1, 9, 9))  # compiled once without the hooks
+    start = copy.deepcopy(student.state_dict())
+    loss = "soft_target+" + name + LAYERS.get(name, "")
+    history = kegfast.distill(
+        model, teacher, source, loss=loss, steps=3, batch_size=12, log_every=1, amp=way == "amp"
+    )
+    assert all(torch.tensor(list(entry.values())).isfinite().all() for entry in history)
+    assert not torch.equal(start["0.weight"], student.state_dict()["0.weight"])
+    assert not any(module._forward_hooks for module in student.modules())
+
+
+def test_a_compiled_student_gives_its_features(noise):
+    teacher, noise = convolutional(6, seed=1), GaussianNoise((1, 9, 9))
+    plain, student = convolutional(4), convolutional(4)
+    options = {"loss": "soft_target+hint@3", "steps": 3, "batch_size": 8, "log_every": 1}
+    compiled = torch.compile(student, backend="aot_eager", fullgraph=True)
+    compiled(torch.randn(8, 1, 9, 9))
+    student.load_state_dict(plain.state_dict())
+    first = kegfast.distill(plain, teacher, noise, **options)
+    second = kegfast.distill(compiled, teacher, noise, **options)
+    assert [e["hint"] for e in first] == pytest.approx([e["hint"] for e in second], rel=1e-4)
+
+
 def test_several_teachers_are_averaged(student, noise):
     teachers = [perceptron(8, 32, 4, seed=s) for s in (1, 2, 3)]
     seen = []
@@ -362,3 +397,42 @@ def test_two_processes_train_one_student(tmp_path: Path):
     for name, tensor in student.state_dict().items():
         assert torch.equal(first[name], second[name]), name
         torch.testing.assert_close(first[name], tensor, rtol=1e-4, atol=1e-6, msg=name)
+
+
+class HalfLabelled:
+    """The first rank's labels are the teacher's, the second's are wrong: it has no base sample."""
+
+    def __init__(self, batch, teacher):
+        with torch.no_grad():
+            right = teacher(batch).argmax(dim=1)
+        self.batch, self.labels = batch, (right + torch.distributed.get_rank()) % 3
+
+    def sample(self, n):
+        return self.batch[:n], self.labels[:n]
+
+
+def _boundary_in_process(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    address = f"file://{folder}/meet"
+    torch.distributed.init_process_group("gloo", init_method=address, rank=rank, world_size=2)
+    teacher = convolutional(6, seed=1).eval()
+    student = convolutional(6, seed=1)  # agrees with the teacher: every sample it is given is a base sample
+    start = student[6].weight.detach().clone()
+    source = HalfLabelled(torch.randn(16, 1, 9, 9), teacher)
+    parallel = DistributedDataParallel(student)
+    history = kegfast.distill(
+        parallel, teacher, source, loss="soft_target+boundary:1", steps=3, batch_size=16, log_every=1
+    )
+    result = {"losses": [entry["boundary"] for entry in history], "moved": student[6].weight - start}
+    torch.save(result | {"weights": dict(student.named_parameters())}, f"{folder}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_boundary_samples_of_one_process_alone_hold_nobody_up(tmp_path: Path):
+    torch.multiprocessing.spawn(_boundary_in_process, (str(tmp_path),), nprocs=2)
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    assert any(first["losses"])
+    assert not any(second["losses"])
+    assert first["moved"].abs().max() > 0
+    for name, tensor in first["weights"].items():
+        assert torch.equal(tensor, second["weights"][name]), name

@@ -42,3 +42,27 @@ def test_an_output_that_is_no_tensor_is_refused():
     net = nn.Sequential(nn.LSTM(3, 4))
     with Features(net, ["0"]), pytest.raises(TypeError, match=r"the output of '0'"):
         net(torch.randn(2, 3))
+
+
+def test_the_outputs_of_an_earlier_pass_are_not_given_again():
+    net, x = model(), torch.randn(5, 3)
+    with Features(net, ["0"]) as features:
+        net(x)
+        features.taken()
+        with pytest.raises(RuntimeError, match="'0' did not run"):
+            features.taken()
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_hooks_run_in_what_was_compiled_before(whole):
+    net, x = model(), torch.randn(5, 3)
+    if whole:
+        net = torch.compile(net, backend="aot_eager")
+    else:
+        net[1].compile(backend="aot_eager")
+    net(x)
+    with Features(net, ["1.0"]) as features:
+        net(x)
+        assert features["1.0"].shape == (5, 4)
+    net(x)
+    assert not features._outputs

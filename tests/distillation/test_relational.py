@@ -110,6 +110,14 @@ def test_small_triangles_far_from_the_centre_keep_their_angles():
     )
 
 
+def test_coinciding_points_have_no_distance():
+    points = torch.randn(40, 300).repeat_interleave(2, dim=0) + 5  # rounding differs within the product
+    distances = relational._distances(relational._gram(points))
+    pairs = torch.arange(0, 80, 2)
+    assert not distances[pairs, pairs + 1].any()
+    torch.testing.assert_close(distances, torch.cdist(points.double(), points.double()), rtol=1e-9, atol=1e-4)
+
+
 @pytest.mark.parametrize("loss", [rkd_distance, rkd_angle])
 def test_autocast_and_half_precision_keep_float32(features, loss):
     student, teacher = (x.bfloat16() for x in features)
@@ -131,11 +139,12 @@ class Largest(TorchDispatchMode):
         return result
 
 
-def test_angle_makes_no_buffer_of_batch_squared_times_features():
+@pytest.mark.parametrize("loss", [rkd_distance, rkd_angle])
+def test_there_is_no_buffer_of_batch_squared_times_features(loss):
     size, width = 96, 2048  # such a buffer would hold 19 million entries
     student, teacher = torch.randn(size, width, requires_grad=True), torch.randn(size, width)
     with Largest() as largest:
-        rkd_angle(student, teacher).backward()
+        loss(student, teacher).backward()
     assert largest.entries == size * width  # the features themselves
 
 

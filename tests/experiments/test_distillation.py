@@ -37,20 +37,26 @@ HINTON = hinton.Config(
     teacher_epochs=5,
     student_epochs=5,
     batch_size=20,
-    ensemble=2,
+    lr=3e-3,
+    members=2,
+    member_units=32,
+    member_epochs=5,
+    amp=False,
 )
 
 
 def test_hinton(tmp_path, monkeypatch):
     monkeypatch.setattr(hinton, "load_entry", lambda entry, root: blobs(entry.info.sample_shape[1]))
     found = hinton.run(tmp_path, config=HINTON)
-    for name in ("teacher", "student alone", "distilled", "ensemble", "distilled from the ensemble"):
+    for name in (
+        "teacher", "student alone", "distilled", "one network", "ensemble", "distilled from the ensemble",
+    ):  # fmt: skip
         assert 0 <= found[name]["mean"] < 20, name
     before, after = (found[f"7 and 8 only: errors{when}"]["mean"] for when in ("", " after the shift"))
     assert after < before
     cells = json.loads((tmp_path / "results.json").read_text())["cells"]
-    assert cells["seed 0: teacher"] == found["teacher"]["mean"]
-    monkeypatch.setattr(hinton._Run, "_distil", None)  # all is in the file
+    assert cells["shared: teacher"] == found["teacher"]["mean"]
+    monkeypatch.setattr(hinton, "_network", None)  # all is in the file
     assert hinton.run(tmp_path, config=HINTON) == found
     with pytest.raises(ValueError, match="must be results of"):
         hinton.run(tmp_path, config=replace(HINTON, alpha=0.5))
@@ -83,10 +89,11 @@ def test_boundary(tmp_path, monkeypatch):
     assert found["teacher"]["mean"] > 95
     assert found["10 %, alone"]["mean"] > 50
     assert found["10 %, soft_target"]["mean"] > 50
-    for method in ("soft_target", "boundary"):
+    for method in boundary.COMPARED:
         for measure in ("MagSim", "AngSim"):
             assert 0 <= found[f"boundaries, {method}: {measure}"]["mean"] <= 1
-        assert found[f"boundaries, {method}: percent of bases that crossed"]["mean"] > 50
+        assert found[f"boundaries, {method}: percent of bases accepted"]["mean"] > 50
+        assert found[f"boundaries, {method}: percent of accepted across"]["mean"] == 100
     assert len(list(tmp_path.glob("*.hint.pt"))) == 1
 
 

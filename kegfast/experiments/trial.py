@@ -1,0 +1,59 @@
+"""What the experiments of distillation share: a seed's cells and checkpoints, and the spread over seeds."""
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from kegfast.experiments.ledger import Ledger, spread
+
+log = logging.getLogger(__name__)
+
+
+class Trial:
+    """The part of an experiment that one seed decides.
+
+    Args:
+        seed: Of all its draws.
+        ledger: Where its cells are kept.
+        progress: Show bars on a terminal.
+        name: Before the name of every cell and file; "seed <seed>" when None.
+    """
+
+    def __init__(self, seed: int, ledger: Ledger, progress: bool = False, name: str | None = None):
+        self.seed, self.ledger, self.progress = seed, ledger, progress
+        self.name = f"seed {seed}" if name is None else name
+
+    def cell(self, name: str, compute: Callable[[], Any]) -> Any:
+        """The value of a cell, computed where it is missing."""
+        log.info("%s: %s", self.name, name)
+        return self.ledger.cell(f"{self.name}: {name}", compute)
+
+    def resumed(self, name: str) -> dict[str, Any]:
+        """Options with which `train` and `distill` continue what this trial's file of a name holds."""
+        file = f"{self.name}-{name}.pt".replace(" ", "-")
+        checkpoint = self.ledger.path.parent / file
+        return {"seed": self.seed, "checkpoint": checkpoint, "resume": True, "progress": self.progress}
+
+
+def trials(output: str | Path, config: Any, progress: bool = False) -> list[Trial]:
+    """A trial for each of `config.seeds`; the ledger, `output`/results.json, is for the rest of `config`."""
+    settings = {key: value for key, value in asdict(config).items() if key != "seeds"}
+    ledger = Ledger(Path(output) / "results.json", settings)
+    return [Trial(seed, ledger, progress) for seed in config.seeds]
+
+
+def spreads(found: Sequence[dict[str, float]]) -> dict[str, dict[str, float]]:
+    """Mean and spread over the trials of what each of them found, by name."""
+    return {name: spread([values[name] for values in found]) for name in found[0]}
+
+
+def beginning(make: Callable[[], nn.Module], seed: int) -> nn.Module:
+    """An untrained model that the seed alone decides."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return make()
