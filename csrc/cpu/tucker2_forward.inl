@@ -248,7 +248,7 @@ class Forward {
     float* y = convert ? scratch_ + plan_.y_at : static_cast<float*>(p_.y) + at;
     const float* weights = p_.packed + plan_.last_at;
     const int64_t vectors = ceil_div(pixels, kLanes);
-    const Cut cut = best_cut(vectors, p_.features, kMaxVectors);
+    const Cut cut = best_cut(vectors, p_.features, p_.rank_out, kMaxVectors);
     const auto tiles = tiles_of<A::row_major, Bias::per_row>(1);
     for (int64_t v = 0; v < vectors; v += cut.vectors) {
       const int width = static_cast<int>(smaller(cut.vectors, vectors - v));

@@ -20,7 +20,7 @@ template <A kA>
 void outer_products(const float* a, int64_t a_step, int64_t m, const float* b, int64_t b_step, int64_t n,
                     const RowPairs& rows, int64_t pixels, float* c) {
   const int64_t vectors = ceil_div(n, kLanes);
-  const Cut cut = best_cut(vectors, m, kMaxVectors);
+  const Cut cut = best_cut(vectors, m, kChain, kMaxVectors);
   const auto& tiles = kTiles<kA, B::plain, Bias::per_lane, 1>.f;
   Tile tile{};
   tile.a_step = a_step;

@@ -12,21 +12,36 @@ struct Grid {
   int64_t a_image, a_row, c_image, c_row;
 };
 
-// How a row of pixels is cut into tiles: fewest cycles by the larger of FMA count, load count and FMA
-// latency.
+// Longer sums are cut, so that their rounding errors stay those of a blocked sum and a cut of B stays in L1.
+constexpr int64_t kChain = 128;
+constexpr int64_t kWholeChain = 300;  // not worth cutting
+
+// How a row of pixels is cut into tiles.
 struct Cut {
   int vectors, tiles;
 };
 
-inline Cut best_cut(int64_t vectors, int64_t pixels, int max_vectors) {
+constexpr int64_t kNearVectors = 256;  // of B: what L1 keeps beside A and C
+
+// Fewest half cycles for sums of `length`: the larger of FMA count, load count and FMA latency in the loop, what
+// storing a pixel costs beside its vectors, and B's way from L2.
+inline Cut best_cut(int64_t vectors, int64_t pixels, int64_t length, int max_vectors) {
+  constexpr int64_t kPixelCost = 7;
+  const bool far = length * vectors > kNearVectors;
   Cut best{1, 1};
   int64_t least = INT64_MAX;
   for (int v = 1; v <= max_vectors && v <= vectors; ++v) {
     const int tiles = static_cast<int>(ceil_div(pixels, max_pixels(v)));
-    const int64_t width = ceil_div(pixels, tiles);
-    auto cycles = [&](int64_t n) { return n == 0 ? 0 : larger(larger(width * n, width + n), 8); };
-    const int64_t cost = tiles * (vectors / v * cycles(v) + cycles(vectors % v));
-    if (cost < least) least = cost, best = {v, tiles};
+    const int64_t narrow = pixels / tiles, wider = pixels % tiles;
+    auto cycles = [&](int64_t width, int64_t n) {
+      const int64_t step = larger(larger(width * n, width + n), 8) + (far ? n : 0);
+      return length * step + kPixelCost * width;
+    };
+    auto row = [&](int64_t n) {
+      return n == 0 ? 0 : (tiles - wider) * cycles(narrow, n) + wider * cycles(narrow + 1, n);
+    };
+    const int64_t cost = vectors / v * row(v) + row(vectors % v);
+    if (cost <= least) least = cost, best = {v, tiles};
   }
   return best;
 }
@@ -43,10 +58,6 @@ inline const TileFunction (*tiles_of(int group)) [kMaxPixels + 1] {
   }
   return kTiles<kA, B::packed, kBias, 1>.f;
 }
-
-// Longer sums are cut, so that their rounding errors stay those of a blocked sum and a cut of B stays in L1.
-constexpr int64_t kChain = 128;
-constexpr int64_t kWholeChain = 300;  // not worth cutting
 
 // The calls of one tile that make up its whole sum: f(tile, offset in A, offset in B), bias and ReLU with the
 // last.
@@ -76,7 +87,8 @@ void sweep(const Tile& whole, const Grid& grid, int64_t a_pixel, int64_t outputs
   const int channels = kLanes / group;
   const int64_t vectors = ceil_div(outputs, channels);
   const int64_t vector_floats = whole.segment_count * ceil_div(whole.segment_length, group) * kLanes;
-  const Cut cut = best_cut(vectors, grid.pixels, group > 1 ? 1 : kMaxVectors);
+  const int64_t length = smaller(whole.segment_count * whole.segment_length, kChain);
+  const Cut cut = best_cut(vectors, grid.pixels, length, group > 1 ? 1 : kMaxVectors);
   const auto tiles = tiles_of<kA, Bias::per_lane>(group);
   for (int64_t v = 0; v < vectors; v += cut.vectors) {
     const int width = static_cast<int>(smaller(cut.vectors, vectors - v));

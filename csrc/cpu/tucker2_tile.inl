@@ -122,30 +122,51 @@ KEGFAST_INLINE Floats fold_groups(Floats v) {
   return __builtin_shuffle(v, pick);
 }
 
-template <int Pixels, int Vectors, A kA, B kB, Bias kBias>
-KEGFAST_INLINE void store_tile(const Tile& t, Floats (&acc)[Pixels][Vectors]) {
+// What happens to a sum on its way to memory. The common cases are compiled apart: choosing anew in every
+// store cost a tile as much as 12 steps of k.
+enum class Finish { store, add, bias, bias_relu, any };
+
+template <int Pixels, int Vectors, int Group, Bias kBias, Finish kFinish>
+KEGFAST_INLINE void finish_tile(const Tile& t, const Floats (&acc)[Pixels][Vectors]) {
+  constexpr bool kAny = kFinish == Finish::any;
+  constexpr int kWhole = kLanes / Group;
+  const bool add = kAny ? t.accumulate : kFinish == Finish::add;
+  const bool with_bias = kAny ? t.bias != nullptr : kFinish == Finish::bias || kFinish == Finish::bias_relu;
+  const bool with_relu = kAny ? t.relu : kFinish == Finish::bias_relu;
+  float* const c = t.c;
+  const int64_t step = t.c_step;
   Floats bias[Vectors] = {};
-  if (kBias == Bias::per_lane && t.bias) {
+  if (kBias == Bias::per_lane && with_bias) {
     KEGFAST_UNROLL
     for (int v = 0; v < Vectors; ++v)
-      bias[v] = load_first(t.bias + v * kLanes, v == Vectors - 1 ? t.tail : kLanes);
+      bias[v] = load_first(t.bias + v * kLanes, kAny && v == Vectors - 1 ? t.tail : kWhole);
   }
   KEGFAST_UNROLL
   for (int j = 0; j < Pixels; ++j) {
-    float* c = t.c + j * t.c_step;
     KEGFAST_UNROLL
-    for (int v = 0; v < Vectors; ++v, c += kLanes) {
-      const int n = v == Vectors - 1 ? t.tail : kLanes;
+    for (int v = 0; v < Vectors; ++v) {
+      float* const to = c + j * step + v * kLanes;
+      const int n = kAny && v == Vectors - 1 ? t.tail : kWhole;
       Floats x = acc[j][v];
-      if (t.accumulate) x += load_first(c, n);
-      if (t.bias) x += kBias == Bias::per_lane ? bias[v] : splat(t.bias[j]);
-      if (t.relu) x = relu(x);
-      if (t.stream && n == kLanes)
-        store_stream(c, x);
+      if (add) x += load_first(to, n);
+      if (with_bias) x += kBias == Bias::per_lane ? bias[v] : splat(t.bias[j]);
+      if (with_relu) x = relu(x);
+      if (kAny && t.stream && n == kLanes)
+        store_stream(to, x);
       else
-        store_first(c, x, n);
+        store_first(to, x, n);
     }
   }
+}
+
+template <int Pixels, int Vectors, int Group, Bias kBias>
+KEGFAST_INLINE void store_tile(const Tile& t, const Floats (&acc)[Pixels][Vectors]) {
+  const bool any = t.tail < kLanes / Group || t.stream || (t.accumulate && (t.bias || t.relu)) || (t.relu && !t.bias);
+  if (any) return finish_tile<Pixels, Vectors, Group, kBias, Finish::any>(t, acc);
+  if (t.accumulate) return finish_tile<Pixels, Vectors, Group, kBias, Finish::add>(t, acc);
+  if (t.relu) return finish_tile<Pixels, Vectors, Group, kBias, Finish::bias_relu>(t, acc);
+  if (t.bias) return finish_tile<Pixels, Vectors, Group, kBias, Finish::bias>(t, acc);
+  finish_tile<Pixels, Vectors, Group, kBias, Finish::store>(t, acc);
 }
 
 template <int Pixels, int Vectors, A kA, B kB, int Group, Bias kBias>
@@ -154,7 +175,6 @@ void run_tile(const Tile& t) {
   constexpr int kBases = kA == A::row_major ? (Pixels + 2) / 3 : 1;  // x86 addresses base + {0, 1, 2} * step
   Floats acc[Pixels][Vectors] = {};
   const int64_t a_step = t.a_step, b_vector = t.b_vector, b_step = kB == B::packed ? kLanes : t.b_step;
-  const int tail = t.tail;
   const float* b = t.b;
   for (int64_t s = 0; s < t.segment_count; ++s) {
     if (t.ahead) t.ahead->step();
@@ -166,7 +186,7 @@ void run_tile(const Tile& t) {
       Floats w[Vectors];
       KEGFAST_UNROLL
       for (int v = 0; v < Vectors; ++v)
-        w[v] = kB == B::plain && v == Vectors - 1 ? load_first(b + v * kLanes, tail)
+        w[v] = kB == B::plain && v == Vectors - 1 ? load_first(b + v * kLanes, t.tail)
                : kB == B::plain                   ? load_unaligned(b + v * kLanes)
                                                   : load_unaligned(b + v * b_vector);
       KEGFAST_UNROLL
@@ -196,7 +216,7 @@ void run_tile(const Tile& t) {
     KEGFAST_UNROLL
     for (int j = 0; j < Pixels; ++j) acc[j][0] = fold_groups<Group>(acc[j][0]);
   }
-  store_tile<Pixels, Vectors, kA, kB, kBias>(t, acc);
+  store_tile<Pixels, Vectors, Group, kBias>(t, acc);
 }
 
 using TileFunction = void (*)(const Tile&);
