@@ -143,7 +143,7 @@ Tucker2Plan tucker2_plan(const Tucker2Params& p, int64_t threads) {
   plan.t2_at = take(band * p.rank_out);
   plan.planes_at = take(p.channels_last ? 0 : round_up(band, kLanes) * p.rank_out);
   const int64_t tiles = plan.group_images * ceil_div(plan.band_rows, 2) * ceil_div(p.out_width, 2);
-  plan.tiles_at = take(plan.winograd ? 16 * (tiles * (p.rank_in + p.rank_out) + 1) + p.rank_in : 0);
+  plan.tiles_at = take(plan.winograd ? 16 * (tiles * (p.rank_in + p.rank_out) + 33) + p.rank_in : 0);
   plan.x_at = take(convert ? p.width * p.channels : 0);
   plan.y_at = take(convert ? band * p.features : 0);
   plan.scratch_floats = at;

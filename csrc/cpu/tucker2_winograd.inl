@@ -10,6 +10,12 @@ namespace {
 
 constexpr int kPoints = 16;  // of the transformed 4 x 4 tile
 
+// Floats from one point of `tiles` tiles to the next: a line more than they need, or the 16 streams that a
+// transform writes could all fall into one set of L1.
+constexpr int64_t point_step(int64_t tiles, int64_t channels) {
+  return tiles * channels + 16;
+}
+
 // Rows of A, B and G of the paper are small enough to write out. V = B^T d B for kLanes channels at once.
 KEGFAST_INLINE void transform_input(const float* const (&d)[kPoints], int64_t channel, float* v,
                                     int64_t step) {
@@ -87,7 +93,7 @@ class Winograd {
     const int64_t tiles = band.images * tile_rows * tile_columns;
     float* const zeros = scratch_;
     float* const v = zeros + round_up(p_.rank_in, 16);
-    float* const m = v + kPoints * tiles * p_.rank_in;
+    float* const m = v + kPoints * point_step(tiles, p_.rank_in);
     memset(zeros, 0, p_.rank_in * sizeof(float));
 
     int64_t tile = 0;
@@ -114,7 +120,7 @@ class Winograd {
                            ? band.t1 + n * band.t1_image + (row + i) * band.t1_row + (column + j) * p_.rank_in
                            : zeros;
       }
-    for (int64_t c = 0; c < p_.rank_in; c += kLanes) transform_input(d, c, v + c, tiles * p_.rank_in);
+    for (int64_t c = 0; c < p_.rank_in; c += kLanes) transform_input(d, c, v + c, point_step(tiles, p_.rank_in));
   }
 
   void products(int64_t tiles, const float* v, float* m) {
@@ -127,9 +133,9 @@ class Winograd {
     tile.c_step = p_.rank_out;
     tile.ahead = ahead_;
     for (int x = 0; x < kPoints; ++x) {
-      tile.a = v + x * tiles * p_.rank_in;
+      tile.a = v + x * point_step(tiles, p_.rank_in);
       tile.b = packed_ + x * packed_floats(p_.rank_out, {1, p_.rank_in}, 1);
-      tile.c = m + x * tiles * p_.rank_out;
+      tile.c = m + x * point_step(tiles, p_.rank_out);
       sweep<A::row_major>(tile, grid, p_.rank_in, p_.rank_out, 1);
     }
   }
@@ -144,7 +150,7 @@ class Winograd {
                              ? band.t2 + ((n * band.rows + row + i) * p_.out_width + column + j) * p_.rank_out
                              : nullptr;
       }
-    for (int64_t c = 0; c < p_.rank_out; c += kLanes) transform_output(m + c, tiles * p_.rank_out, out, c);
+    for (int64_t c = 0; c < p_.rank_out; c += kLanes) transform_output(m + c, point_step(tiles, p_.rank_out), out, c);
   }
 
   const Tucker2Params& p_;
