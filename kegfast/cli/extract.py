@@ -16,6 +16,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=int, help="default: the recipe's")
     parser.add_argument("--batch-size", type=int, help="samples per generator; default: the recipe's")
     parser.add_argument("--lr", type=options.number, help="learning rate; default: the recipe's")
+    parser.add_argument(
+        "--labels", choices=("one-hot", "soft"),
+        help="what generators are asked for: a class, or a number per class; default: the recipe's",
+    )  # fmt: skip
+    parser.add_argument(
+        "--faithful", action=argparse.BooleanOptionalAction, default=False,
+        help="the teacher in train mode, as the authors run it, for comparison",
+    )  # fmt: skip
+    parser.add_argument(
+        "--compile", action=argparse.BooleanOptionalAction, default=False, help="use torch.compile"
+    )
     options.add_compute(parser)
     options.add_run(parser, "extract")
 
@@ -31,7 +42,8 @@ def run(args: argparse.Namespace) -> None:
         generators = extract(
             teacher, num_classes=info.num_classes, sample_shape=info.sample_shape,
             input_range=info.input_range, generators=args.generators, recipe=args.recipe, steps=args.steps,
-            batch_size=args.batch_size, learning_rate=args.lr, amp=args.amp, seed=args.seed,
+            batch_size=args.batch_size, learning_rate=args.lr, labels=args.labels, faithful=args.faithful,
+            compile=args.compile, amp=args.amp, seed=args.seed,
             checkpoint=folder.checkpoint, resume=args.resume, metrics=folder.metrics, progress=True,
         )  # fmt: skip
         generators.save(folder.folder / "generators.safetensors")

@@ -1,13 +1,17 @@
 """KegNet: generators of artificial data, trained against a frozen classifier."""
 
-from kegfast.extraction.extract import RECIPES, Objective, Recipe, extract
+from kegfast.extraction.extract import extract
 from kegfast.extraction.generators import Generators
 from kegfast.extraction.networks import Decoder, ImageGenerator, TableGenerator
+from kegfast.extraction.recipe import RECIPES, Recipe
+from kegfast.extraction.step import Objective, Step
 from kegfast.extraction.teacher import FrozenTeacher
 from kegfast.extraction.terms import (
     Batch,
     BatchNormStatistics,
+    ClassBalance,
     Classification,
+    Disagreement,
     Diversity,
     Reconstruction,
     Term,
@@ -18,8 +22,10 @@ __all__ = [
     "RECIPES",
     "Batch",
     "BatchNormStatistics",
+    "ClassBalance",
     "Classification",
     "Decoder",
+    "Disagreement",
     "Diversity",
     "FrozenTeacher",
     "Generators",
@@ -27,6 +33,7 @@ __all__ = [
     "Objective",
     "Recipe",
     "Reconstruction",
+    "Step",
     "TableGenerator",
     "Term",
     "TotalVariation",

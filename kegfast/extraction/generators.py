@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from kegfast.check import expected
 from kegfast.extraction.networks import Range, make_generator
+from kegfast.extraction.recipe import Labels, check_labels
 from kegfast.files import read_tensors, save_tensors
 
 FORMAT = "kegfast.generators.1"
@@ -27,6 +27,7 @@ class Generators:
         noise_size: The size of a noise vector.
         input_range: Smallest and largest value of an image, each a number or one per channel; None
             gives every image mean 0 and deviation 1.
+        labels: What `sample` asks for: "one-hot", one class, or "soft", a number in [0, 1) per class.
     """
 
     def __init__(
@@ -36,12 +37,15 @@ class Generators:
         sample_shape: Sequence[int],
         noise_size: int = 10,
         input_range: Range | None = None,
+        labels: Labels = "one-hot",
     ):
+        check_labels(labels)
         self.copies = copies
         self.num_classes = num_classes
         self.sample_shape = tuple(sample_shape)
         self.noise_size = noise_size
         self.input_range = input_range
+        self.labels = labels
         self.network = make_generator(copies, num_classes, noise_size, sample_shape, input_range)
         self.history: list[dict[str, float]] = []
 
@@ -61,13 +65,15 @@ class Generators:
     @torch.no_grad()
     def generate(
         self,
-        labels: Tensor,  # (copies, N) int64
+        labels: Tensor,  # (copies, N) int64, or (copies, N, classes)
         noise: Tensor,  # (copies, N, noise_size)
     ) -> Tensor:  # (copies, N, *sample_shape)
         """Every generator's samples for the labels and noise given to it."""
         self.network.eval()
+        if labels.dim() == 2:
+            labels = one_hot(labels, self.num_classes)
         chunks = zip(labels.split(CHUNK, dim=1), noise.split(CHUNK, dim=1), strict=True)
-        return torch.cat([self.network(one_hot(y, self.num_classes), z) for y, z in chunks], dim=1)
+        return torch.cat([self.network(y, z) for y, z in chunks], dim=1)
 
     def sample(self, n: int) -> tuple[Tensor, Tensor]:
         """Draws n samples, equally many from each generator, shuffled.
@@ -78,16 +84,17 @@ class Generators:
             n: The number of samples.
 
         Returns:
-            Samples (n, *sample_shape) float32 and the labels asked for, (n,) int64.
+            Samples (n, *sample_shape) float32 and the labels asked for, (n,) int64; of soft ones the
+            largest.
         """
         if not isinstance(n, int) or isinstance(n, bool) or n < 1:
             raise ValueError(expected("n", "a positive int", n))
         each = math.ceil(n / self.copies)
-        labels = torch.randint(self.num_classes, (self.copies, each), device=self.device)
+        labels = draw_labels((self.copies, each), self.num_classes, self.labels, self.device)
         noise = torch.randn(self.copies, each, self.noise_size, device=self.device)
         samples = self.generate(labels, noise)
         order = torch.randperm(self.copies * each, device=self.device)[:n]
-        return samples.flatten(0, 1)[order], labels.flatten()[order]
+        return samples.flatten(0, 1)[order], labels.argmax(-1).flatten()[order]
 
     def save(self, path: Path | str) -> None:
         """Writes parameters and configuration to one safetensors file, atomically."""
@@ -97,6 +104,7 @@ class Generators:
             "sample_shape": self.sample_shape,
             "noise_size": self.noise_size,
             "input_range": self.input_range,
+            "labels": self.labels,
         }
         metadata = {"format": FORMAT, "config": json.dumps(config)}
         save_tensors(path, self.network.state_dict(), metadata)
@@ -123,6 +131,16 @@ class Generators:
         return loaded
 
 
+def draw_labels(
+    size: Sequence[int], num_classes: int, labels: Labels, device: torch.device
+) -> Tensor:  # (*size, num_classes)
+    """Label vectors from torch's global generator: classes drawn uniformly, or numbers in [0, 1)."""
+    if labels == "soft":
+        return torch.rand(*size, num_classes, device=device)
+    return one_hot(torch.randint(num_classes, tuple(size), device=device), num_classes)
+
+
 def one_hot(labels: Tensor, num_classes: int) -> Tensor:
     """Labels (...) int64 to float vectors (..., num_classes)."""
-    return F.one_hot(labels, num_classes).float()
+    classes = torch.arange(num_classes, device=labels.device)  # F.one_hot reads the labels' range
+    return (labels[..., None] == classes).float()

@@ -1,38 +1,78 @@
-"""Per-channel mean and variance with a gradient, at the price of a batch normalisation."""
+"""A frozen batch normalisation that also says what it was given: mean and variance, with a gradient."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 _EPS = 1e-5  # inside torch's inverse deviation; taken out again
 
 
-class _ChannelMoments(torch.autograd.Function):
-    """Both passes are torch's own batch normalisation, which is fast in every dtype and layout.
+class NormMoments(NamedTuple):
+    """A BatchNorm layer, and per generator the mean and biased variance of each channel of its input."""
 
-    `var_mean` and its chain of elementwise gradients cost six times as much in bfloat16 on a CPU.
+    layer: nn.Module
+    mean: Tensor  # (G, C)
+    variance: Tensor  # (G, C)
+
+
+class _WatchedNorm(torch.autograd.Function):
+    """y = scale x + shift per channel, and the moments of x per copy.
+
+    All passes are torch's own batch normalisation, which is fast in every dtype and layout; `var_mean`
+    and its chain of elementwise gradients cost six times as much in bfloat16 on a CPU. One node instead
+    of one per output: the gradients of y and of all moments meet in one buffer.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor) -> tuple[Tensor, Tensor]:  # (N, C, ...)
-        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-        # the weight and bias only ask for statistics of their own dtype
-        weight, bias = x.new_ones(x.shape[1], dtype=dtype), x.new_zeros(x.shape[1], dtype=dtype)
-        _, mean, inv_std = torch.native_batch_norm(x, weight, bias, None, None, True, 0.0, _EPS)
-        ctx.save_for_backward(x, mean)
-        return mean, (inv_std.square().reciprocal() - _EPS).clamp_min(0)
+    def forward(
+        ctx: Any,
+        x: Tensor,  # (G * N, C, ...)
+        scale: Tensor,  # (C,)
+        shift: Tensor,  # (C,)
+        copies: int,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # (G * N, C, ...), (G, C), (G, C)
+        zeros, ones = torch.zeros_like(scale), torch.ones_like(scale)
+        y = F.batch_norm(x, zeros, ones, scale, shift, eps=0.0)
+        moments = [
+            torch.native_batch_norm(own, ones, zeros, None, None, True, 0.0, _EPS)[1:]
+            for own in x.chunk(copies)
+        ]
+        mean, inverse = (torch.stack(part) for part in zip(*moments, strict=True))
+        ctx.copies = copies
+        ctx.save_for_backward(x, scale, mean)
+        return y, mean, (inverse.square().reciprocal() - _EPS).clamp_min(0)
 
     @staticmethod
-    def backward(ctx: Any, grad_mean: Tensor, grad_var: Tensor) -> Tensor:  # (C,), (C,)
-        x, mean = ctx.saved_tensors
-        count = x.numel() / x.shape[1]
-        # d mean / d x = 1 / count, d var / d x = 2 (x - mean) / count: an affine map per channel
-        scale, shift = 2 / count * grad_var, grad_mean / count
-        return F.batch_norm(x, mean, torch.ones_like(mean), scale, shift, training=False, eps=0.0)
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor, grad_mean: Tensor, grad_variance: Tensor) -> tuple[Any, ...]:
+        x, scale, mean = ctx.saved_tensors
+        zeros, ones = torch.zeros_like(scale), torch.ones_like(scale)
+        total = F.batch_norm(grad, zeros, ones, scale, zeros, eps=0.0)
+        # d mean / d x = 1 / count, d variance / d x = 2 (x - mean) / count: an affine map per channel
+        count = x.numel() / x.shape[1] / ctx.copies
+        slope, offset = 2 / count * grad_variance, grad_mean / count
+        for i, (own, part) in enumerate(zip(x.chunk(ctx.copies), total.chunk(ctx.copies), strict=True)):
+            part.add_(F.batch_norm(own, mean[i], ones, slope[i], offset[i], eps=0.0))
+        return total, None, None, None
 
 
-def channel_moments(x: Tensor) -> tuple[Tensor, Tensor]:  # (N, C, ...) -> (C,), (C,)
-    """Mean and biased variance of every channel, in float32 for narrower x."""
-    return _ChannelMoments.apply(x)
+def watched_norm(
+    x: Tensor,  # (G * N, C, ...)
+    layer: nn.Module,
+    copies: int,
+) -> tuple[Tensor, NormMoments]:
+    """What a BatchNorm layer in eval mode makes of x, and the moments of x, in float32 for narrower x.
+
+    No gradient goes to the layer's own parameters.
+    """
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    with torch.no_grad():
+        scale = torch.rsqrt(layer.running_var + layer.eps)
+        shift = -layer.running_mean * scale
+        if layer.affine:
+            scale, shift = scale * layer.weight, shift * layer.weight + layer.bias
+    y, mean, variance = _WatchedNorm.apply(x, scale.to(dtype), shift.to(dtype), copies)
+    return y, NormMoments(layer, mean, variance)

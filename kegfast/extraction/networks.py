@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from kegfast.extraction.stacked import StackedNorm, fold, stacked_mlp, unfold
+from kegfast.extraction.stacked import StackedNorm, StackedStart, stacked_mlp, unfold
 
 Range = tuple[float | Sequence[float], float | Sequence[float]]
 
@@ -72,11 +72,11 @@ class ImageGenerator(nn.Module):
         sizes = [num_classes + noise_size, 256, 128]
         last = [StackedNorm(copies, 128), nn.ELU()]
         self.dense = nn.Sequential(*stacked_mlp(copies, sizes, nn.ELU), *last)
-        start = {"kernel_size": tuple(math.ceil(n / 8) for n in self.size)}
-        layers: list[nn.Module] = []
-        for n_in, n_out, shape in ((128, 64, start), (64, 16, _DOUBLE), (16, 4, _DOUBLE)):
+        start = StackedStart(copies, 128, 64, [math.ceil(n / 8) for n in self.size])
+        layers = [start, nn.BatchNorm2d(copies * 64), nn.ELU()]
+        for n_in, n_out in ((64, 16), (16, 4)):
             layers += [
-                nn.ConvTranspose2d(copies * n_in, copies * n_out, groups=copies, bias=False, **shape),
+                nn.ConvTranspose2d(copies * n_in, copies * n_out, groups=copies, bias=False, **_DOUBLE),
                 nn.BatchNorm2d(copies * n_out),
                 nn.ELU(),
             ]
@@ -89,9 +89,7 @@ class ImageGenerator(nn.Module):
         labels: Tensor,  # (G, N, classes)
         noise: Tensor,  # (G, N, noise_size)
     ) -> Tensor:  # (G, N, C, H, W)
-        x = fold(self.dense(torch.cat([labels, noise], dim=-1)))
-        x = x[:, :, None, None].contiguous(memory_format=torch.channels_last)
-        x = self.maps(x)[:, :, : self.size[0], : self.size[1]]
+        x = self.maps(self.dense(torch.cat([labels, noise], dim=-1)))[:, :, : self.size[0], : self.size[1]]
         return self.output(unfold(x, self.copies))
 
 

@@ -7,6 +7,7 @@ a stack therefore computes what it would compute alone.
 """
 
 import math
+from collections.abc import Sequence
 from itertools import pairwise
 
 import torch
@@ -36,6 +37,25 @@ class StackedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:  # (G, N, in)
         return torch.baddbmm(self.bias, x, self.weight)
+
+
+class StackedStart(nn.Module):
+    """`copies` transposed convolutions of a map of one pixel: (G, N, in) -> (N, G * out, *size).
+
+    One batched matrix product, which torch's grouped transposed convolution is not; initialised as that is.
+    """
+
+    def __init__(self, copies: int, in_channels: int, out_channels: int, size: Sequence[int]):
+        super().__init__()
+        self.shape = (*size, out_channels)
+        weight = torch.empty(copies * in_channels, out_channels, *size)
+        nn.init.kaiming_uniform_(weight, a=math.sqrt(5))
+        weight = weight.permute(0, 2, 3, 1).reshape(copies, in_channels, -1)  # channels last
+        self.weight = nn.Parameter(weight)
+
+    def forward(self, x: Tensor) -> Tensor:  # (G, N, in)
+        maps = torch.bmm(x, self.weight).unflatten(-1, self.shape)  # (G, N, H, W, out)
+        return maps.permute(1, 2, 3, 0, 4).flatten(3).permute(0, 3, 1, 2)
 
 
 class StackedNorm(nn.Module):

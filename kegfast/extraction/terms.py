@@ -12,10 +12,9 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from kegfast.extraction.moments import channel_moments
+from kegfast.extraction.moments import NormMoments
+from kegfast.extraction.teacher import FrozenTeacher
 from kegfast.functional import diversity_loss
-
-NormInput = tuple[nn.Module, Tensor]  # a BatchNorm layer and what it was given, (G * N, C, ...)
 
 
 @dataclass
@@ -27,7 +26,7 @@ class Batch:
     samples: Tensor  # (G, N, *sample_shape)
     logits: Tensor  # (G, N, classes), the teacher's
     decode: Callable[[Tensor], Tensor]  # samples -> (G, N, noise_size)
-    norm_inputs: list[NormInput] = field(default_factory=list)
+    norms: list[NormMoments] = field(default_factory=list)  # of the teacher's BatchNorm layers
 
 
 class Term(Protocol):
@@ -85,18 +84,14 @@ class BatchNormStatistics:
     name: str = "batch_norm"
 
     def __call__(self, batch: Batch) -> Tensor:  # (G,)
-        copies = batch.noise.shape[0]
-        totals = [batch.noise.new_zeros(()) for _ in range(copies)]
-        for layer, x in batch.norm_inputs:
-            for i, own in enumerate(x.chunk(copies)):
-                mean, var = channel_moments(own)
-                totals[i] = totals[i] + _norm(mean - layer.running_mean)
-                totals[i] = totals[i] + _norm(var - layer.running_var)
-        return torch.stack(totals)
+        total = batch.noise.new_zeros(batch.noise.shape[0])
+        for layer, mean, variance in batch.norms:
+            total = total + _norm(mean - layer.running_mean) + _norm(variance - layer.running_var)
+        return total
 
 
-def _norm(x: Tensor) -> Tensor:  # (C,) -> (), with a finite gradient at 0
-    return (x.square().sum() + 1e-12).sqrt()
+def _norm(x: Tensor) -> Tensor:  # (G, C) -> (G,), with a finite gradient at 0
+    return (x.square().sum(1) + 1e-12).sqrt()
 
 
 @dataclass
@@ -115,3 +110,38 @@ class TotalVariation:
             return x.new_zeros(x.shape[0])
         rows, columns = x.diff(dim=-2), x.diff(dim=-1)
         return rows.abs().flatten(1).mean(1) + columns.abs().flatten(1).mean(1)
+
+
+@dataclass
+class ClassBalance:
+    """Negative entropy of the mean answer: lowest where the teacher sees all classes equally often.
+
+    Chen et al., Data-Free Learning of Student Networks (DAFL), ICCV 2019, Section 3: information entropy.
+    """
+
+    weight: float = 1.0
+    name: str = "class_balance"
+
+    def __call__(self, batch: Batch) -> Tensor:  # (G,)
+        share = batch.logits.float().softmax(-1).mean(1)
+        return torch.special.xlogy(share, share).sum(-1)
+
+
+class Disagreement:
+    """-log(1 + mean |student - teacher|) of the logits: draws samples that a student still answers otherwise.
+
+    Fang et al., Data-Free Adversarial Distillation (DFAD), 2019: the adversarial loss of the generator.
+
+    Args:
+        student: A model with the teacher's logits; a frozen copy in eval mode is used.
+        weight: Of the term.
+    """
+
+    name = "disagreement"
+
+    def __init__(self, student: nn.Module, weight: float = 1.0):
+        self.student, self.weight = FrozenTeacher(student, watch=False), weight
+
+    def __call__(self, batch: Batch) -> Tensor:  # (G,)
+        answers = self.student(batch.samples.flatten(0, 1))[0].unflatten(0, batch.logits.shape[:2])
+        return -(answers.float() - batch.logits.float()).abs().mean((1, 2)).log1p()

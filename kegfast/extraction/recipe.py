@@ -1,0 +1,115 @@
+"""How generators are trained: the published recipe, the default one, and any other."""
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from kegfast.check import expected
+from kegfast.extraction.terms import (
+    BatchNormStatistics,
+    ClassBalance,
+    Classification,
+    Diversity,
+    Reconstruction,
+    Term,
+    TotalVariation,
+)
+
+Labels = Literal["one-hot", "soft"]
+"""What generators are asked for: one class, or a number in [0, 1) per class, as where the paper samples."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How generators are trained.
+
+    Attributes:
+        steps: Steps per generator.
+        batch_size: Samples per generator and step.
+        learning_rate: Adam's, at the start.
+        cosine: Whether the learning rate falls to 0 along a half cosine; constant otherwise.
+        alpha: Weight of the decoder's error, KegNet's alpha.
+        beta: Weight of the diversity term, KegNet's beta.
+        batch_norm: Weight of `BatchNormStatistics`.
+        total_variation: Weight of `TotalVariation`.
+        class_balance: Weight of `ClassBalance`.
+        ranged: Whether images are kept in `input_range` where that is given; otherwise every image
+            has mean 0 and deviation 1.
+        labels: "one-hot", or "soft": one number in [0, 1) per class, for the loss scaled to sum 1.
+    """
+
+    steps: int = 20_000
+    batch_size: int = 256
+    learning_rate: float = 1e-3
+    cosine: bool = False
+    alpha: float = 1.0
+    beta: float = 1.0
+    batch_norm: float = 0.0
+    total_variation: float = 0.0
+    class_balance: float = 0.0
+    ranged: bool = False
+    labels: Labels = "one-hot"
+
+    def terms(self) -> list[Term]:
+        """The terms of the objective, those of weight 0 left out."""
+        terms: list[Term] = [
+            Classification(),
+            Reconstruction(self.alpha),
+            Diversity(self.beta),
+            BatchNormStatistics(self.batch_norm),
+            TotalVariation(self.total_variation),
+            ClassBalance(self.class_balance),
+        ]
+        return [term for term in terms if term.weight != 0]
+
+    def but(self, **changes: float | None) -> "Recipe":
+        """The same recipe with other values, those that are None left out of account."""
+        return replace(self, **{name: v for name, v in changes.items() if v is not None})
+
+
+RECIPES = {
+    "paper": Recipe(),
+    "kegfast": Recipe(
+        steps=600,
+        batch_size=64,
+        learning_rate=2e-3,
+        cosine=True,
+        beta=0.0,
+        batch_norm=0.1,
+        ranged=True,
+    ),
+}
+
+
+def resolve(recipe: str | Recipe, **overrides: float | None) -> Recipe:
+    """The recipe of that name, or the one given, with the overrides that are not None; checked."""
+    if isinstance(recipe, str):
+        if recipe not in RECIPES:
+            raise ValueError(expected("recipe", f"one of {sorted(RECIPES)} or a Recipe", recipe))
+        recipe = RECIPES[recipe]
+    if not isinstance(recipe, Recipe):
+        raise TypeError(expected("recipe", f"one of {sorted(RECIPES)} or a Recipe", recipe))
+    recipe = recipe.but(**overrides)
+    check_sizes(steps=recipe.steps, batch_size=recipe.batch_size)
+    if not recipe.learning_rate > 0:
+        raise ValueError(expected("learning_rate", "a positive number", recipe.learning_rate))
+    check_labels(recipe.labels)
+    return recipe
+
+
+def check_labels(labels: str) -> None:
+    """Raises ValueError unless these are `Labels`."""
+    if labels not in ("one-hot", "soft"):
+        raise ValueError(expected("labels", "'one-hot' or 'soft'", labels))
+
+
+_LEAST = {"num_classes": 2, "batch_size": 2}  # one class needs no classifier; BatchNorm needs a pair
+
+
+def check_sizes(**sizes: int) -> None:
+    """Raises TypeError or ValueError unless all are ints of at least 1, or of what their name asks for."""
+    for name, value in sizes.items():
+        least = _LEAST.get(name, 1)
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise TypeError(expected(name, f"an int of at least {least}", value))
+        if value < least:
+            raise ValueError(expected(name, f"an int of at least {least}", value))
