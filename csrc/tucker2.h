@@ -27,14 +27,15 @@ struct Tucker2Params {
   bool channels_last;  // of x and y alike: pixels of contiguous channels, or planes
   bool relu;
   bool winograd;  // whether the core may run as F(2x2, 3x3)
+  bool pairs;     // computed in bfloat16 (tucker2_number.inl), on ranks made even; else in float32
 
-  Tucker2Type type;                            // of x and y; everything between is float32
+  Tucker2Type type;                            // of x and y; between them float32, or bfloat16 in pairs
   const void* x;                               // (N, C, H, W) in the strides below, in elements
   int64_t x_image, x_channel, x_row, x_pixel;  // x_channel == 1 if channels_last, else x_pixel == 1
   const float* packed;                         // the factors as tucker2_pack laid them out
   const float* bias;                           // (K), or null
   void* y;                                     // (N, K, P, Q) dense, or null: stop at t2
-  float* t1;  // (N, H + 2 ph, W + 2 pw, R1) with its zero border, or null: do not keep
+  float* t1;  // in words: (N, H + 2 ph, W + 2 pw, R1) with its zero border, or null: do not keep
   float* t2;  // (N, P, Q, R2), or null: do not keep
 };
 
@@ -44,6 +45,7 @@ struct Tucker2Factor {
   const void* data;
   Tucker2Type type;
   int64_t row, input, tap_h, tap_w;  // strides in elements, taps may be negative
+  int64_t outputs, inputs;
 };
 
 // Where the forward pass gets its blocking from; filled by tucker2_plan for the instruction set at hand.
@@ -85,10 +87,20 @@ void note_unfused();        // it was torch's own convolutions
   /* Output rows begin <= n * P + row < end. */                                                         \
   void tucker2_rows(const Tucker2Params& p, const Tucker2Plan& plan, int64_t begin, int64_t end,        \
                     float* scratch);                                                                    \
-  /* Adds the weight gradients of images begin <= n < end. */                                           \
-  void tucker2_weight_gradients(const Tucker2GradParams& p, int64_t begin, int64_t end);                \
+  }
+KEGFAST_EACH_ISA(KEGFAST_DECLARE)
+KEGFAST_EACH_BF16_ISA(KEGFAST_DECLARE)
+#undef KEGFAST_DECLARE
+
+#define KEGFAST_DECLARE(isa)                                                             \
+  namespace isa {                                                                        \
+  /* Adds the weight gradients of images begin <= n < end. */                            \
+  void tucker2_weight_gradients(const Tucker2GradParams& p, int64_t begin, int64_t end); \
   }
 KEGFAST_EACH_ISA(KEGFAST_DECLARE)
 #undef KEGFAST_DECLARE
+
+// The copy of kernel f for a run of p.
+#define KEGFAST_TUCKER2(p, f) ((p).pairs ? KEGFAST_SELECT_BF16(f) : KEGFAST_SELECT(f))
 
 }  // namespace kegfast

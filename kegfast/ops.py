@@ -33,7 +33,17 @@ def _empty_image(x: Tensor, size: tuple[int, ...]) -> Tensor:
 
 
 def _kept_dtype(x: Tensor) -> torch.dtype:
-    """Of the intermediates, and of all that the backward pass computes with."""
+    """Of the intermediates: x's, but for float16 on the CPU, which is computed in float32."""
+    return torch.float32 if x.device.type == "cpu" and x.dtype == torch.float16 else x.dtype
+
+
+def _kept_rank(x: Tensor, rank: int) -> int:
+    """The channels of an intermediate: bfloat16 comes in pairs on the CPU."""
+    return rank + rank % 2 if x.device.type == "cpu" and x.dtype == torch.bfloat16 else rank
+
+
+def _computed_dtype(x: Tensor) -> torch.dtype:
+    """What the backward pass computes with."""
     return x.dtype if x.device.type == "cuda" else torch.float32
 
 
@@ -48,8 +58,8 @@ def _tucker2_forward_fake(x, first, core, last, bias, sh, sw, ph, pw, dh, dw, re
     dtype = _kept_dtype(x)
     if not keep:
         return y, x.new_empty(0, dtype=dtype), x.new_empty(0, dtype=dtype)
-    t1 = x.new_empty((n, h + 2 * ph, w + 2 * pw, first.shape[0]), dtype=dtype)
-    t2 = x.new_empty((n, y.shape[2], y.shape[3], core.shape[0]), dtype=dtype)
+    t1 = x.new_empty((n, h + 2 * ph, w + 2 * pw, _kept_rank(x, core.shape[1])), dtype=dtype)
+    t2 = x.new_empty((n, y.shape[2], y.shape[3], _kept_rank(x, core.shape[0])), dtype=dtype)
     return y, t1, t2
 
 
@@ -104,8 +114,10 @@ def _tucker2_gradients(ctx, grad):
     geometry = (*ctx.stride, *ctx.padding, *ctx.dilation)
     if t1.numel() == 0 and any(needs[1:]):  # recompute
         _, t1, t2 = torch.ops.kegfast.tucker2_forward(x, first, core, last, None, *geometry, False, True)
+    if t1.numel():
+        t1, t2 = t1[..., : core.shape[1]], t2[..., : core.shape[0]]
     if _runs_backwards(core, ctx.stride, ctx.padding, ctx.dilation):
-        tensors = [t.to(_kept_dtype(x)) for t in (grad, x, t1, t2, first, core, last)]
+        tensors = [t.to(_computed_dtype(x)) for t in (grad, x, t1, t2, first, core, last)]
         grads = torch.ops.kegfast.tucker2_backward(*tensors, *geometry[2:], *needs)
         weights = (x, first, core, last)
         grads = [g.to(w.dtype) if need else None for g, w, need in zip(grads, weights, needs, strict=True)]

@@ -9,17 +9,20 @@ namespace kegfast {
 namespace {
 
 #define KEGFAST_NAME(isa) #isa,
-constexpr const char* kNames[] = {KEGFAST_EACH_ISA(KEGFAST_NAME)};
+constexpr const char* kNames[] = {KEGFAST_EACH_ISA(KEGFAST_NAME) KEGFAST_EACH_BF16_ISA(KEGFAST_NAME)};
 #undef KEGFAST_NAME
 
 Isa detect() {
 #if defined(__x86_64__)
   __builtin_cpu_init();
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-  if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
-      __builtin_cpu_supports("avx512vl"))
-    return Isa::avx512;
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
+                      __builtin_cpu_supports("avx512vl");
+#if defined(KEGFAST_HAS_AVX512_BF16)
+  if (avx512 && __builtin_cpu_supports("avx512bf16")) return Isa::avx512_bf16;
+#endif
+  if (avx512) return Isa::avx512;
   if (avx2) return Isa::avx2;
 #endif
   return Isa::baseline;

@@ -6,7 +6,9 @@
 
 namespace kegfast {
 
-enum class Isa : int { baseline, avx2, avx512 };  // rising; the names are those of cmake/Isa.cmake
+// Rising; the names are those of cmake/Isa.cmake. avx512_bf16 holds only what multiplies bfloat16; everything
+// else runs its avx512 copy there.
+enum class Isa : int { baseline, avx2, avx512, avx512_bf16 };
 
 Isa detected_isa();                    // the widest that is compiled and that this CPU and its system support
 Isa active_isa();                      // detected_isa(), lowered by KEGFAST_CPU_ISA or set_isa()
@@ -16,14 +18,22 @@ std::vector<std::string> compiled_isas();
 
 }  // namespace kegfast
 
-// KEGFAST_SELECT(f): the copy of kernel f for the active instruction set.
+// KEGFAST_SELECT(f): the copy of kernel f for the active instruction set. KEGFAST_SELECT_BF16(f): the same of a
+// kernel that multiplies bfloat16, from Isa::avx512_bf16 up.
 #if defined(__x86_64__)
 #define KEGFAST_EACH_ISA(X) X(baseline) X(avx2) X(avx512)
 #define KEGFAST_SELECT(f)                                                    \
-  (::kegfast::active_isa() == ::kegfast::Isa::avx512 ? &::kegfast::avx512::f \
+  (::kegfast::active_isa() >= ::kegfast::Isa::avx512 ? &::kegfast::avx512::f \
    : ::kegfast::active_isa() == ::kegfast::Isa::avx2 ? &::kegfast::avx2::f   \
                                                      : &::kegfast::baseline::f)
 #else
 #define KEGFAST_EACH_ISA(X) X(baseline)
 #define KEGFAST_SELECT(f) (&::kegfast::baseline::f)
+#endif
+#if defined(KEGFAST_HAS_AVX512_BF16)
+#define KEGFAST_EACH_BF16_ISA(X) X(avx512_bf16)
+#define KEGFAST_SELECT_BF16(f) (&::kegfast::avx512_bf16::f)
+#else
+#define KEGFAST_EACH_BF16_ISA(X)
+#define KEGFAST_SELECT_BF16(f) KEGFAST_SELECT(f)  // never taken
 #endif

@@ -56,46 +56,56 @@ struct Run {
   std::optional<Tensor> t1, t2;
 };
 
-Run forward(const Tensor& input, const Tensor& first_weight, const Tensor& core_weight,
-            const Tensor& last_weight, const std::optional<Tensor>& bias_weight,
-            const std::optional<Tensor>& packed, const Geometry& g, bool relu, bool keep) {
-  check_weights(input, first_weight, core_weight, last_weight, bias_weight);
+// t1 with its border and t2: in bfloat16 where x is, else in float32.
+void keep_intermediates(Tucker2Params& p, Run& run) {
+  const int64_t h = p.height + 2 * p.padding_h, w = p.width + 2 * p.padding_w;
+  const ScalarType type = p.pairs ? ScalarType::BFloat16 : ScalarType::Float;
+  run.t1 = empty_strided({p.images, h, w, p.rank_in}, {h * w * p.rank_in, w * p.rank_in, p.rank_in, 1}, type);
+  run.t2 =
+      empty_strided({p.images, p.out_height, p.out_width, p.rank_out},
+                    {p.out_height * p.out_width * p.rank_out, p.out_width * p.rank_out, p.rank_out, 1}, type);
+  p.t1 = static_cast<float*>(run.t1->mutable_data_ptr());
+  p.t2 = static_cast<float*>(run.t2->mutable_data_ptr());
+}
+
+void run_factors(Tucker2Params& p, const Tensor& first_weight, const Tensor& core_weight,
+                 const Tensor& last_weight, const std::optional<Tensor>& packed) {
+  const int64_t threads = threads_for(multiply_adds(p), p.images * p.out_height);
+  const Tucker2Plan plan = KEGFAST_TUCKER2(p, tucker2_plan)(p, threads);
+  const Tucker2Factor first = factor(first_weight), core = factor(core_weight), last = factor(last_weight);
+  std::optional<Tensor> fresh;
+  if (packed && packed->numel() == plan.packed_floats &&
+      KEGFAST_TUCKER2(p, tucker2_packed_from)(p, plan, first, core, last, packed->const_data_ptr<float>())) {
+    p.packed = packed->const_data_ptr<float>();
+  } else {
+    fresh = empty_flat(plan.packed_floats);
+    KEGFAST_TUCKER2(p, tucker2_pack)(p, plan, first, core, last, false, fresh->mutable_data_ptr<float>());
+    p.packed = fresh->const_data_ptr<float>();
+  }
+  run_rows(p, plan, threads);
+}
+
+Run forward(const Tensor& input, const Tensor& first, const Tensor& core, const Tensor& last,
+            const std::optional<Tensor>& bias, const std::optional<Tensor>& packed, const Geometry& g,
+            bool relu, bool keep) {
+  check_weights(input, first, core, last, bias);
   const Tensor x = readable(input);
-  Tucker2Params p = geometry(x.size(0), x.size(1), x.size(2), x.size(3), core_weight, last_weight.size(0), g);
+  Tucker2Params p = geometry(x.size(0), x.size(1), x.size(2), x.size(3), core, last.size(0), g);
   set_input(p, x);
+  choose_numbers(p);
   p.relu = relu;
   Run run{empty(p.images, p.features, p.out_height, p.out_width, p.channels_last, x.scalar_type()), {}, {}};
   p.y = run.y.mutable_data_ptr();
   ask_for_huge_pages(run.y, run.y.numel() * static_cast<int64_t>(run.y.element_size()));
-  if (keep) {
-    const int64_t h = p.height + 2 * p.padding_h, w = p.width + 2 * p.padding_w;
-    run.t1 = empty_strided({p.images, h, w, p.rank_in}, {h * w * p.rank_in, w * p.rank_in, p.rank_in, 1},
-                           ScalarType::Float);
-    run.t2 = empty_strided({p.images, p.out_height, p.out_width, p.rank_out},
-                           {p.out_height * p.out_width * p.rank_out, p.out_width * p.rank_out, p.rank_out, 1},
-                           ScalarType::Float);
-    p.t1 = run.t1->mutable_data_ptr<float>();
-    p.t2 = run.t2->mutable_data_ptr<float>();
+  if (keep) keep_intermediates(p, run);
+  std::optional<Tensor> wide_bias;
+  if (bias) {
+    wide_bias = as_float(*bias);
+    p.bias = wide_bias->const_data_ptr<float>();
   }
-  if (p.images == 0) return run;
-  std::optional<Tensor> bias;
-  if (bias_weight) {
-    bias = as_float(*bias_weight);
-    p.bias = bias->const_data_ptr<float>();
-  }
-  const int64_t threads = threads_for(multiply_adds(p), p.images * p.out_height);
-  const Tucker2Plan plan = KEGFAST_SELECT(tucker2_plan)(p, threads);
-  const Tucker2Factor first = factor(first_weight), core = factor(core_weight), last = factor(last_weight);
-  std::optional<Tensor> fresh;
-  if (packed && packed->numel() == plan.packed_floats &&
-      KEGFAST_SELECT(tucker2_packed_from)(p, plan, first, core, last, packed->const_data_ptr<float>())) {
-    p.packed = packed->const_data_ptr<float>();
-  } else {
-    fresh = empty_flat(plan.packed_floats);
-    KEGFAST_SELECT(tucker2_pack)(p, plan, first, core, last, false, fresh->mutable_data_ptr<float>());
-    p.packed = fresh->const_data_ptr<float>();
-  }
-  run_rows(p, plan, threads);
+  if (p.images > 0) run_factors(p, first, core, last, packed);
+  if (keep && p.type == Tucker2Type::bfloat16 && !p.pairs)
+    for (std::optional<Tensor>* t : {&run.t1, &run.t2}) *t = torch::stable::to(**t, ScalarType::BFloat16);
   return run;
 }
 
@@ -115,7 +125,10 @@ std::tuple<Tensor, Tensor, Tensor> tucker2_forward(const Tensor& x, const Tensor
                                                    bool relu, bool keep) {
   Run run = forward(x, first, core, last, bias, {},
                     {stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w}, relu, keep);
-  if (!keep) return {std::move(run.y), empty_flat(0), empty_flat(0)};
+  if (!keep) {
+    const ScalarType kept = type_of(x) == Tucker2Type::bfloat16 ? ScalarType::BFloat16 : ScalarType::Float;
+    return {std::move(run.y), empty_flat(0, kept), empty_flat(0, kept)};
+  }
   return {std::move(run.y), std::move(*run.t1), std::move(*run.t2)};
 }
 
@@ -129,9 +142,11 @@ Tensor tucker2_pack(const Tensor& first, const Tensor& core, const Tensor& last,
   p.stride_h = stride_h, p.stride_w = stride_w, p.dilation_h = dilation_h, p.dilation_w = dilation_w;
   p.winograd = tucker2_winograd();
   p.channels_last = channels_last;
-  const Tucker2Plan plan = KEGFAST_SELECT(tucker2_plan)(p, 1);
+  p.type = type_of(first);
+  choose_numbers(p);
+  const Tucker2Plan plan = KEGFAST_TUCKER2(p, tucker2_plan)(p, 1);
   Tensor packed = empty_flat(plan.packed_floats);
-  KEGFAST_SELECT(tucker2_pack)
+  KEGFAST_TUCKER2(p, tucker2_pack)
   (p, plan, factor(first), factor(core), factor(last), true, packed.mutable_data_ptr<float>());
   return packed;
 }

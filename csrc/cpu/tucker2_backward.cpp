@@ -23,7 +23,14 @@ Tensor dense(const Tensor& x) {
 Tucker2Factor transposed(const Tensor& weight) {
   const Tucker2Factor w = factor(weight);
   const int64_t last_tap = (weight.size(2) - 1) * w.tap_h + (weight.size(3) - 1) * w.tap_w;
-  return {weight.const_data_ptr<float>() + last_tap, w.type, w.input, w.row, -w.tap_h, -w.tap_w};
+  return {weight.const_data_ptr<float>() + last_tap,
+          w.type,
+          w.input,
+          w.row,
+          -w.tap_h,
+          -w.tap_w,
+          w.inputs,
+          w.outputs};
 }
 
 // sums[from] over the threads' copies, laid out as the weight: to[i * outer + j] = sum of from[j * inner +

@@ -90,8 +90,8 @@ Tucker2Type type_of(const Tensor& t) {
 }
 
 Tucker2Factor factor(const Tensor& weight) {  // (O, I, kh, kw)
-  return {weight.const_data_ptr(), type_of(weight),  weight.stride(0),
-          weight.stride(1),        weight.stride(2), weight.stride(3)};
+  return {weight.const_data_ptr(), type_of(weight),  weight.stride(0), weight.stride(1),
+          weight.stride(2),        weight.stride(3), weight.size(0),   weight.size(1)};
 }
 
 Tucker2Params geometry(int64_t images, int64_t channels, int64_t height, int64_t width, const Tensor& core,
@@ -121,6 +121,14 @@ void set_input(Tucker2Params& p, const Tensor& x) {
   p.x_image = x.stride(0), p.x_channel = x.stride(1), p.x_row = x.stride(2), p.x_pixel = x.stride(3);
 }
 
+void choose_numbers(Tucker2Params& p) {
+  if (p.type != Tucker2Type::bfloat16) return;
+  p.pairs = active_isa() >= Isa::avx512_bf16;
+  if (p.rank_in % 2 || p.rank_out % 2) p.winograd = false;  // which packs whole factors
+  p.rank_in += p.rank_in % 2;
+  p.rank_out += p.rank_out % 2;
+}
+
 int64_t multiply_adds(const Tucker2Params& p) {
   return p.images *
          (p.height * p.width * p.channels * p.rank_in +
@@ -138,7 +146,7 @@ int64_t threads_for(int64_t work, int64_t parts) {
 
 void run_rows(const Tucker2Params& p, const Tucker2Plan& plan, int64_t threads) {
   last_path.store(plan.winograd ? "winograd" : "direct", std::memory_order_relaxed);
-  const auto kernel = KEGFAST_SELECT(tucker2_rows);
+  const auto kernel = KEGFAST_TUCKER2(p, tucker2_rows);
   const auto f = [&](int64_t begin, int64_t end) {
     kernel(p, plan, begin, end, scratch(plan.scratch_floats));
   };

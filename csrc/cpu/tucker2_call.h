@@ -38,6 +38,8 @@ Tucker2Factor factor(const Tensor& weight);  // (O, I, kh, kw)
 Tucker2Params geometry(int64_t images, int64_t channels, int64_t height, int64_t width, const Tensor& core,
                        int64_t features, const Geometry& g);
 void set_input(Tucker2Params& p, const Tensor& x);
+// bfloat16 is computed in pairs where the CPU multiplies them, on ranks made even everywhere.
+void choose_numbers(Tucker2Params& p);
 
 int64_t multiply_adds(const Tucker2Params& p);
 int64_t threads_for(int64_t work, int64_t parts);  // 1 where a second thread costs more than it brings

@@ -14,8 +14,10 @@
 // Tried without gain: half-width stores instead of masked ones.
 #pragma once
 
-#include "cpu/tucker2_convert.inl"
+#include "cpu/tucker2_sweep.inl"
+#if !defined(KEGFAST_PAIRS)
 #include "cpu/tucker2_winograd.inl"
+#endif
 
 namespace kegfast::KEGFAST_ISA {
 namespace {
@@ -26,13 +28,15 @@ constexpr int64_t kNearBytes = 512 << 10;
 constexpr int64_t kStreamBytes = 8 << 20, kHugeBytes = 32 << 20;
 
 bool streams(const Tucker2Params& p) {
-  const int64_t bytes = 4 * p.images * p.out_height * p.out_width * p.features;
+  const int64_t bytes = kNumberBytes * p.images * p.out_height * p.out_width * p.features;
   return p.channels_last && p.features % kLanes == 0 &&
-         reinterpret_cast<uintptr_t>(p.y) % (4 * kLanes) == 0 && bytes >= kStreamBytes && bytes < kHugeBytes;
+         reinterpret_cast<uintptr_t>(p.y) % (kNumberBytes * kLanes) == 0 && bytes >= kStreamBytes &&
+         bytes < kHugeBytes;
 }
 
 int64_t image_bytes(const Tucker2Params& p) {
-  return 4 * p.images * (p.height * p.width * p.channels + p.out_height * p.out_width * p.features);
+  return kNumberBytes * p.images *
+         (p.height * p.width * p.channels + p.out_height * p.out_width * p.features);
 }
 
 class Forward {
@@ -41,14 +45,14 @@ class Forward {
       : p_(p),
         plan_(plan),
         scratch_(scratch),
-        t1_row_(padded_width(p) * p.rank_in),
+        t1_row_(padded_width(p) * words(p.rank_in)),
         far_(image_bytes(p) > kNearBytes),
         stream_(streams(p)) {
     const Window window = core_window(p);
     for (int64_t s = 0; s < window.segments; ++s) {
       const int64_t row = p.dilation_w == 1 ? s : s / p.kernel_w,
                     column = p.dilation_w == 1 ? 0 : s % p.kernel_w;
-      window_[s] = row * p.dilation_h * t1_row_ + column * p.dilation_w * p.rank_in;
+      window_[s] = row * p.dilation_h * t1_row_ + column * p.dilation_w * words(p.rank_in);
     }
   }
 
@@ -62,8 +66,8 @@ class Forward {
       const int64_t rows = smaller(plan_.band_rows, last - row);
       const int64_t pixels = count * rows * p_.out_width;
       need_rows(row * p_.stride_h, (row + rows - 1) * p_.stride_h + (p_.kernel_h - 1) * p_.dilation_h + 1);
-      float* t2 =
-          p_.t2 ? p_.t2 + (image * p_.out_height + row) * p_.out_width * p_.rank_out : scratch_ + plan_.t2_at;
+      float* t2 = p_.t2 ? p_.t2 + (image * p_.out_height + row) * p_.out_width * words(p_.rank_out)
+                        : scratch_ + plan_.t2_at;
       look_ahead(row, rows, last);
       core(row, rows, t2);
       if (!p_.y) continue;
@@ -71,7 +75,8 @@ class Forward {
         last_to_pixels(row, pixels, t2);
       else
         for (int64_t n = 0; n < count; ++n)
-          last_to_planes(image + n, row, rows * p_.out_width, t2 + n * rows * p_.out_width * p_.rank_out);
+          last_to_planes(image + n, row, rows * p_.out_width,
+                         t2 + n * rows * p_.out_width * words(p_.rank_out));
     }
   }
 
@@ -99,7 +104,7 @@ class Forward {
   void fill_rows(int64_t n, int64_t from, int64_t to) {
     float* t1 = t1_ + n * t1_image_ - origin_ * t1_row_;
     const int64_t top = clamp(p_.padding_h, from, to), bottom = clamp(p_.padding_h + p_.height, top, to);
-    const int64_t side = p_.padding_w * p_.rank_in;
+    const int64_t side = p_.padding_w * words(p_.rank_in);
     memset(t1 + from * t1_row_, 0, (top - from) * t1_row_ * sizeof(float));
     memset(t1 + bottom * t1_row_, 0, (to - bottom) * t1_row_ * sizeof(float));
     for (int64_t row = top; row < bottom && side; ++row) {
@@ -115,30 +120,55 @@ class Forward {
     Tile tile{};
     tile.segments = kOrigin;
     tile.segment_count = 1;
-    tile.segment_length = p_.channels;
+    tile.segment_length = words(p_.channels);
     tile.b = p_.packed + plan_.first_at;
     tile.c_step = p_.rank_in;
     const int64_t at = (image_ + n) * p_.x_image + row * p_.x_row;
-    Grid grid{1, rows, p_.width, 0, p_.x_row, 0, t1_row_};
-    if (p_.type == Tucker2Type::float32) {
-      tile.a = static_cast<const float*>(p_.x) + at;
-      tile.c = t1;
-      first_sweep(tile, grid, p_.channels_last ? p_.x_pixel : p_.x_channel);
+    Grid grid{1, rows, p_.width, 0, p_.x_row / kPair, 0, t1_row_ * kPair};
+    if (!gathers(p_)) {
+      tile.a = reinterpret_cast<const float*>(static_cast<const Number*>(p_.x) + at);
+      tile.c = reinterpret_cast<Number*>(t1);
+      return first_sweep(tile, grid, (p_.channels_last ? p_.x_pixel : p_.x_channel) / kPair);
+    }
+    const int64_t step = gathered_rows(p_);
+    for (int64_t r = 0; r < rows; r += step) {
+      grid.rows = smaller(step, rows - r);
+      grid.a_row = p_.channels_last ? p_.width * words(p_.channels) : p_.width;
+      gather(static_cast<const uint16_t*>(p_.x) + at + r * p_.x_row, grid.rows);
+      tile.a = scratch_ + plan_.x_at;
+      tile.c = reinterpret_cast<Number*>(t1 + r * t1_row_);
+      first_sweep(tile, grid, p_.channels_last ? words(p_.channels) : grid.rows * p_.width);
+    }
+  }
+
+  // Rows of x into the scratch as words: [row][pixel][channels], or from planes [channels][row][pixel].
+  void gather(const uint16_t* x, int64_t rows) {
+    float* to = scratch_ + plan_.x_at;
+    if (p_.channels_last) {
+      for (int64_t r = 0; r < rows; ++r)
+        for (int64_t i = 0; i < p_.width; ++i, to += words(p_.channels))
+          gather_run(x + r * p_.x_row + i * p_.x_pixel, nullptr, p_.channels, to);
       return;
     }
-    float* x = scratch_ + plan_.x_at;
-    grid.rows = 1;
-    for (int64_t r = 0; r < rows; ++r) {
-      const int64_t lines = p_.channels_last ? p_.width : p_.channels,
-                    line = p_.channels_last ? p_.channels : p_.width;
-      const int64_t step = p_.channels_last ? p_.x_pixel : p_.x_channel;
-      for (int64_t i = 0; i < lines; ++i)
-        to_float(p_.type, static_cast<const uint16_t*>(p_.x) + at + r * p_.x_row + i * step, x + i * line,
-                 line);
-      tile.a = x;
-      tile.c = t1 + r * t1_row_;
-      first_sweep(tile, grid, line);
-    }
+    const bool whole = p_.x_row == p_.width;
+    const int64_t runs = whole ? 1 : rows, run = whole ? rows * p_.width : p_.width;
+    for (int64_t c = 0; c < p_.channels; c += kPair)
+      for (int64_t r = 0; r < runs; ++r, to += run) {
+        const uint16_t* const from = x + c * p_.x_channel + r * p_.x_row;
+        gather_run(from, c + 1 < p_.channels ? from + p_.x_channel : nullptr, run, to);
+      }
+  }
+
+  // A pixel's channels, or the same pixels of one channel (of two where numbers come in pairs).
+  void gather_run(const uint16_t* from, const uint16_t* next, int64_t n, float* to) {
+#if defined(KEGFAST_PAIRS)
+    if (!p_.channels_last) return interleave(from, next, n, to);
+    to[words(n) - 1] = 0;
+    memcpy(to, from, static_cast<size_t>(n) * kNumberBytes);
+#else
+    (void)next;
+    to_float(p_.type, from, to, n);
+#endif
   }
 
   void first_sweep(Tile& tile, const Grid& grid, int64_t step) {
@@ -187,20 +217,22 @@ class Forward {
   void core(int64_t row, int64_t rows, float* t2) {
     ahead_.spread_over(steps(rows));
     Ahead* const ahead = far_ ? &ahead_ : nullptr;
+#if !defined(KEGFAST_PAIRS)
     if (plan_.winograd) {
       const float* const t1 = t1_ + (row * p_.stride_h - origin_) * t1_row_;
       const WinogradBand band{count_, rows, t1, t1_image_, t1_row_, rows + 2, t2};
       return Winograd(p_, p_.packed + plan_.winograd_at, scratch_ + plan_.tiles_at, ahead).run(band);
     }
+#endif
     const Window window = core_window(p_);
     Tile tile{};
     tile.segments = window_;
     tile.segment_count = window.segments;
     tile.segment_length = window.length;
     tile.a = t1_ + (row * p_.stride_h - origin_) * t1_row_;
-    tile.a_step = p_.stride_w * p_.rank_in;
+    tile.a_step = p_.stride_w * words(p_.rank_in);
     tile.b = p_.packed + plan_.core_at;
-    tile.c = t2;
+    tile.c = reinterpret_cast<Number*>(t2);
     tile.c_step = p_.rank_out;
     tile.ahead = ahead;
     const int64_t t2_row = p_.out_width * p_.rank_out;
@@ -208,16 +240,21 @@ class Forward {
     sweep<A::row_major>(tile, grid, tile.a_step, p_.rank_out, core_group(p_));
   }
 
+  bool converts() const { return kPair == 1 && p_.type != Tucker2Type::float32; }
+  Number* output(int64_t at) const {
+    return converts() ? reinterpret_cast<Number*>(scratch_ + plan_.y_at) : static_cast<Number*>(p_.y) + at;
+  }
+
   void last_to_pixels(int64_t row, int64_t pixels, const float* t2) {
     const int64_t at = (image_ * p_.out_height + row) * p_.out_width * p_.features;
-    const bool convert = p_.type != Tucker2Type::float32;
-    float* y = convert ? scratch_ + plan_.y_at : static_cast<float*>(p_.y) + at;
+    const bool convert = converts();
+    Number* const y = output(at);
     Tile tile{};
     tile.segments = kOrigin;
     tile.segment_count = 1;
-    tile.segment_length = p_.rank_out;
+    tile.segment_length = words(p_.rank_out);
     tile.a = t2;
-    tile.a_step = p_.rank_out;
+    tile.a_step = words(p_.rank_out);
     tile.b = p_.packed + plan_.last_at;
     tile.c = y;
     tile.c_step = p_.features;
@@ -225,27 +262,29 @@ class Forward {
     tile.relu = p_.relu;
     tile.stream = stream_ && !convert;
     const Grid grid{1, 1, pixels, 0, 0, 0, 0};
-    sweep<A::row_major>(tile, grid, p_.rank_out, p_.features, last_group(p_));
-    if (convert) from_float(p_.type, y, static_cast<uint16_t*>(p_.y) + at, pixels * p_.features);
+    sweep<A::row_major>(tile, grid, words(p_.rank_out), p_.features, last_group(p_));
+    if (convert)
+      from_float(p_.type, reinterpret_cast<const float*>(y), static_cast<uint16_t*>(p_.y) + at,
+                 pixels * p_.features);
   }
 
   // Planes of y: pixels in lanes. The band is transposed into [vectors of pixels][R2][kLanes], the factor is
   // broadcast.
   void last_to_planes(int64_t image, int64_t row, int64_t pixels, const float* t2) {
     float* planes = scratch_ + plan_.planes_at;
-    to_planes(t2, pixels, p_.rank_out, planes);
+    to_planes(t2, pixels, words(p_.rank_out), planes);
     const int64_t plane = p_.out_height * p_.out_width;
     const int64_t at = image * p_.features * plane + row * p_.out_width;
-    const bool convert = p_.type != Tucker2Type::float32;
+    const bool convert = converts();
     Tile tile{};
     tile.segments = kOrigin;
     tile.segment_count = 1;
-    tile.segment_length = p_.rank_out;
-    tile.a_step = p_.rank_out;
-    tile.b_vector = p_.rank_out * kLanes;
+    tile.segment_length = words(p_.rank_out);
+    tile.a_step = words(p_.rank_out);
+    tile.b_vector = words(p_.rank_out) * kLanes;
     tile.c_step = convert ? pixels : plane;
     tile.relu = p_.relu;
-    float* y = convert ? scratch_ + plan_.y_at : static_cast<float*>(p_.y) + at;
+    Number* const y = output(at);
     const float* weights = p_.packed + plan_.last_at;
     const int64_t vectors = ceil_div(pixels, kLanes);
     const Cut cut = best_cut(vectors, p_.features, p_.rank_out, kMaxVectors);
@@ -257,7 +296,7 @@ class Forward {
       int64_t done = 0;
       for (int i = 0; i < cut.tiles; ++i) {
         const int64_t next = (i + 1) * p_.features / cut.tiles;
-        tile.a = weights + done * p_.rank_out;
+        tile.a = weights + done * words(p_.rank_out);
         tile.c = y + done * tile.c_step + v * kLanes;
         tile.bias = p_.bias ? p_.bias + done : nullptr;
         tiles[width][next - done](tile);
@@ -266,7 +305,8 @@ class Forward {
     }
     if (!convert) return;
     for (int64_t k = 0; k < p_.features; ++k)
-      from_float(p_.type, y + k * pixels, static_cast<uint16_t*>(p_.y) + at + k * plane, pixels);
+      from_float(p_.type, reinterpret_cast<const float*>(y) + k * pixels,
+                 static_cast<uint16_t*>(p_.y) + at + k * plane, pixels);
   }
 
   static void to_planes(const float* t2, int64_t pixels, int64_t channels, float* planes) {

@@ -1,36 +1,46 @@
 // The packed form of the factors, and the check that it still is that of these factors.
 #pragma once
 
+#include "cpu/tucker2_sweep.inl"
+#if !defined(KEGFAST_PAIRS)
 #include "cpu/tucker2_winograd.inl"
+#endif
 
 namespace kegfast::KEGFAST_ISA {
 
 void tucker2_pack(const Tucker2Params& p, const Tucker2Plan& plan, const Tucker2Factor& first,
                   const Tucker2Factor& core, const Tucker2Factor& last, bool all, float* packed) {
   packed[0] = packed_layout(p);
-  pack_factor(first, p.rank_in, p.channels, 1, {1, p.channels}, first_group(p), packed + plan.first_at);
+  const int64_t channels = words(p.channels) * kPair;
+  pack_factor(first, p.rank_in, channels, 1, {1, words(p.channels)}, first_group(p), packed + plan.first_at);
   if (all || !plan.winograd)
     pack_factor(core, p.rank_out, p.rank_in, p.kernel_w, core_window(p), core_group(p),
                 packed + plan.core_at);
+#if !defined(KEGFAST_PAIRS)
   if (winograd_fits(p) && (all || plan.winograd)) pack_winograd(p, core, packed + plan.winograd_at);
+#endif
   if (p.channels_last) {
-    pack_factor(last, p.features, p.rank_out, 1, {1, p.rank_out}, last_group(p), packed + plan.last_at);
+    pack_factor(last, p.features, p.rank_out, 1, {1, words(p.rank_out)}, last_group(p),
+                packed + plan.last_at);
   } else {
-    float* out = packed + plan.last_at;
+    const int64_t row = words(p.rank_out) * kPair;
     for (int64_t k = 0; k < p.features; ++k)
-      for (int64_t r = 0; r < p.rank_out; ++r) *out++ = element(last, k * last.row + r * last.input);
+      for (int64_t r = 0; r < row; ++r)
+        put(packed + plan.last_at, k * row + r,
+            r < last.inputs ? element(last, k * last.row + r * last.input) : 0.0f);
   }
 }
 
 bool tucker2_packed_from(const Tucker2Params& p, const Tucker2Plan& plan, const Tucker2Factor& first,
                          const Tucker2Factor& core, const Tucker2Factor& last, const float* packed) {
   if (packed[0] != plan.packed_layout) return false;
+  const int64_t channels = words(p.channels) * kPair;
   const int last_lanes = p.channels_last ? kLanes : 1, last_packing = p.channels_last ? last_group(p) : 1;
-  return packed_matches(first, p.rank_in, p.channels, 1, {1, p.channels}, kLanes, first_group(p),
+  return packed_matches(first, p.rank_in, channels, 1, {1, words(p.channels)}, kLanes, first_group(p),
                         packed + plan.first_at) &&
          packed_matches(core, p.rank_out, p.rank_in, p.kernel_w, core_window(p), kLanes, core_group(p),
                         packed + plan.core_at) &&
-         packed_matches(last, p.features, p.rank_out, 1, {1, p.rank_out}, last_lanes, last_packing,
+         packed_matches(last, p.features, p.rank_out, 1, {1, words(p.rank_out)}, last_lanes, last_packing,
                         packed + plan.last_at);
 }
 

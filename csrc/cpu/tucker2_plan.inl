@@ -37,14 +37,14 @@ constexpr int64_t padded_width(const Tucker2Params& p) {
   return p.width + 2 * p.padding_w;
 }
 
-// With dilation 1 a kernel row reads kw * R1 contiguous floats of t1; otherwise every tap is a segment of its
+// With dilation 1 a kernel row reads kw * R1 contiguous numbers of t1; otherwise every tap is a segment of its
 // own.
 struct Window {
-  int64_t segments, length;
+  int64_t segments, length;  // length in words
 };
 constexpr Window core_window(const Tucker2Params& p) {
-  return p.dilation_w == 1 ? Window{p.kernel_h, p.kernel_w * p.rank_in}
-                           : Window{p.kernel_h * p.kernel_w, p.rank_in};
+  return p.dilation_w == 1 ? Window{p.kernel_h, p.kernel_w * words(p.rank_in)}
+                           : Window{p.kernel_h * p.kernel_w, words(p.rank_in)};
 }
 
 // A packed factor: [vectors of outputs][segments][length / group][kLanes].
@@ -67,7 +67,21 @@ int last_group(const Tucker2Params& p) {
 // The header of a packed buffer: what its layout depends on beside the factors' shapes.
 constexpr int64_t kHeader = 16;
 float packed_layout(const Tucker2Params& p) {
-  return kLanes + 64 * p.channels_last + 128 * (p.dilation_w == 1);
+  return kLanes + 64 * p.channels_last + 128 * (p.dilation_w == 1) + 256 * kPair;
+}
+
+constexpr int64_t kNumberBytes = sizeof(Number);
+
+// Whether x is first copied, row by row, into what the tiles read: numbers of another type, or bfloat16 of
+// which two along k are not one word.
+bool gathers(const Tucker2Params& p) {
+  if (kPair == 1) return p.type != Tucker2Type::float32;
+  return !p.channels_last || p.channels % 2 || p.x_pixel % 2 || p.x_row % 2;
+}
+
+constexpr int64_t kGatherBytes = 32 << 10;
+int64_t gathered_rows(const Tucker2Params& p) {
+  return clamp(kGatherBytes / (4 * p.width * words(p.channels)), 1, p.height);
 }
 
 constexpr int64_t kMaxSegments =
@@ -79,8 +93,8 @@ constexpr int64_t kWindowBytes = 256 << 10;    // of t1: stays in L2
 
 // Whether the core may run by Winograd at all: the transforms work on whole vectors of channels.
 bool winograd_fits(const Tucker2Params& p) {
-  return p.winograd && p.kernel_h == 3 && p.kernel_w == 3 && p.stride_h == 1 && p.stride_w == 1 &&
-         p.dilation_h == 1 && p.dilation_w == 1 && p.rank_in >= 32 && p.rank_out >= 32 &&
+  return kPair == 1 && p.winograd && p.kernel_h == 3 && p.kernel_w == 3 && p.stride_h == 1 &&
+         p.stride_w == 1 && p.dilation_h == 1 && p.dilation_w == 1 && p.rank_in >= 32 && p.rank_out >= 32 &&
          p.rank_in % kLanes == 0 && p.rank_out % kLanes == 0 &&
          // oneDNN's convolutions of planes sum in smaller blocks: beyond these ranks our error would be 1.6
          // of theirs.
@@ -93,19 +107,20 @@ bool winograd_wins(const Tucker2Params& p, int64_t threads) {
   return winograd_fits(p) && tiles >= 12 && tiles * 4 >= larger(p.rank_in, p.rank_out);
 }
 
+constexpr int kPoints = 16;         // of a transformed 4 x 4 tile
 constexpr int64_t kBandTiles = 64;  // of 2 x 2 pixels in a band
 
 int64_t band_pixels(const Tucker2Params& p) {
-  const int64_t weights = 4 * p.rank_in * p.rank_out * p.kernel_h * p.kernel_w;
+  const int64_t weights = kNumberBytes * p.rank_in * p.rank_out * p.kernel_h * p.kernel_w;
   const int64_t bytes = weights > (200 << 10) ? kWideBandBytes : kBandBytes;
-  return clamp(bytes / (4 * p.rank_out), 64, 2048);
+  return clamp(bytes / (kNumberBytes * p.rank_out), 64, 2048);
 }
 
 }  // namespace
 
 Tucker2Plan tucker2_plan(const Tucker2Params& p, int64_t threads) {
   Tucker2Plan plan{};
-  const int64_t row = padded_width(p) * p.rank_in;
+  const int64_t row = padded_width(p) * words(p.rank_in);
   plan.winograd = winograd_wins(p, threads);
   const int64_t pixels = plan.winograd ? 4 * kBandTiles : band_pixels(p),
                 image_pixels = p.out_height * p.out_width;
@@ -127,10 +142,10 @@ Tucker2Plan tucker2_plan(const Tucker2Params& p, int64_t threads) {
     at += round_up(floats, 16);
     return here;
   };
-  plan.first_at = take(packed_floats(p.rank_in, {1, p.channels}, first_group(p)));
+  plan.first_at = take(packed_floats(p.rank_in, {1, words(p.channels)}, first_group(p)));
   plan.core_at = take(packed_floats(p.rank_out, core_window(p), core_group(p)));
-  plan.last_at = take(p.channels_last ? packed_floats(p.features, {1, p.rank_out}, last_group(p))
-                                      : p.features * p.rank_out);
+  plan.last_at = take(p.channels_last ? packed_floats(p.features, {1, words(p.rank_out)}, last_group(p))
+                                      : p.features * words(p.rank_out));
   plan.winograd_at = take(winograd_fits(p) ? 16 * packed_floats(p.rank_out, {1, p.rank_in}, 1) : 0);
   plan.packed_floats = at;
   plan.packed_layout = packed_layout(p);
@@ -138,13 +153,13 @@ Tucker2Plan tucker2_plan(const Tucker2Params& p, int64_t threads) {
   at = 0;
   const int64_t band =
       plan.group_images > 1 ? plan.group_images * image_pixels : plan.band_rows * p.out_width;
-  const bool convert = p.type != Tucker2Type::float32;
+  const bool convert = kPair == 1 && p.type != Tucker2Type::float32;
   plan.t1_at = take(plan.group_images * plan.t1_rows * row);
-  plan.t2_at = take(band * p.rank_out);
-  plan.planes_at = take(p.channels_last ? 0 : round_up(band, kLanes) * p.rank_out);
+  plan.t2_at = take(band * words(p.rank_out));
+  plan.planes_at = take(p.channels_last ? 0 : round_up(band, kLanes) * words(p.rank_out));
   const int64_t tiles = plan.group_images * ceil_div(plan.band_rows, 2) * ceil_div(p.out_width, 2);
   plan.tiles_at = take(plan.winograd ? 16 * (tiles * (p.rank_in + p.rank_out) + 33) + p.rank_in : 0);
-  plan.x_at = take(convert ? p.width * p.channels : 0);
+  plan.x_at = take(gathers(p) ? gathered_rows(p) * p.width * words(p.channels) : 0);
   plan.y_at = take(convert ? band * p.features : 0);
   plan.scratch_floats = at;
   return plan;
@@ -157,13 +172,26 @@ float element(const Tucker2Factor& w, int64_t at) {
   return half_bits_to_float(w.type, static_cast<const uint16_t*>(w.data)[at]);
 }
 
-// Where a factor's input k of segment s starts, for output 0.
-int64_t element_at(const Tucker2Factor& w, int64_t inputs, int64_t taps_w, Window window, int64_t s,
-                   int64_t k) {
-  const int64_t tap = (s * window.length + k) / inputs, i = (s * window.length + k) % inputs;
-  return i * w.input + tap / taps_w * w.tap_h + tap % taps_w * w.tap_w;
+// Where number k of a factor's segment s stands, for output 0; `inputs` and k count what was made even too.
+struct Place {
+  bool exists;
+  int64_t at;
+};
+Place place_of(const Tucker2Factor& w, int64_t inputs, int64_t taps_w, Window window, int64_t s, int64_t k) {
+  const int64_t number = s * window.length * kPair + k, tap = number / inputs, i = number % inputs;
+  return {i < w.inputs, i * w.input + tap / taps_w * w.tap_h + tap % taps_w * w.tap_w};
 }
 
+void put(float* packed, int64_t number, float value) {
+#if defined(KEGFAST_PAIRS)
+  const Number bits = to_bfloat16(value);
+  memcpy(reinterpret_cast<char*>(packed) + number * kNumberBytes, &bits, kNumberBytes);
+#else
+  packed[number] = value;
+#endif
+}
+
+// `inputs` and `outputs` as the kernels count them: even where numbers come in pairs.
 void pack_factor(const Tucker2Factor& w, int64_t outputs, int64_t inputs, int64_t taps_w, Window window,
                  int group, float* out) {
   const int channels = kLanes / group;
@@ -171,12 +199,13 @@ void pack_factor(const Tucker2Factor& w, int64_t outputs, int64_t inputs, int64_
   for (int64_t first = 0; first < outputs; first += channels)
     for (int64_t s = 0; s < window.segments; ++s)
       for (int64_t step = 0; step < steps; ++step, out += kLanes)
-        for (int g = 0; g < group; ++g) {
-          const int64_t k = step * group + g;
-          const int64_t from = first * w.row + element_at(w, inputs, taps_w, window, s, k);
-          const int64_t present = k < window.length ? smaller(channels, outputs - first) : 0;
+        for (int k = 0; k < group * kPair; ++k) {
+          const int64_t number = step * group * kPair + k;
+          const Place from = place_of(w, inputs, taps_w, window, s, number);
+          const bool exists = number < window.length * kPair && from.exists;
+          const int64_t present = exists ? smaller(channels, w.outputs - first) : 0;
           for (int c = 0; c < channels; ++c)
-            out[c * group + g] = c < present ? element(w, from + c * w.row) : 0.0f;
+            put(out, c * group * kPair + k, c < present ? element(w, from.at + (first + c) * w.row) : 0.0f);
         }
 }
 
@@ -185,15 +214,18 @@ bool packed_matches(const Tucker2Factor& w, int64_t outputs, int64_t inputs, int
                     int lanes, int group, const float* packed) {
   constexpr int64_t kSamples = 32;
   const int channels = lanes / group;
-  const int64_t steps = ceil_div(window.length, group), depth = window.segments * window.length;
+  const int64_t steps = ceil_div(window.length, group), depth = window.segments * window.length * kPair;
   const int64_t elements = outputs * depth, samples = smaller(elements, kSamples);
   for (int64_t i = 0; i < samples; ++i) {
-    const int64_t e = i * elements / samples, o = e / depth, s = e % depth / window.length,
-                  k = e % window.length;
-    const int64_t vector = (o / channels * window.segments + s) * steps + k / group;
-    const float here = packed[vector * lanes + o % channels * group + k % group];
-    const float there = element(w, o * w.row + element_at(w, inputs, taps_w, window, s, k));
-    if (memcmp(&here, &there, sizeof here) != 0) return false;
+    const int64_t e = i * elements / samples, o = e / depth, s = e % depth / (window.length * kPair),
+                  k = e % (window.length * kPair), word = k / kPair;
+    const int64_t vector = (o / channels * window.segments + s) * steps + word / group;
+    const int64_t at = vector * lanes + o % channels * group + word % group;
+    float there[1];
+    const Place from = place_of(w, inputs, taps_w, window, s, k);
+    put(there, 0, from.exists && o < w.outputs ? element(w, from.at + o * w.row) : 0.0f);
+    const char* const here = reinterpret_cast<const char*>(packed + at) + k % kPair * kNumberBytes;
+    if (memcmp(here, there, kNumberBytes) != 0) return false;
   }
   return true;
 }

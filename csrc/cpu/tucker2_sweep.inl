@@ -64,7 +64,7 @@ inline const TileFunction (*tiles_of(int group)) [kMaxPixels + 1] {
 template <A kA, class F>
 void for_chains(const Tile& whole, int group, const F& f) {
   const int64_t length = whole.segment_length, segments = whole.segment_count;
-  const bool one = segments * length <= kWholeChain;
+  const bool one = kPair > 1 || segments * length <= kWholeChain;
   const int64_t together = one ? segments : clamp(kChain / length, 1, segments);
   const int64_t piece = one ? length : round_up(ceil_div(length, ceil_div(length, kChain)), group);
   for (int64_t s = 0; s < segments; s += together)

@@ -3,12 +3,13 @@
 //
 //   C[j, :] (+)= sum over segments s and k < length of A(s, k, j) * B[s * length + k, :]
 //
-// A is read one scalar at a time and broadcast, B by whole vectors. Forward stages are GEMMs over pixels (j)
+// A is read one word at a time and broadcast, B by whole vectors of words (tucker2_number.inl: a word is a float
+// or a pair of bfloat16, and k, segments and steps of A and B count words; C counts numbers). Forward stages are GEMMs over pixels (j)
 // in which the core's kh x kw window is kh segments of kw * R1 contiguous floats; weight gradients are GEMMs
 // whose k runs over pixels.
 #pragma once
 
-#include "cpu/tucker2_vec.inl"
+#include "cpu/tucker2_number.inl"
 
 namespace kegfast::KEGFAST_ISA {
 namespace {
@@ -54,7 +55,7 @@ struct Tile {
   const float* b;
   const int64_t* b_segments;  // offsets from b per segment, or null: B is contiguous over segments
   int64_t b_step, b_vector;   // floats from one k, one vector to the next
-  float* c;
+  Number* c;
   int64_t c_step;
   const float* bias;  // added where not null: per lane (channels in lanes) or per j
   int tail;           // lanes of the last vector that exist
@@ -87,7 +88,7 @@ KEGFAST_INLINE Floats splat_group(const float* p) {
   if constexpr (Group == 4) return (Floats)_mm512_broadcast_f32x4(_mm_loadu_ps(p));
   if constexpr (Group == 8) return (Floats)_mm512_broadcast_f32x8(_mm256_loadu_ps(p));
 #endif
-  return splat(*p);
+  return splat_word(p);
 }
 
 // The n < Group values that a segment ends with; what lies behind them is never read.
@@ -100,7 +101,7 @@ KEGFAST_INLINE Floats splat_rest(const float* p, int n) {
   if constexpr (Group == 8) return (Floats)_mm512_broadcast_f32x8(_mm256_maskz_loadu_ps(mask, p));
 #endif
   (void)n;
-  return splat(*p);
+  return splat_word(p);
 }
 
 template <int Step>
@@ -130,10 +131,10 @@ template <int Pixels, int Vectors, int Group, Bias kBias, Finish kFinish>
 KEGFAST_INLINE void finish_tile(const Tile& t, const Floats (&acc)[Pixels][Vectors]) {
   constexpr bool kAny = kFinish == Finish::any;
   constexpr int kWhole = kLanes / Group;
-  const bool add = kAny ? t.accumulate : kFinish == Finish::add;
+  [[maybe_unused]] const bool add = kAny ? t.accumulate : kFinish == Finish::add;
   const bool with_bias = kAny ? t.bias != nullptr : kFinish == Finish::bias || kFinish == Finish::bias_relu;
   const bool with_relu = kAny ? t.relu : kFinish == Finish::bias_relu;
-  float* const c = t.c;
+  Number* const c = t.c;
   const int64_t step = t.c_step;
   Floats bias[Vectors] = {};
   if (kBias == Bias::per_lane && with_bias) {
@@ -145,23 +146,26 @@ KEGFAST_INLINE void finish_tile(const Tile& t, const Floats (&acc)[Pixels][Vecto
   for (int j = 0; j < Pixels; ++j) {
     KEGFAST_UNROLL
     for (int v = 0; v < Vectors; ++v) {
-      float* const to = c + j * step + v * kLanes;
+      Number* const to = c + j * step + v * kLanes;
       const int n = kAny && v == Vectors - 1 ? t.tail : kWhole;
       Floats x = acc[j][v];
+#if !defined(KEGFAST_PAIRS)  // whose sums are never rounded halfway
       if (add) x += load_first(to, n);
+#endif
       if (with_bias) x += kBias == Bias::per_lane ? bias[v] : splat(t.bias[j]);
       if (with_relu) x = relu(x);
       if (kAny && t.stream && n == kLanes)
-        store_stream(to, x);
+        stream_numbers(to, x);
       else
-        store_first(to, x, n);
+        store_numbers(to, x, n);
     }
   }
 }
 
 template <int Pixels, int Vectors, int Group, Bias kBias>
 KEGFAST_INLINE void store_tile(const Tile& t, const Floats (&acc)[Pixels][Vectors]) {
-  const bool any = t.tail < kLanes / Group || t.stream || (t.accumulate && (t.bias || t.relu)) || (t.relu && !t.bias);
+  const bool any =
+      t.tail < kLanes / Group || t.stream || (t.accumulate && (t.bias || t.relu)) || (t.relu && !t.bias);
   if (any) return finish_tile<Pixels, Vectors, Group, kBias, Finish::any>(t, acc);
   if (t.accumulate) return finish_tile<Pixels, Vectors, Group, kBias, Finish::add>(t, acc);
   if (t.relu) return finish_tile<Pixels, Vectors, Group, kBias, Finish::bias_relu>(t, acc);
@@ -194,7 +198,7 @@ void run_tile(const Tile& t) {
         const Floats x =
             splat_group<Group>(kA == A::row_major ? base[j / 3] + (j % 3) * a_step : base[0] + j);
         KEGFAST_UNROLL
-        for (int v = 0; v < Vectors; ++v) acc[j][v] += x * w[v];
+        for (int v = 0; v < Vectors; ++v) acc[j][v] = multiply_add(x, w[v], acc[j][v]);
       }
       b += b_step;
       KEGFAST_UNROLL
@@ -208,7 +212,8 @@ void run_tile(const Tile& t) {
       const Floats w = load_unaligned(b);
       KEGFAST_UNROLL
       for (int j = 0; j < Pixels; ++j)
-        acc[j][0] += splat_rest<Group>(base[kA == A::row_major ? j / 3 : 0] + (j % 3) * a_step, rest) * w;
+        acc[j][0] = multiply_add(
+            splat_rest<Group>(base[kA == A::row_major ? j / 3 : 0] + (j % 3) * a_step, rest), w, acc[j][0]);
       b += b_step;
     }
   }

@@ -8,8 +8,6 @@
 namespace kegfast::KEGFAST_ISA {
 namespace {
 
-constexpr int kPoints = 16;  // of the transformed 4 x 4 tile
-
 // Floats from one point of `tiles` tiles to the next: a line more than they need, or the 16 streams that a
 // transform writes could all fall into one set of L1.
 constexpr int64_t point_step(int64_t tiles, int64_t channels) {
@@ -120,7 +118,8 @@ class Winograd {
                            ? band.t1 + n * band.t1_image + (row + i) * band.t1_row + (column + j) * p_.rank_in
                            : zeros;
       }
-    for (int64_t c = 0; c < p_.rank_in; c += kLanes) transform_input(d, c, v + c, point_step(tiles, p_.rank_in));
+    for (int64_t c = 0; c < p_.rank_in; c += kLanes)
+      transform_input(d, c, v + c, point_step(tiles, p_.rank_in));
   }
 
   void products(int64_t tiles, const float* v, float* m) {
@@ -150,7 +149,8 @@ class Winograd {
                              ? band.t2 + ((n * band.rows + row + i) * p_.out_width + column + j) * p_.rank_out
                              : nullptr;
       }
-    for (int64_t c = 0; c < p_.rank_out; c += kLanes) transform_output(m + c, point_step(tiles, p_.rank_out), out, c);
+    for (int64_t c = 0; c < p_.rank_out; c += kLanes)
+      transform_output(m + c, point_step(tiles, p_.rank_out), out, c);
   }
 
   const Tucker2Params& p_;
