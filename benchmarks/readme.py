@@ -85,6 +85,20 @@ def soft_target(rows: list[dict[str, Any]]) -> str:
     return markdown_table(["batch", "classes", "torch / kegfast", "compiled / kegfast"], cells)
 
 
+def training(results: dict[str, Any]) -> str:
+    """Training steps of generators and students over those of their rivals, by number of threads."""
+    generators, students = results["generators"], results["students"]
+    threads = [row["threads"] for row in students]
+    rows = []
+    for copies in dict.fromkeys(row["copies"] for row in generators):
+        own = [row for row in generators if row["copies"] == copies]
+        name = f"generator step, {copies} at once, per generator: loss written out / kegfast"
+        rows.append([name, *(f"{row['rival / kegfast']:.1f}" for row in own)])
+    for key in (key for key in students[0] if key.startswith("kegfast / ")):
+        rows.append([f"student steps a second: {key}", *(f"{row[key]:.2f}" for row in students)])
+    return markdown_table(["", *(f"{n} threads" if n > 1 else "1 thread" for n in threads)], rows)
+
+
 TABLES: dict[str, tuple[str, str, Callable[[Any], str]]] = {
     "demo": ("demo", "runs", demo),
     "tucker2": ("tucker2_float32_1threads", "summary", tucker2),
@@ -92,14 +106,16 @@ TABLES: dict[str, tuple[str, str, Callable[[Any], str]]] = {
     "curve-mnist": ("compression_curve_mnist", "cells", curve),
     "mnist": ("reproduce_mnist", "rows", paper),
     "soft_target": ("soft_target", "rows", soft_target),
+    "training": ("training", "", training),
 }
-"""Marker in the README -> results file, its key, and what makes a table of it; diversity's writes its own."""
+"""Marker in the README -> results file, its key (empty for all of it), and what makes a table of it; the
+diversity benchmark writes its own."""
 
 
 def main() -> None:
     for name, (file, key, make) in TABLES.items():
         results = json.loads((RESULTS / f"{file}.json").read_text(encoding="utf-8"))
-        if not update_readme(name, make(results[key])):
+        if not update_readme(name, make(results[key] if key else results)):
             raise ValueError(f"README.md has no place '<!-- benchmark: {name} -->'")
 
 
