@@ -10,6 +10,13 @@ STABLE_TORCH_LIBRARY(kegfast, m) {
       "sample_grad)"
       " -> (Tensor exponent, Tensor noise_gradient, Tensor sample_gradient)");
 
+  // The loss itself, exp(scale * exponent) or with log its exponent, in the samples' widened type, and the
+  // gradients of scale * exponent: what one training step on the CPU asks for, in one call.
+  m.def(
+      "diversity_loss(Tensor noises, Tensor samples, int metric, int noise_metric, float scale, bool log, bool "
+      "noise_grad, bool sample_grad)"
+      " -> (Tensor loss, Tensor noise_gradient, Tensor sample_gradient)");
+
   // T^2 KL(softmax(teacher / T) || softmax(student / T)), batch mean (float32 scalar), and its gradient in
   // the student, or none.
   m.def(

@@ -1,8 +1,8 @@
-"""The diversity operator for torch: fake, autograd and FLOP formula of `kegfast::diversity_forward`."""
+"""The diversity operators for torch: fakes, autograd and FLOP formulas."""
 
 import torch
 from torch import Tensor
-from torch.library import register_autograd, register_fake
+from torch.library import Library, fallthrough_kernel, register_autograd, register_fake
 from torch.utils.flop_counter import register_flop_formula
 
 from kegfast import native  # noqa: F401  (loads the operators)
@@ -12,13 +12,23 @@ METRICS = {"l1": 0, "sqeuclidean": 1, "euclidean": 2, "cosine": 3}
 NOISE_METRICS = {"sqeuclidean": 0, "euclidean": 1}
 
 
-def _diversity_fake(noises, samples, metric, noise_metric, noise_grad, sample_grad):
-    def gradient(x: Tensor, wanted: bool) -> Tensor:
-        dtype = torch.float64 if x.dtype is torch.float64 else torch.float32
-        return x.new_empty(x.shape if wanted else (0,), dtype=dtype)
+def _widened(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype is torch.float64 else torch.float32
 
-    exponent = samples.new_empty((), dtype=torch.float64)
-    return exponent, gradient(noises, noise_grad), gradient(samples, sample_grad)
+
+def _gradients_fake(noises, samples, noise_grad, sample_grad):
+    wanted = (noises, noise_grad), (samples, sample_grad)
+    return [x.new_empty(x.shape if want else (0,), dtype=_widened(x)) for x, want in wanted]
+
+
+def _forward_fake(noises, samples, metric, noise_metric, noise_grad, sample_grad):
+    gradients = _gradients_fake(noises, samples, noise_grad, sample_grad)
+    return samples.new_empty((), dtype=torch.float64), *gradients
+
+
+def _loss_fake(noises, samples, metric, noise_metric, scale, log, noise_grad, sample_grad):
+    gradients = _gradients_fake(noises, samples, noise_grad, sample_grad)
+    return samples.new_empty((), dtype=_widened(samples)), *gradients
 
 
 def _diversity_save(ctx, inputs, output):
@@ -65,37 +75,49 @@ class _Diversity(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, noises, samples, metric, noise_metric, scale, log):  # -> ()
-        wanted = ctx.needs_input_grad[:2]
-        outputs = _diversity_forward(noises, samples, metric, noise_metric, *wanted)
-        value = finish(outputs[0], samples.dtype, scale, log)
+        noise_grad, sample_grad = ctx.needs_input_grad[:2]
+        value, *ctx.gradients = _evaluate(
+            noises, samples, metric, noise_metric, scale, log, noise_grad, sample_grad
+        )
         ctx.arguments = metric, noise_metric, scale, log
-        ctx.gradients = outputs[1:]
         ctx.save_for_backward(noises, samples, value)
         return value
 
     @staticmethod
     def backward(ctx, grad):  # ()
-        noises, samples, value = ctx.saved_tensors
-        return *once(_Diversity.scaled(ctx, grad, noises, samples, value), grad, noises, samples), *[None] * 4
+        if not torch.is_grad_enabled():
+            return _Diversity.scaled(ctx, grad)
+        with torch.no_grad():
+            found = _Diversity.scaled(ctx, grad)
+        return *once(found[:2], grad, *ctx.saved_tensors[:2]), *found[2:]
 
     @staticmethod
-    @torch.no_grad()
-    def scaled(ctx, grad, noises, samples, value):
-        metric, noise_metric, scale, log = ctx.arguments
-        wanted = ctx.needs_input_grad[:2]
-        gradients, ctx.gradients = ctx.gradients, None
-        if gradients is None:
-            gradients = _diversity_forward(noises, samples, metric, noise_metric, *wanted)[1:]
-        factor = grad if log else grad * value
-        if scale != 1:
-            factor = factor * scale
-        inputs = zip(gradients, (noises, samples), wanted, strict=True)
-        return [g.mul_(factor).to(x.dtype) if need else None for g, x, need in inputs]
+    def scaled(ctx, grad):
+        """The gradients of all arguments."""
+        noises, samples, value = ctx.saved_tensors
+        noise_grad, sample_grad = ctx.needs_input_grad[:2]
+        found, ctx.gradients = ctx.gradients, None
+        if found is None:
+            found = _evaluate(noises, samples, *ctx.arguments, noise_grad, sample_grad)[1:]
+        factor = grad if ctx.arguments[3] else grad * value
+        return (
+            found[0].mul_(factor).to(noises.dtype) if noise_grad else None,
+            found[1].mul_(factor).to(samples.dtype) if sample_grad else None,
+            *[None] * 4,
+        )
 
 
-def _diversity_forward(*args):
+def _evaluate(noises, samples, metric, noise_metric, scale, log, noise_grad, sample_grad):
+    """The loss in the samples' widened dtype, and the gradients of the exponent."""
+    if samples.is_cpu:
+        arguments = metric, noise_metric, scale, log, noise_grad, sample_grad
+        return torch.ops.kegfast.diversity_loss.default(noises, samples, *arguments)
     with torch._C._AutoDispatchBelowAutograd():
-        return torch.ops.kegfast.diversity_forward.default(*args)
+        arguments = metric, noise_metric, noise_grad, sample_grad
+        exponent, *gradients = torch.ops.kegfast.diversity_forward.default(noises, samples, *arguments)
+        if scale != 1:
+            gradients = [g.mul_(scale) for g in gradients]
+    return finish(exponent, samples.dtype, scale, log), *gradients
 
 
 def finish(exponent: Tensor, dtype: torch.dtype, scale: float, log: bool) -> Tensor:
@@ -129,10 +151,14 @@ def _register_diversity() -> None:
         return 4 * batch * features * (width + 2)  # a prefix sum and a product for each number
 
     name = "kegfast::diversity_forward"
-    register_fake(name, _diversity_fake)
+    register_fake(name, _forward_fake)
+    register_fake("kegfast::diversity_loss", _loss_fake)
     register_autograd(name, _diversity_gradients, setup_context=_diversity_save)
-    register_flop_formula(torch.ops.kegfast.diversity_forward)(formula)
+    # _Diversity is its autograd: on the way to the kernel nothing is left to do.
+    _library.impl("diversity_loss", fallthrough_kernel, "Autograd")
+    register_flop_formula([torch.ops.kegfast.diversity_forward, torch.ops.kegfast.diversity_loss])(formula)
 
 
+_library = Library("kegfast", "IMPL")  # registrations end with it
 if hasattr(torch.ops.kegfast, "diversity_forward"):
     _register_diversity()

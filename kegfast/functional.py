@@ -1,5 +1,6 @@
 """What users call: argument checks, then one operator each."""
 
+from collections.abc import Collection
 from typing import Literal
 
 import torch
@@ -12,6 +13,7 @@ from kegfast.soft_target import fused as _fused_soft_target
 
 Metric = Literal["l1", "sqeuclidean", "l2", "euclidean", "cosine"]
 NoiseMetric = Literal["sqeuclidean", "euclidean"]
+_REDUCTIONS = ("mean", "sum")
 Pair = int | tuple[int, int]
 
 
@@ -81,10 +83,10 @@ def diversity_loss(
 def _diversity(
     noises: Tensor, samples: Tensor, metric: str, noise_metric: str, scale: float, log: bool
 ) -> Tensor:  # (B, nz), (B, D) -> ()
-    known = ("diversity_forward", samples.device.type) in _KERNELS
+    device = "cpu" if samples.is_cpu else samples.device.type
     # No CUDA kernel computes in float64.
-    wide = samples.is_cuda and torch.float64 in (samples.dtype, noises.dtype)
-    if known and not wide and native.use_native():
+    wide = device == "cuda" and torch.float64 in (samples.dtype, noises.dtype)
+    if ("diversity_forward", device) in _KERNELS and not wide and native.use_native():
         return diversity.diversity(noises, samples, metric, noise_metric, scale, log)
     exponent = reference.diversity_exponent(noises, samples, metric, noise_metric)
     return diversity.finish(exponent, samples.dtype, scale, log)
@@ -111,25 +113,30 @@ def check_diversity(
     labels: Tensor | None = None,
 ) -> None:
     """Raise what `diversity_loss` documents."""
-    for name, x in (("noises", noises), ("samples", samples)):
-        if not (isinstance(x, Tensor) and x.is_floating_point()):
-            raise TypeError(expected(name, "a floating-point tensor", x))
-        if x.dim() < 2 or x.numel() == 0:
-            raise ValueError(expected(name, "of shape (batch, ...), with something in it", x))
-    if noises.shape[0] != samples.shape[0]:
-        what = f"a batch of {noises.shape[0]}, one sample a noise"
+    _check_batch("noises", noises)
+    _check_batch("samples", samples)
+    if len(noises) != len(samples):
+        what = f"a batch of {len(noises)}, one sample a noise"
         raise ValueError(expected("samples", what, samples))
     if noises.device != samples.device:
         raise ValueError(expected("samples", f"on the noises' device {noises.device}", samples))
-    for name, value, names in (
-        ("metric", metric, diversity.METRICS),
-        ("noise_metric", noise_metric, diversity.NOISE_METRICS),
-        ("reduction", reduction, ("mean", "sum")),
-    ):
-        if value not in names:
-            raise ValueError(expected(name, f"one of {', '.join(map(repr, names))}", value))
+    _check_one_of("metric", metric, diversity.METRICS)
+    _check_one_of("noise_metric", noise_metric, diversity.NOISE_METRICS)
+    _check_one_of("reduction", reduction, _REDUCTIONS)
     if labels is not None and not (isinstance(labels, Tensor) and labels.shape == noises.shape[:1]):
-        raise ValueError(expected("labels", f"a tensor of shape ({noises.shape[0]},)", labels))
+        raise ValueError(expected("labels", f"a tensor of shape ({len(noises)},)", labels))
+
+
+def _check_batch(name: str, x: Tensor) -> None:
+    if not (isinstance(x, Tensor) and x.is_floating_point()):
+        raise TypeError(expected(name, "a floating-point tensor", x))
+    if x.dim() < 2 or x.numel() == 0:
+        raise ValueError(expected(name, "of shape (batch, ...), with something in it", x))
+
+
+def _check_one_of(name: str, value: str, names: Collection[str]) -> None:
+    if value not in names:
+        raise ValueError(expected(name, f"one of {', '.join(map(repr, names))}", value))
 
 
 def tucker_conv2d(

@@ -5,13 +5,12 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
-#include <atomic>
 #include <tuple>
 #include <vector>
 
 #include "check.h"
 #include "cpu/diversity_memory.h"
-#include "cpu/diversity_noise.h"
+#include "cpu/diversity_run.h"
 #include "cpu/half.h"
 
 namespace kegfast {
@@ -19,16 +18,6 @@ namespace {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
-
-enum class Metric : int64_t { l1, sqeuclidean, euclidean, cosine };
-
-// l1 under squared noise distances sorts from this batch on; below it, pairs are fewer than what sorting
-// costs.
-int64_t smallest_sorted_batch(int chunks) {
-  return chunks == 1 ? 72 : 64 * chunks;
-}
-
-std::atomic<L1Kernel> forced_l1{L1Kernel::automatic};
 
 constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
 
@@ -45,246 +34,6 @@ Element element_of(ScalarType type) {
     default:
       KEGFAST_CHECK(false, "samples and noises", "of a floating-point dtype", static_cast<int>(type));
       return {};
-  }
-}
-
-// Calls work(part, begin, end) for `parts` equal shares of [0, count), one a thread. The partition depends on
-// the number of threads alone, so that sums over parts are repeatable.
-template <class Work>
-void in_parts(int64_t count, int64_t parts, Work work) {
-  torch::stable::parallel_for(0, parts, 1, [&](int64_t first, int64_t last) {
-    for (int64_t part = first; part < last; ++part)
-      work(part, count * part / parts, count * (part + 1) / parts);
-  });
-}
-
-// Threads worth waking for `count` items of `size` numbers each.
-int64_t threads_for(int64_t count, int64_t size) {
-  const int64_t worth = std::min(count, 1 + count * size / (1 << 14));
-  return std::min<int64_t>(torch::stable::get_num_threads(), worth);
-}
-
-void* workspace(int64_t bytes) {
-  static thread_local std::vector<char> kept;  // a call a training step: the pages stay mapped
-  if (static_cast<int64_t>(kept.size()) < bytes + 64) kept.resize(bytes + 64);
-  return reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(kept.data()) + 63) / 64 * 64);
-}
-
-class Diversity {
- public:
-  Diversity(const DiversityParams& params, Metric metric, NoiseMetric noise_metric, const Noises& noises)
-      : p_(params),
-        metric_(metric),
-        noise_metric_(noise_metric),
-        noises_(noises),
-        wide_(p_.element == Element::f64) {
-    const int64_t lanes = KEGFAST_SELECT(diversity_lanes)() / (wide_ ? 2 : 1);
-    tiles_ = (p_.features + lanes - 1) / lanes;
-    p_.gradient_scale = noises_.distance_unit(noise_metric_);
-    if (metric_ == Metric::cosine) normalise_rows();
-  }
-
-  // S, in the units of both metrics but without means; fills the gradient of S times `scale` where p.gradient
-  // is given.
-  double run(double scale) {
-    p_.gradient_scale *= scale;
-    return dispatch() * noises_.distance_unit(noise_metric_);
-  }
-
-  // d_ij, [B, B] in double, upper triangle.
-  std::vector<double> distances() {
-    const int64_t B = p_.batch, parts = threads_for(tiles_, p_.batch * 16);
-    std::vector<std::vector<double>> shares(parts);
-    const bool squared = metric_ != Metric::l1;
-    in_parts(tiles_, parts, [&](int64_t part, int64_t first, int64_t last) {
-      shares[part].assign(B * B, 0.0);
-      KEGFAST_SELECT(diversity_distances)
-      (p_, first, last, squared, workspace(KEGFAST_SELECT(diversity_workspace)(B)), shares[part].data());
-    });
-    std::vector<double> d = std::move(shares[0]);
-    for (int64_t part = 1; part < parts; ++part)
-      for (int64_t i = 0; i < B * B; ++i) d[i] += shares[part][i];
-    for (int64_t i = 0; i < B; ++i)
-      for (int64_t j = i + 1; j < B; ++j) {
-        double& value = d[i * B + j];
-        if (metric_ == Metric::euclidean) value = std::sqrt(value);
-        if (metric_ == Metric::cosine) value = value / 2 + cosine_excess(i, j);
-      }
-    return d;
-  }
-
- private:
-  using Kernel = void (*)(const DiversityParams&, int64_t, int64_t, void*, double*);
-
-  double over_tiles(Kernel kernel) {
-    std::vector<double> values(tiles_);
-    in_parts(tiles_, threads_for(tiles_, p_.batch * 16), [&](int64_t, int64_t first, int64_t last) {
-      kernel(p_, first, last, workspace(KEGFAST_SELECT(diversity_workspace)(p_.batch)), values.data());
-    });
-    double sum = 0;
-    for (double value : values) sum += value;
-    return sum;
-  }
-
-  double dispatch() {
-    const bool squared = noise_metric_ == NoiseMetric::sqeuclidean;
-    if (metric_ == Metric::l1) {
-      if (wide_) return with_weights<double>(KEGFAST_SELECT(diversity_l1_pairs));
-      if (squared && Bilinear::fits(noises_)) {
-        const int chunks = Bilinear::chunks_for(noises_.width);
-        const auto forced = forced_l1.load(std::memory_order_relaxed);
-        if (forced == L1Kernel::sort ||
-            (forced == L1Kernel::automatic && p_.batch >= smallest_sorted_batch(chunks)))
-          return sorted();
-      }
-      return l1_pairs();
-    }
-    if (metric_ == Metric::euclidean) return euclidean();
-    if (metric_ == Metric::cosine) return cosine(squared);
-    return squares(squared);
-  }
-
-  double squares(bool squared) {
-    if (squared) return wide_ ? low_rank<double>() : low_rank<float>();
-    p_.gradient_scale *=
-        2;  // of w |x_i - x_j|^2 it is twice that of c |x_i - x_j|^2 with a distance in c, see euclidean()
-    return wide_ ? with_weights<double>(KEGFAST_SELECT(diversity_square_pairs)) : square_pairs();
-  }
-
-  double sorted() {
-    const Bilinear v(noises_);
-    p_.chunks = v.chunks;
-    p_.bilinear = v.rows.get();
-    p_.half_total = v.half_total.data();
-    p_.signature = v.signature.data();
-    p_.gradient_scale /= static_cast<double>(noises_.width);
-    return over_tiles(KEGFAST_SELECT(diversity_l1_sort)) / static_cast<double>(noises_.width);
-  }
-
-  template <class T>
-  double low_rank() {
-    const LowRank<T> tables(noises_);
-    p_.low_rank = tables.table.get();
-    p_.diagonal = tables.diagonal.data();
-    p_.low_rank_blocks = tables.blocks;
-    p_.low_rank_tail = tables.tail;
-    p_.gradient_scale /= static_cast<double>(noises_.width);
-    return over_tiles(KEGFAST_SELECT(diversity_low_rank)) / static_cast<double>(noises_.width);
-  }
-
-  double l1_pairs() {
-    const PairWeights fixed(noises_, noise_metric_, true);
-    p_.weights = fixed.weights.get();
-    p_.offsets = fixed.offsets.data();
-    p_.weight_unit = fixed.unit;
-    return over_tiles(KEGFAST_SELECT(diversity_l1_pairs));
-  }
-
-  double square_pairs() {
-    const PairWeights weights(noises_, noise_metric_, false);
-    p_.weights = weights.weights.get();
-    p_.weight_unit = 1;
-    return over_tiles(KEGFAST_SELECT(diversity_square_pairs));
-  }
-
-  template <class T>
-  double with_weights(Kernel kernel) {
-    return with_weights<T>(kernel,
-                           [&](int64_t i, int64_t j) { return noises_.distance(i, j, noise_metric_); });
-  }
-
-  template <class T, class Weight>
-  double with_weights(Kernel kernel, Weight weight) {
-    const int64_t B = p_.batch;
-    Aligned<T> weights(weight_count(B));
-    for (int64_t i = 0; i < B; ++i) {
-      weights.get()[weight_index(i, i, B)] = 0;
-      for (int64_t j = i + 1; j < B; ++j)
-        weights.get()[weight_index(i, j, B)] = weights.get()[weight_index(j, i, B)] =
-            static_cast<T>(weight(i, j));
-    }
-    p_.weights = weights.get();
-    p_.weight_unit = 1;
-    return over_tiles(kernel);
-  }
-
-  // sum w d with d = |x_i - x_j|: as sum c |x_i - x_j|^2 with c = w / d, held fixed (d/dx of w d is c (x_i -
-  // x_j)).
-  double euclidean() {
-    const std::vector<double> d = distances();
-    double value = 0;
-    for (int64_t i = 0; i < p_.batch; ++i)
-      for (int64_t j = i + 1; j < p_.batch; ++j)
-        value += 2 * d[i * p_.batch + j] * noises_.distance(i, j, noise_metric_);
-    if (!p_.gradient || !std::isfinite(value)) return value;
-    const auto weight = [&](int64_t i, int64_t j) {
-      const double distance = d[i * p_.batch + j];
-      return distance > 0 ? noises_.distance(i, j, noise_metric_) / distance : 0.0;
-    };
-    wide_ ? with_weights<double>(KEGFAST_SELECT(diversity_square_pairs), weight)
-          : with_weights<float>(KEGFAST_SELECT(diversity_square_pairs), weight);
-    return value;
-  }
-
-  // 1 - cos = |y_i - y_j|^2 / 2 on rows of norm 1, then the gradient goes back through the normalisation.
-  double cosine(bool squared) {
-    p_.gradient_scale /= 2;
-    double value = squares(squared) / 2;
-    if (p_.gradient)
-      in_parts(p_.batch, threads_for(p_.batch, p_.features), [&](int64_t, int64_t first, int64_t last) {
-        KEGFAST_SELECT(diversity_project)(p_, first, last);
-      });
-    for (int64_t i = 0; i < p_.batch; ++i)
-      if (row_scale_[i] == 0)
-        for (int64_t j = 0; j < p_.batch; ++j)
-          if (i != j)
-            value +=
-                cosine_excess(i, j) * noises_.distance(i, j, noise_metric_) * (row_scale_[j] == 0 ? 1 : 2);
-    return value;
-  }
-
-  // A row of norm 0 is at distance 1 of every other; half the squared distance says 1/2 and, for two of them,
-  // 0.
-  double cosine_excess(int64_t i, int64_t j) const {
-    return 0.5 * ((row_scale_[i] == 0) + (row_scale_[j] == 0));
-  }
-
-  void normalise_rows() {
-    row_scale_.resize(p_.batch);
-    in_parts(p_.batch, threads_for(p_.batch, p_.features), [&](int64_t, int64_t first, int64_t last) {
-      KEGFAST_SELECT(diversity_square_norms)(p_, first, last, row_scale_.data());
-    });
-    for (double& value : row_scale_) value = value > 0 ? 1 / std::sqrt(value) : value;
-    p_.row_scale = row_scale_.data();
-  }
-
-  DiversityParams p_;
-  Metric metric_;
-  NoiseMetric noise_metric_;
-  const Noises& noises_;
-  bool wide_;
-  int64_t tiles_;
-  std::vector<double> row_scale_;
-};
-
-// d exponent / d noises = -scale sum_j 2 d_ij dw_ij/dz_i.
-template <class T>
-void noise_gradient(const Noises& noises, NoiseMetric metric, const std::vector<double>& d, double scale,
-                    T* out) {
-  const int64_t B = noises.batch, nz = noises.width;
-  std::vector<double> row(nz);
-  for (int64_t i = 0; i < B; ++i) {
-    std::fill(row.begin(), row.end(), 0.0);
-    for (int64_t j = 0; j < B; ++j) {
-      if (i == j) continue;
-      const double w = noises.distance(i, j, metric);
-      if (w == 0) continue;  // coincident noises: no direction
-      const double slope = metric == NoiseMetric::euclidean ? 1 / w : 2.0 / static_cast<double>(nz);
-      const double factor = d[std::min(i, j) * B + std::max(i, j)] * slope;
-      for (int64_t k = 0; k < nz; ++k) row[k] += factor * (noises.row(i)[k] - noises.row(j)[k]);
-    }
-    const double unit = metric == NoiseMetric::euclidean ? 1 : noises.unit;
-    for (int64_t k = 0; k < nz; ++k) out[i * nz + k] = static_cast<T>(2 * scale * unit * row[k]);
   }
 }
 
@@ -309,18 +58,35 @@ Noises read_noises(const Tensor& noises) {
   }
 }
 
-Tensor gradient_like(const Tensor& x, bool wanted) {
-  const ScalarType type = x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-  const int64_t none[] = {0}, shape[] = {x.size(0), x.size(1)}, strides[] = {x.size(1), 1};
-  const int64_t bytes = x.numel() * (type == ScalarType::Double ? 8 : 4);
-  if (wanted && bytes >= kLeastKept) {
-    KeptMemory* memory = KeptMemory::take(bytes);
-    return torch::stable::from_blob(memory->data, shape, strides, x.device(), type,
-                                    [memory](void*) { KeptMemory::give_back(memory); });
-  }
-  return wanted ? torch::stable::new_empty(x, shape, type) : torch::stable::new_empty(x, none, type);
+// An empty tensor, by the shortest way there is: a call of torch's dispatcher costs as much as 32 samples.
+Tensor empty(std::initializer_list<int64_t> shape, ScalarType type) {
+  int64_t strides[] = {1, 1};
+  if (shape.size() == 2) strides[0] = shape.end()[-1];
+  AtenTensorHandle tensor;
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(static_cast<int64_t>(shape.size()), shape.begin(), strides,
+                               torch::stable::detail::to<int32_t>(torch::stable::detail::from(type)),
+                               aoti_torch_device_type_cpu(), 0, &tensor));
+  return Tensor(tensor);
 }
 
+// The type of losses and gradients.
+ScalarType widened(const Tensor& x) {
+  return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+Tensor gradient_like(const Tensor& x, bool wanted) {
+  const ScalarType type = widened(x);
+  if (!wanted) return empty({0}, type);
+  const int64_t bytes = x.numel() * (type == ScalarType::Double ? 8 : 4);
+  if (bytes < kLeastKept) return empty({x.size(0), x.size(1)}, type);
+  const int64_t shape[] = {x.size(0), x.size(1)}, strides[] = {x.size(1), 1};
+  KeptMemory* memory = KeptMemory::take(bytes);
+  return torch::stable::from_blob(memory->data, shape, strides, x.device(), type,
+                                  [memory](void*) { KeptMemory::give_back(memory); });
+}
+
+// Writes `value` to all of x.
 void fill(const Tensor& x, double value) {
   const int64_t count = x.numel();
   if (x.scalar_type() == ScalarType::Double)
@@ -329,57 +95,78 @@ void fill(const Tensor& x, double value) {
     std::fill_n(static_cast<float*>(x.mutable_data_ptr()), count, static_cast<float>(value));
 }
 
-std::tuple<Tensor, Tensor, Tensor> diversity_forward(const Tensor& noises,  // [B, nz]
-                                                     const Tensor& given,   // [B, D]
-                                                     int64_t metric, int64_t noise_metric, bool noise_grad,
-                                                     bool sample_grad) {
-  KEGFAST_CHECK(given.dim() == 2, "samples", "2-dimensional", given.dim());
+void check(const Tensor& noises, const Tensor& samples, int64_t metric, int64_t noise_metric) {
+  KEGFAST_CHECK(samples.dim() == 2, "samples", "2-dimensional", samples.dim());
   KEGFAST_CHECK(noises.dim() == 2, "noises", "2-dimensional", noises.dim());
-  KEGFAST_CHECK(noises.size(0) == given.size(0), "samples", "as many as noises", given.size(0));
-  KEGFAST_CHECK(given.numel() > 0 && noises.numel() > 0, "samples and noises", "not empty", 0);
-  KEGFAST_CHECK(given.size(0) <= int64_t{1} << 24, "samples", "at most 2^24", given.size(0));
+  KEGFAST_CHECK(noises.size(0) == samples.size(0), "samples", "as many as noises", samples.size(0));
+  KEGFAST_CHECK(samples.numel() > 0 && noises.numel() > 0, "samples and noises", "not empty", 0);
+  KEGFAST_CHECK(samples.size(0) <= int64_t{1} << 24, "samples", "at most 2^24", samples.size(0));
   KEGFAST_CHECK(0 <= metric && metric <= 3, "metric", "0 to 3", metric);
   KEGFAST_CHECK(0 <= noise_metric && noise_metric <= 1, "noise_metric", "0 or 1", noise_metric);
+}
+
+struct Evaluation {
+  double exponent;
+  Tensor noise_gradient, sample_gradient;  // of the exponent; empty where nobody asks for them
+};
+
+Evaluation evaluate(const Tensor& noises,  // [B, nz]
+                    const Tensor& given,   // [B, D]
+                    int64_t metric, int64_t noise_metric, double factor, bool noise_grad, bool sample_grad) {
+  check(noises, given, metric, noise_metric);
   const Tensor samples =
       given.stride(1) == 1 || given.size(1) == 1 ? given : torch::stable::contiguous(given);
-  const int64_t B = samples.size(0), D = samples.size(1), one[] = {1};
+  const int64_t B = samples.size(0), D = samples.size(1);
   const auto kind = static_cast<Metric>(metric);
   const auto noise_kind = static_cast<NoiseMetric>(noise_metric);
-
-  Tensor exponent = torch::stable::new_empty(
-      samples, torch::headeronly::IntHeaderOnlyArrayRef(one, size_t{0}), ScalarType::Double);
-  Tensor noise_out = gradient_like(noises, noise_grad), sample_out = gradient_like(samples, sample_grad);
-  double& value = *static_cast<double*>(exponent.mutable_data_ptr());
+  Evaluation out{kNaN, gradient_like(noises, noise_grad), gradient_like(samples, sample_grad)};
 
   const Noises prepared = read_noises(noises);
   DiversityParams params{};
   params.samples = samples.const_data_ptr();
-  params.gradient = sample_grad ? sample_out.mutable_data_ptr() : nullptr;
+  params.gradient = sample_grad ? out.sample_gradient.mutable_data_ptr() : nullptr;
   params.batch = B;
   params.features = D;
   params.row_stride = samples.stride(0);
   params.element = element_of(samples.scalar_type());
   const bool averaged = kind == Metric::l1 || kind == Metric::sqeuclidean;
-  const double scale = -1.0 / (static_cast<double>(B) * B) / (averaged ? static_cast<double>(D) : 1.0);
+  const double scale = -factor / (static_cast<double>(B) * B) / (averaged ? static_cast<double>(D) : 1.0);
 
-  value = kNaN;
   if (prepared.finite) {
     Diversity diversity(params, kind, noise_kind, prepared);
     if (noise_grad) {
       const std::vector<double> d = diversity.distances();
-      const bool wide = noise_out.scalar_type() == ScalarType::Double;
-      if (wide)
-        noise_gradient(prepared, noise_kind, d, scale, static_cast<double*>(noise_out.mutable_data_ptr()));
+      void* data = out.noise_gradient.mutable_data_ptr();
+      if (out.noise_gradient.scalar_type() == ScalarType::Double)
+        noise_gradient(prepared, noise_kind, d, scale, static_cast<double*>(data));
       else
-        noise_gradient(prepared, noise_kind, d, scale, static_cast<float*>(noise_out.mutable_data_ptr()));
+        noise_gradient(prepared, noise_kind, d, scale, static_cast<float*>(data));
     }
-    value = scale * diversity.run(scale);
+    out.exponent = scale * diversity.run(scale);
   }
-  if (value != value) {
-    fill(noise_out, kNaN);
-    fill(sample_out, kNaN);
+  if (out.exponent != out.exponent) {
+    fill(out.noise_gradient, kNaN);
+    fill(out.sample_gradient, kNaN);
   }
-  return {exponent, noise_out, sample_out};
+  return out;
+}
+
+std::tuple<Tensor, Tensor, Tensor> diversity_forward(const Tensor& noises, const Tensor& samples,
+                                                     int64_t metric, int64_t noise_metric, bool noise_grad,
+                                                     bool sample_grad) {
+  const Evaluation got = evaluate(noises, samples, metric, noise_metric, 1, noise_grad, sample_grad);
+  const Tensor exponent = empty({}, ScalarType::Double);
+  fill(exponent, got.exponent);
+  return {exponent, got.noise_gradient, got.sample_gradient};
+}
+
+std::tuple<Tensor, Tensor, Tensor> diversity_loss(const Tensor& noises, const Tensor& samples, int64_t metric,
+                                                  int64_t noise_metric, double scale, bool log,
+                                                  bool noise_grad, bool sample_grad) {
+  const Evaluation got = evaluate(noises, samples, metric, noise_metric, scale, noise_grad, sample_grad);
+  const Tensor loss = empty({}, widened(samples));
+  fill(loss, log ? got.exponent : std::exp(got.exponent));
+  return {loss, got.noise_gradient, got.sample_gradient};
 }
 
 }  // namespace
@@ -392,4 +179,5 @@ void force_l1_kernel(L1Kernel kernel) {
 
 STABLE_TORCH_LIBRARY_IMPL(kegfast, CPU, m) {
   m.impl("diversity_forward", TORCH_BOX(&kegfast::diversity_forward));
+  m.impl("diversity_loss", TORCH_BOX(&kegfast::diversity_loss));
 }
