@@ -41,8 +41,7 @@ Noises read_noises(const Tensor& noises) {
   const int64_t batch = noises.size(0), width = noises.size(1), down = noises.stride(0),
                 across = noises.stride(1);
   const auto read = [&](const auto* data, auto widen) {
-    return Noises(batch, width,
-                  [&](int64_t i) { return widen(data[i / width * down + i % width * across]); });
+    return Noises(batch, width, [&](int64_t i, int64_t k) { return widen(data[i * down + k * across]); });
   };
   const void* data = noises.const_data_ptr();
   const auto same = [](auto value) { return static_cast<double>(value); };

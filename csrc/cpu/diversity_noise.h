@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <cstdint>
 #include <limits>
@@ -39,22 +40,22 @@ struct Noises {
 
   template <class Load>
   Noises(int64_t batch, int64_t width, Load load) : batch(batch), width(width), z(batch * width) {
-    std::vector<double> mean(width);
+    const double share = 1.0 / static_cast<double>(batch);
+    std::vector<double> first(width), mean(width);
+    for (int64_t k = 0; k < width; ++k) first[k] = load(0, k);
+    for (int64_t i = 0; i < batch; ++i)  // from the first row on, so that equal noises are exactly 0
+      for (int64_t k = 0; k < width; ++k) mean[k] += (z[i * width + k] = load(i, k) - first[k]) * share;
+    uint64_t most = 0;  // the bits of a magnitude rise with it, and are most for what is not finite
     for (int64_t i = 0; i < batch; ++i)
-      for (int64_t k = 0; k < width; ++k)  // from the first row on, so that equal noises are exactly 0
-        mean[k] += (z[i * width + k] = load(i * width + k) - load(k)) / batch;
-    double most = 0;
-    for (int64_t i = 0; i < batch; ++i)
-      for (int64_t k = 0; k < width; ++k) {
-        z[i * width + k] -= mean[k];
-        finite &= std::isfinite(z[i * width + k]);
-        most = std::max(most, std::fabs(z[i * width + k]));
-      }
+      for (int64_t k = 0; k < width; ++k)
+        most = std::max(most, std::bit_cast<uint64_t>(std::fabs(z[i * width + k] -= mean[k])));
+    finite = std::isfinite(std::bit_cast<double>(most));
     if (!finite || most == 0) return;
     int exponent;
-    std::frexp(most, &exponent);
-    unit = std::ldexp(1.0, exponent);
-    for (double& value : z) value /= unit;
+    std::frexp(std::bit_cast<double>(most), &exponent);
+    unit = std::ldexp(1.0, std::max(exponent, -1000));
+    const double inverse = 1 / unit;
+    for (double& value : z) value *= inverse;
   }
 
   const double* row(int64_t i) const { return z.data() + i * width; }
