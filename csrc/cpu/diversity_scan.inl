@@ -1,11 +1,12 @@
 // The prefix pass over a sorted tile: g_i = v_i^T J (P_i - T/2), scattered back to the rows.
 //
-// Story (256 x 1024 float32, one Zen 5 core): 2.4 cycles per number, the largest part of the whole. A number
-// costs one load of its offset, a product and a sum with its row (operands in memory), 2.8 instructions of
-// the tree that adds up 16 features' products, and the scatter: a load of the sum, one of the offset, a
-// store. That is about 10 instructions, of which 4.8 are vector arithmetic; which unit they wait for is not
-// measured. Walking from both ends to the middle keeps prefix sums short: the gradient error is
-// 3e-7 of the largest entry at B = 256.
+// Story (256 x 1024 float32, one Zen 5 core): 2.45 cycles per number at first, the largest part of the whole.
+// Pieces left out one at a time: products and prefix sums alone 1.0 (their two units are then full), with the
+// tree that adds up 16 features' products 1.6, and the scatter came on top, 0.8. The compiler took the sums out
+// of their vector by shuffles, in the units that add; through memory, read back at once, 3.7, as a load waits
+// for the wide store before it; read back four positions later, 2.1. What is left is 6 of the 4 loads and
+// stores a cycle and 4.8 vector operations. Walking from both ends to the middle keeps prefix sums short: the
+// gradient error is 3e-7 of the largest entry at B = 256.
 #pragma once
 
 #include "cpu/diversity_sort.inl"
@@ -29,6 +30,19 @@ inline __m512 fold_singles(__m512 a, __m512 b) {
 }
 
 #endif
+
+// Puts sums[f] into g[f] at[f] bytes further on. Copied as whole numbers, past the units that add.
+template <int G>
+inline void scatter(const float* sums, const uint32_t* at, float* g) {
+#pragma GCC unroll 16
+  for (int f = 0; f < G; ++f) {
+    uint32_t bits;
+    std::memcpy(&bits, sums + f, 4);
+    std::memcpy(reinterpret_cast<char*>(g + f) + at[f], &bits, 4);
+  }
+}
+
+constexpr int64_t kBehind = 4;  // positions between a sum and its scattering
 
 // Walks `count` positions from `from` in steps of `step` and writes g (row, lane) for all lanes. Offsets are
 // row * L * 4 bytes: they address a row of g directly and, times a constant, a row of `bilinear`.
@@ -55,16 +69,24 @@ inline void scan(const DiversityParams& p, const uint32_t* offsets, float* g, in
     for (int f = 0; f < G; ++f)
       for (int c = 0; c < C; ++c) state[f][c] = start[c];
     const uint32_t* at = offsets + from * L + group;
-    for (int64_t i = 0; i < count; ++i, at += step * L) {
-      alignas(64) float sums[16];
+    const uint32_t* behind = at;
+    alignas(64) float ring[kBehind * 16];
+    for (int64_t i = 0; i < count + kBehind; ++i, at += step * L) {
+      float* sums = ring + (i & (kBehind - 1)) * 16;
+      if (i >= kBehind) {
+        asm volatile("" : : : "memory");  // or they are kept in registers
+        scatter<G>(sums, behind, g + group);
+        behind += step * L;
+      }
+      if (i >= count) continue;
       const auto dot = [&](int f) __attribute__((always_inline)) {
         const float* v = reinterpret_cast<const float*>(rows + int64_t{at[f]} * kRow);
-        Vec<float> q = state[f][0] * load(v);
-        state[f][0] += load(v) * sign[0];
+        Vec<float> q{};
 #pragma GCC unroll 8
-        for (int c = 1; c < C; ++c) {
-          q += state[f][c] * load(v + c * L);
-          state[f][c] += load(v + c * L) * sign[c];
+        for (int c = 0; c < C; ++c) {
+          const Vec<float> part = load(v + c * L);
+          q = c ? q + state[f][c] * part : state[f][c] * part;
+          state[f][c] += part * sign[c];
         }
         return q;
       };
@@ -100,9 +122,6 @@ inline void scan(const DiversityParams& p, const uint32_t* offsets, float* g, in
 #endif
       }
 #endif
-#pragma GCC unroll 16
-      for (int f = 0; f < G; ++f)
-        *reinterpret_cast<float*>(reinterpret_cast<char*>(g + group + f) + at[f]) = sums[f];
     }
   }
 }

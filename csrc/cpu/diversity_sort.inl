@@ -274,8 +274,10 @@ inline int64_t settle(const Tile<float>& t, int64_t batch, uint32_t* keys, uint3
   const uint32_t wanted = ((uint64_t{1} << L) - 1) & ~constant;
   int64_t runs = 0;
   uint32_t before = 0;  // lanes that are inside a run
-  for (int64_t i = 0; i + 1 < batch; ++i) {
-    const uint32_t same = lanes_below(load(keys + i * L) ^ load(keys + (i + 1) * L), bound) & wanted;
+  const auto same_number = [&](int64_t i) __attribute__((always_inline)) {
+    return lanes_below(load(keys + i * L) ^ load(keys + (i + 1) * L), bound) & wanted;
+  };
+  const auto visit = [&](int64_t i, uint32_t same) {
     for (uint32_t starts = same & ~before; starts; starts &= starts - 1) {
       const int lane = __builtin_ctz(starts);
       uint32_t* column = keys + lane;
@@ -293,7 +295,18 @@ inline int64_t settle(const Tile<float>& t, int64_t batch, uint32_t* keys, uint3
       }
     }
     before = same;
+  };
+  int64_t i = 0;
+  for (; i + 4 < batch; i += 4) {  // one question for four positions: the answer is nearly always no
+    uint32_t same[4];
+#pragma GCC unroll 4
+    for (int k = 0; k < 4; ++k) same[k] = same_number(i + k);
+    if (same[0] | same[1] | same[2] | same[3])
+      for (int k = 0; k < 4; ++k) visit(i + k, same[k]);
+    else
+      before = 0;
   }
+  for (; i + 1 < batch; ++i) visit(i, same_number(i));
   return runs;
 }
 
