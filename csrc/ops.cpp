@@ -13,7 +13,8 @@ STABLE_TORCH_LIBRARY(kegfast, m) {
   // The loss itself, exp(scale * exponent) or with log its exponent, in the samples' widened type, and the
   // gradients of scale * exponent: what one training step on the CPU asks for, in one call.
   m.def(
-      "diversity_loss(Tensor noises, Tensor samples, int metric, int noise_metric, float scale, bool log, bool "
+      "diversity_loss(Tensor noises, Tensor samples, int metric, int noise_metric, float scale, bool log, "
+      "bool "
       "noise_grad, bool sample_grad)"
       " -> (Tensor loss, Tensor noise_gradient, Tensor sample_gradient)");
 

@@ -66,7 +66,7 @@ inline void low_rank_tiles(const DiversityParams& p, int64_t first, int64_t last
   const T* diagonal = static_cast<const T*>(p.diagonal);
   T* x = static_cast<T*>(workspace);
   T* g = x + block_tiles(B) * B * N;
-  each_tile<T>(p, first, last, x, values, [&](const Tile<T>& loaded) {
+  each_tile<T>(p, first, last, x, values, [&](const Tile<T>& loaded, Ahead ahead) {
     Tile<T> t = loaded;
     centre(t.x, B);
     t.low = t.high = Vec<T>{};
@@ -87,6 +87,7 @@ inline void low_rank_tiles(const DiversityParams& p, int64_t first, int64_t last
     c[p.low_rank_tail] = Vec<T>{};
     // g is a quarter of dS/dx, and S = 1/2 sum x dS/dx.
     const double value = finish_tile<T>(p, t, 4.0 * t.unit, [&](int64_t i) __attribute__((always_inline)) {
+      ahead.row();
       const Vec<T> own = load(t.x + i * N) * splat(diagonal[i]) - shared;
       return expand<T, K>(several ? own + load(g + i * N) : own, c, table + i * kBlockColumns);
     });

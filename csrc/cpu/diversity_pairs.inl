@@ -129,7 +129,7 @@ inline void l1_pair_tiles(const DiversityParams& p, int64_t first, int64_t last,
   float* x = static_cast<float*>(workspace);
   int32_t* sums = reinterpret_cast<int32_t*>(x + block_tiles(B) * B * L);
   uint32_t* keys = reinterpret_cast<uint32_t*>(sums + B * L);
-  each_tile<float>(p, first, last, x, values, [&](const Tile<float>& t) {
+  each_tile<float>(p, first, last, x, values, [&](const Tile<float>& t, Ahead) {
     const bool both = may_tie(t, B, keys);
     if (both)
       sign_pairs<true>(t.x, weights, B, sums);
@@ -152,7 +152,7 @@ inline void l1_pair_tiles_plain(const DiversityParams& p, int64_t first, int64_t
   const T* weights = static_cast<const T*>(p.weights);
   T* x = static_cast<T*>(workspace);
   T* g = x + block_tiles(B) * B * lanes<T>;
-  each_tile<T>(p, first, last, x, values, [&](const Tile<T>& t) {
+  each_tile<T>(p, first, last, x, values, [&](const Tile<T>& t, Ahead) {
     for (int64_t i = 0; i < B; ++i) {
       const Vec<T> xi = load(t.x + i * lanes<T>);
       Vec<T> sum{};
@@ -213,7 +213,7 @@ inline void square_pair_tiles(const DiversityParams& p, int64_t first, int64_t l
   constexpr int N = lanes<T>;
   T* x = static_cast<T*>(workspace);
   T* g = x + block_tiles(p.batch) * p.batch * N;
-  each_tile<T>(p, first, last, x, values, [&](const Tile<T>& t) {
+  each_tile<T>(p, first, last, x, values, [&](const Tile<T>& t, Ahead) {
     difference_pairs(t.x, static_cast<const T*>(p.weights), p.batch, g);
     return finish_tile<T>(p, t, 2.0 * p.weight_unit * t.unit,
                           [&](int64_t i) __attribute__((always_inline)) { return load(g + i * N); });

@@ -48,7 +48,7 @@ constexpr int64_t kBehind = 4;  // positions between a sum and its scattering
 // row * L * 4 bytes: they address a row of g directly and, times a constant, a row of `bilinear`.
 template <int chunks>
 inline void scan(const DiversityParams& p, const uint32_t* offsets, float* g, int64_t from, int64_t step,
-                 int64_t count) {
+                 int64_t count, Ahead& ahead) {
   constexpr int C = chunks * 16 / L;
   constexpr int64_t kRow = C;  // a row of `bilinear` takes kRow times the bytes of a row of g
   const char* rows = reinterpret_cast<const char*>(p.bilinear);
@@ -79,6 +79,7 @@ inline void scan(const DiversityParams& p, const uint32_t* offsets, float* g, in
         behind += step * L;
       }
       if (i >= count) continue;
+      if (group == 0) ahead.row();
       const auto dot = [&](int f) __attribute__((always_inline)) {
         const float* v = reinterpret_cast<const float*>(rows + int64_t{at[f]} * kRow);
         Vec<float> q{};
@@ -165,15 +166,15 @@ inline void l1_sort_tiles(const DiversityParams& p, int64_t first, int64_t last,
   uint32_t* keys = reinterpret_cast<uint32_t*>(g + B * L);
   Run* ties = reinterpret_cast<Run*>(keys + n * L);
   const uint32_t row_mask = (uint32_t{1} << bits_for(B)) - 1;
-  each_tile<float>(p, first, last, x, values, [&](const Tile<float>& t) {
+  each_tile<float>(p, first, last, x, values, [&](const Tile<float>& t, Ahead ahead) {
     const uint32_t constant = constant_lanes(t);
     sort_keys(t, B, keys);
     const int64_t runs = settle(t, B, keys, constant, ties);
     for (int64_t i = 0; i < B; ++i)
       store(keys + i * L, (load(keys + i * L) & row_mask) * static_cast<uint32_t>(4 * L));
     const int64_t half = B / 2;
-    scan<chunks>(p, keys, g, 0, 1, half);
-    scan<chunks>(p, keys, g, B - 1, -1, B - half);
+    scan<chunks>(p, keys, g, 0, 1, half, ahead);
+    scan<chunks>(p, keys, g, B - 1, -1, B - half, ahead);
     correct_ties<chunks>(p, keys, g, ties, runs);
     Keys varies;
     for (int l = 0; l < L; ++l) varies[l] = constant >> l & 1 ? 0u : ~0u;
