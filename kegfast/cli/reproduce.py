@@ -2,6 +2,7 @@
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 DATASETS = ("mnist", "fashion-mnist", "svhn", "pendigits", "letter", "shuttle")
 DISTILLATION = ("hinton", "boundary")
@@ -48,11 +49,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from datetime import UTC, datetime
-
     from rich.console import Console
 
-    from kegfast import build_info
     from kegfast.experiments import tables
     from kegfast.experiments.paper import METHODS
     from kegfast.experiments.reproduce import RANKS, reproduce
@@ -75,21 +73,19 @@ def run(args: argparse.Namespace) -> None:
         print(f"{len(result.left)} cells are missing for lack of time; --resume computes them")
     write_json(folder / "results.json", result.rows)
     if args.json is not None:
-        now = datetime.now(UTC).isoformat(timespec="seconds")
-        write_json(args.json, {"date": now, "build": build_info(), "rows": result.rows})
+        _write(args.json, {"rows": result.rows})
     print(f"report in {result.report}")
 
 
 def _run_distillation(args: argparse.Namespace) -> None:
     """Their configurations take other seeds; budgets are those of the experiments' `Config`."""
-    from dataclasses import replace
+    from dataclasses import asdict, replace
     from importlib import import_module
 
     from rich.console import Console
     from rich.table import Table
 
     from kegfast.check import expected
-    from kegfast.files import write_json
 
     for name in (
         "students", "recipe", "ranks", "teacher", "budget_seconds", "pool", "steps",
@@ -107,7 +103,18 @@ def _run_distillation(args: argparse.Namespace) -> None:
     for name, cell in found.items():
         table.add_row(name, f"{cell['mean']:.2f}", f"{cell['std']:.2f}")
     Console().print(table)
-    write_json(args.json or folder / "summary.json", found)
+    _write(args.json or folder / "summary.json", {"config": asdict(config), "results": found})
+
+
+def _write(path: Path, results: dict[str, Any]) -> None:
+    """Results with the day and the build that they are of."""
+    from datetime import UTC, datetime
+
+    from kegfast import build_info
+    from kegfast.files import write_json
+
+    now = datetime.now(UTC).isoformat(timespec="seconds")
+    write_json(path, {"date": now, "build": build_info(), **results})
 
 
 def _numbers(text: str) -> list[int]:

@@ -118,7 +118,9 @@ def test_the_command_runs_and_resumes_them(tmp_path, monkeypatch, capsys):
     assert main(command) == 0
     assert calls == [(tmp_path / "out", Path("data"), (0, 1))]
     assert "74.00" in capsys.readouterr().out
-    assert json.loads((tmp_path / "out" / "summary.json").read_text())["distilled"]["mean"] == 74
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert summary["results"]["distilled"]["mean"] == 74
+    assert summary["config"]["seeds"] == [0, 1]
     assert main(command) == 2  # the folder has results, and --resume was not given
     assert main([*command, "--resume"]) == 0
     assert main([*command, "--resume", "--steps", "5"]) == 2
