@@ -6,6 +6,7 @@ from kegfast.distillation.ensemble import Ensemble
 from kegfast.distillation.features import Features
 from kegfast.distillation.objective import Batch, Objective, Term
 from kegfast.distillation.sources import (
+    Augmented,
     GaussianNoise,
     InMemory,
     Mixture,
@@ -18,6 +19,7 @@ from kegfast.distillation.sources import (
 from kegfast.distillation.stages import born_again, fitnets
 
 __all__ = [
+    "Augmented",
     "Batch",
     "Ensemble",
     "Features",

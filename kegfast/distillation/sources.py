@@ -5,7 +5,7 @@ labels (n,) int64, -100 where a sample has none, or None. It draws from torch's 
 so that whoever seeds that repeats the draw. `kegfast.Generators` is one.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from hashlib import blake2b
 from typing import Any, Protocol, runtime_checkable
 
@@ -144,6 +144,25 @@ class Noisy:
     def sample(self, n: int) -> tuple[Tensor, Tensor | None]:
         samples, labels = self.source.sample(n)
         return samples + self.std * torch.randn_like(samples), labels
+
+
+class Augmented:
+    """Another source's samples, changed anew at every draw: `Augmented(data, lambda x: random_shift(x, 2))`.
+
+    Args:
+        source: Anything that `as_source` takes.
+        change: Maps samples (n, *sample_shape) to as many; labels stay. Its draws must come from
+            torch's global generator.
+    """
+
+    def __init__(self, source: Any, change: Callable[[Tensor], Tensor]):
+        if not callable(change):
+            raise TypeError(expected("change", "a function of samples", change))
+        self.source, self.change = as_source(source), change
+
+    def sample(self, n: int) -> tuple[Tensor, Tensor | None]:
+        samples, labels = self.source.sample(n)
+        return self.change(samples), labels
 
 
 class Munge:

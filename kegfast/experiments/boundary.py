@@ -5,8 +5,9 @@ from a LeNet5 that saw all of it. Two students of all data, by soft targets and 
 compared by how alike their boundaries are to the teacher's.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch.utils.data import TensorDataset
 import kegfast
 from kegfast import data
 from kegfast.distillation import Term, boundary, fitnets
+from kegfast.experiments.ledger import spread
 from kegfast.experiments.trial import Trial, beginning, spreads, trials
 from kegfast.loop import mix
 from kegfast.models import LeNet5
@@ -46,6 +48,8 @@ LOSSES: dict[str, Loss] = {
 COMPARED: dict[str, Loss] = {"alone": "hard_label", "soft_target": _PAPER[:-1], "boundary": _PAPER}
 """The students whose boundaries are compared with the teacher's; each has a term more than the last."""
 
+MEASURES = {"MagSim": boundary.magnitude_similarity, "AngSim": boundary.angle_similarity}
+
 HINT_LAYERS = "conv2"
 
 
@@ -54,23 +58,25 @@ class Config:
     """What the results depend on.
 
     Attributes:
-        seeds: One run of everything per seed.
+        seeds: One run of everything per seed; all students learn from one teacher.
         shares: Parts of the training set that students see.
         teacher_epochs: Passes of the teacher over the whole set.
-        steps: Of each student, whatever its share; a hint's stage has a third of them.
+        steps: Of each student of a part, whatever its share; a hint's stage has a third of them.
+        long: Steps of each student whose boundaries are compared.
         batch_size: Of all runs.
         lr: First learning rate of Adam.
-        compared: Test samples whose perturbations are compared.
+        compared: Test samples whose perturbations, towards nine classes each, are compared.
         methods: Keys of `LOSSES`.
     """
 
     seeds: tuple[int, ...] = (0, 1, 2)
     shares: tuple[float, ...] = (0.01, 0.1)
-    teacher_epochs: int = 10
-    steps: int = 3000
+    teacher_epochs: int = 5
+    steps: int = 600
+    long: int = 1500
     batch_size: int = 128
     lr: float = 1e-3
-    compared: int = 1000
+    compared: int = 500
     methods: tuple[str, ...] = tuple(LOSSES)
 
 
@@ -101,83 +107,100 @@ def run(
         Test accuracies in percent and the boundaries' measures, as mean and spread over the seeds.
     """
     splits = data.load("mnist", root)
-    return spreads([_Run(trial, config, splits).all() for trial in trials(output, config, progress)])
+    runs = trials(output, config, progress)
+    shared = Trial(0, runs[0].ledger, progress, name="shared")
+
+    @cache
+    def teacher() -> nn.Module:
+        model = beginning(LeNet5, 0)
+        options = {"epochs": config.teacher_epochs, "batch_size": config.batch_size}
+        train(model, splits.train, **options, **shared.resumed("teacher"))
+        return model.eval()
+
+    found = [_Run(trial, config, splits, teacher).all() for trial in runs]
+    accuracy = shared.cell("teacher", lambda: evaluate(teacher(), splits.test))
+    return {"teacher": spread([accuracy]), **spreads(found)}
 
 
 class _Run:
     """All cells of one seed."""
 
-    def __init__(self, trial: Trial, config: Config, splits: data.Splits):
-        self.trial, self.config, self.splits = trial, config, splits
+    def __init__(self, trial: Trial, config: Config, splits: data.Splits, teacher: Callable[[], nn.Module]):
+        self.trial, self.config, self.splits, self.teacher = trial, config, splits, teacher
 
     def all(self) -> dict[str, float]:
-        cell = self.trial.cell
-        found = {"teacher": cell("teacher", lambda: evaluate(self.teacher, self.splits.test))}
+        cell, found = self.trial.cell, {}
         for share in self.config.shares:
             for method in self.config.methods:
                 name = f"{100 * share:g} %, {method}"
                 found[name] = cell(name, lambda n=name, m=method, s=share: self._accuracy(n, m, s))
-        for method in COMPARED:
-            name = f"boundaries, {method}"
-            part = cell(name, lambda n=name, m=method: self._compare(n, COMPARED[m]))
-            found |= {f"{name}: {key}": value for key, value in part.items()}
-        return found
-
-    @cached_property
-    def teacher(self) -> nn.Module:
-        teacher = beginning(LeNet5, mix(self.trial.seed, 0))
-        options = {"epochs": self.config.teacher_epochs, "batch_size": self.config.batch_size}
-        train(teacher, self.splits.train, **options, **self.trial.resumed("teacher"))
-        return teacher.eval()
+        return found | cell("boundaries", self._compare)
 
     def _accuracy(self, name: str, method: str, share: float) -> float:
-        student = self._student(name, LOSSES[method], share, hints=method == "hint")
-        return evaluate(student, self.splits.test)
-
-    def _student(self, name: str, loss: Loss, share: float = 1.0, hints: bool = False) -> nn.Module:
-        """A student; all of a seed begin alike."""
-        config = self.config
-        student = beginning(HalfLeNet5, mix(self.trial.seed, 1))
+        config, first = self.config, self.config.steps // 3
         samples = _part(self.splits.train, share, self.trial.seed)
-        options = {
-            "loss": loss,
-            "batch_size": config.batch_size,
-            "lr": config.lr,
-            "temperature": boundary.TEMPERATURE,
+        options = {"steps": config.steps}
+        if method == "hint":
+            options = {"layers": HINT_LAYERS, "hint_steps": first, "steps": config.steps - first}
+        return evaluate(self._student(name, LOSSES[method], samples, **options), self.splits.test)
+
+    def _student(self, name: str, loss: Loss, samples: TensorDataset, **options: Any) -> nn.Module:
+        """A student; all of a seed begin alike."""
+        student = beginning(HalfLeNet5, mix(self.trial.seed, 1))
+        teach = fitnets if "layers" in options else kegfast.distill
+        teach(
+            student,
+            self.teacher(),
+            samples,
+            loss=loss,
+            batch_size=self.config.batch_size,
+            lr=self.config.lr,
+            temperature=boundary.TEMPERATURE,
+            **options,
             **self.trial.resumed(name),
-        }
-        if hints:
-            first = config.steps // 3
-            options |= {"layers": HINT_LAYERS, "hint_steps": first, "steps": config.steps - first}
-            fitnets(student, self.teacher, samples, **options)
-        else:
-            kegfast.distill(student, self.teacher, samples, steps=config.steps, label=name, **options)
+        )
         return student.eval()
 
-    def _compare(self, name: str, loss: Loss) -> dict[str, float]:
-        """Similarities of the vectors to the teacher's and to the student's boundary, all data seen.
+    def _compare(self) -> dict[str, float]:
+        """How alike the boundaries of students of all data are to the teacher's.
 
-        Samples and targets depend on the teacher alone; those count that the student, too, puts into their
-        class, and from which both searches reach the target.
+        The vectors are those from test samples to every other class that all searches, the teacher's and
+        each student's, begin in the right class and bring to their target.
         """
-        student = self._student(name, loss)
         samples, labels = (x[: self.config.compared] for x in self.splits.test.tensors)
+        found = self._accepted(samples, labels)
+        classes = torch.arange(10)
+        targets = classes.expand(len(labels), 10)[classes != labels.unsqueeze(1)]  # nine of each sample
+        samples, labels = samples.repeat_interleave(9, dim=0), labels.repeat_interleave(9)
+        models = {"teacher": self.teacher()}
+        for name, loss in COMPARED.items():
+            models[name] = self._student(
+                f"boundaries, {name}", loss, self.splits.train, steps=self.config.long
+            )
+            found[f"boundaries, {name}: accuracy"] = evaluate(models[name], self.splits.test)
+        vectors = {}
+        usable = torch.ones_like(labels, dtype=torch.bool)
+        for name, model in models.items():
+            vectors[name], reached = boundary.perturbations(model, samples, labels, targets)
+            with torch.no_grad():
+                usable &= reached & (model(samples).argmax(dim=1) == labels)
+        theirs = vectors.pop("teacher")[usable]
+        for name, ours in vectors.items():
+            for measure, similarity in MEASURES.items():
+                found[f"boundaries, {name}: {measure}"] = float(similarity(theirs, ours[usable]))
+        return found
+
+    def _accepted(self, samples: Tensor, labels: Tensor) -> dict[str, float]:
+        """How many base samples `boundary_samples` accepts, and how many of these are across."""
+        teacher = self.teacher()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.trial.seed)
-            found = boundary.boundary_samples(self.teacher, samples, labels, count=len(samples))
-        bases = samples[found.index]
-        theirs = found.samples - bases
-        ours, reached = boundary.perturbations(student, bases, found.base, found.target)
+            found = boundary.boundary_samples(teacher, samples, labels, count=len(samples))
         with torch.no_grad():
-            both = found.accepted & reached & (student(bases).argmax(dim=1) == found.base)
-            across = self.teacher(found.samples).argmax(dim=1) == found.target
+            across = teacher(found.samples[found.accepted]).argmax(dim=1) != found.base[found.accepted]
         return {
-            "accuracy": evaluate(student, self.splits.test),
-            "percent of bases accepted": _percent(found.accepted),
-            "percent of accepted across": _percent(across[found.accepted]),
-            "percent compared": _percent(both),
-            "MagSim": float(boundary.magnitude_similarity(theirs[both], ours[both])),
-            "AngSim": float(boundary.angle_similarity(theirs[both], ours[both])),
+            "boundaries: percent of bases accepted": _percent(found.accepted),
+            "boundaries: percent of the accepted across": _percent(across),
         }
 
 

@@ -6,6 +6,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from kegfast.distillation import (
+    Augmented,
     GaussianNoise,
     InMemory,
     Mixture,
@@ -36,6 +37,7 @@ SOURCES = {
     "samples": lambda: InMemory(torch.randn(20, 3, 4), torch.arange(20)),
     "pool": lambda: Pool(UniformNoise((3, 4)), 20),
     "noisy": lambda: Noisy(torch.randn(20, 3, 4)),
+    "augmented": lambda: Augmented(torch.randn(20, 3, 4), lambda x: x + torch.randn_like(x)),
     "munge": lambda: Munge(torch.randn(20, 3, 4)),
     "mixture": lambda: Mixture([UniformNoise((3, 4)), GaussianNoise((3, 4))]),
     "dataset": lambda: as_source(Squares()),
@@ -121,6 +123,14 @@ def test_noisy_adds_noise_and_keeps_labels():
     samples, labels = Noisy(Squares(), std=0.5).sample(4000)
     noise = samples - labels[:, None]
     assert noise.std().item() == pytest.approx(0.5, rel=0.05)
+
+
+def test_augmented_changes_samples_and_keeps_labels():
+    source = Augmented(Squares(), lambda x: -2 * x)
+    samples, labels = source.sample(30)
+    assert torch.equal(samples, -2.0 * labels[:, None].expand(30, 2))
+    with pytest.raises(TypeError, match=r"^change must be"):
+        Augmented(Squares(), 2)
 
 
 def test_munge_moves_values_towards_the_nearest_neighbour_only():
