@@ -23,7 +23,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--recipe", type=_names, metavar="METHOD,...",
         help="tucker-only, uniform, gaussian, procedural, kegnet, kegfast, oracle (default all)",
     )  # fmt: skip
-    parser.add_argument("--ranks", type=_names, metavar="paper,budget", help="default both")
+    parser.add_argument(
+        "--ranks", type=_names, metavar="paper,budget",
+        help="default: the paper's for all methods, by budget for tucker-only, kegfast and oracle",
+    )  # fmt: skip
     parser.add_argument(
         "--root", type=Path, metavar="FOLDER", help="folder of data sets; without it OpenML is asked"
     )
@@ -53,7 +56,7 @@ def run(args: argparse.Namespace) -> None:
 
     from kegfast.experiments import tables
     from kegfast.experiments.paper import METHODS
-    from kegfast.experiments.reproduce import RANKS, reproduce
+    from kegfast.experiments.reproduce import reproduce
     from kegfast.files import write_json
 
     if args.dataset in DISTILLATION:
@@ -64,7 +67,7 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError(f"out must be an empty folder, or give --resume to continue the run in {folder}")
     result = reproduce(
         args.dataset, folder, root=args.root, teacher=args.teacher, students=args.students, seeds=args.seeds,
-        methods=args.recipe or METHODS, ranks=args.ranks or RANKS, seconds=args.budget_seconds, progress=True,
+        methods=args.recipe or METHODS, ranks=args.ranks, seconds=args.budget_seconds, progress=True,
         pool=args.pool, steps=args.steps, generator_steps=args.generator_steps,
         generator_batch=args.generator_batch,
     )  # fmt: skip

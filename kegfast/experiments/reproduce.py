@@ -46,7 +46,7 @@ def reproduce(
     students: Sequence[int] | None = None,
     seeds: Sequence[int] = (0, 1, 2),
     methods: Sequence[str] = METHODS,
-    ranks: Sequence[str] = RANKS,
+    ranks: Sequence[str] | None = None,
     seconds: float | None = None,
     progress: bool = False,
     **budget: int | None,
@@ -63,7 +63,7 @@ def reproduce(
         students: the paper's numbers of students, all when None.
         seeds: one run of everything per seed; the teacher stays.
         methods: of `kegfast.experiments.paper.METHODS`.
-        ranks: of `kegfast.experiments.study.RANKS`.
+        ranks: of `kegfast.experiments.study.RANKS`; None: see `Study.run`.
         seconds: start no further cell after that time.
         progress: show bars on a terminal.
         budget: fields of `kegfast.experiments.paper.Config` that shall differ from the data set's.
@@ -77,7 +77,7 @@ def reproduce(
     students = list(experiment.students) if students is None else list(students)
     _check_known("students", students, experiment.students)
     _check_known("methods", methods, METHODS)
-    _check_known("ranks", ranks, RANKS)
+    _check_known("ranks", RANKS if ranks is None else ranks, RANKS)
     info, splits = _data(dataset, root)
     model = _teacher(experiment, info, splits, output, teacher, progress)
     study = Study(experiment, info, splits, model, output, config, progress)

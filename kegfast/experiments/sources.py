@@ -12,12 +12,12 @@ from torch import Tensor, nn
 
 from kegfast.data import DataInfo
 from kegfast.data.splits import Samples
-from kegfast.distillation import GaussianNoise, InMemory, Mixture, Pool, UniformNoise
+from kegfast.distillation import GaussianNoise, InMemory, Pool, UniformNoise
 from kegfast.distillation.sources import Source
 from kegfast.experiments.ledger import Ledger
 from kegfast.experiments.paper import Config, Paper
 from kegfast.extraction import RECIPES, Generators, extract
-from kegfast.extraction.langevin import Langevin
+from kegfast.extraction.class_sums import ClassSums
 from kegfast.extraction.procedural import DeadLeaves
 from kegfast.loop import mix
 
@@ -36,7 +36,7 @@ class Sources:
         teacher: in eval mode.
         train: real samples for the oracle, or None where there are none.
         output: folder for the generators.
-        ledger: keeps the generators' seconds and curves.
+        ledger: keeps the generators' CPU seconds and curves.
         config: budgets.
         seed: of all draws.
         progress: show bars on a terminal.
@@ -60,12 +60,12 @@ class Sources:
         self._probes: dict[str, Tensor] = {}
 
     def pool(self, method: str) -> tuple[Pool, float]:
-        """The samples of a method, and the seconds that making them took, training included."""
+        """The samples of a method, and the CPU seconds that making them took, training included."""
         source = self.source(method)
-        start = time.monotonic()
+        start = time.process_time()
         with _seeded(self.seed, method):
             pool = Pool(source, self.config.pool)
-        return pool, time.monotonic() - start + self._training_seconds(method)
+        return pool, time.process_time() - start + self._training_seconds(method)
 
     def probes(self, method: str) -> dict[str, Tensor]:
         """Held-out samples of the sources that `method` does not draw from."""
@@ -100,8 +100,7 @@ class Sources:
         if method == "oracle":
             return InMemory(self.train.tensors[0])
         if method == "kegfast":
-            sure = Langevin(self.teacher, self.info.num_classes, shape)
-            return Mixture([GaussianNoise(shape), sure])
+            return ClassSums(self.teacher, self.info.num_classes, GaussianNoise(shape))
         return self.generators()
 
     def generators(self) -> Generators:
@@ -109,7 +108,7 @@ class Sources:
         path = self.output / f"generators-{self.seed}.safetensors"
         if path.exists():
             return Generators.load(path)
-        start = time.monotonic()
+        start = time.process_time()
         checkpoint = path.with_suffix(".pt")
         recipe = replace(
             RECIPES["paper"],
@@ -129,7 +128,7 @@ class Sources:
             progress=self.progress,
             label="generators",
         )
-        seconds = time.monotonic() - start
+        seconds = time.process_time() - start
         self.ledger.cell(self.key, lambda: {"seconds": seconds, "history": made.history})
         made.save(path)
         checkpoint.unlink(missing_ok=True)
