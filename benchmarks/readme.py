@@ -63,17 +63,17 @@ def curve(cells: list[dict[str, Any]]) -> str:
 
 
 def paper(rows: list[dict[str, Any]]) -> str:
-    """A table of the paper, cell by cell."""
-    headers = ["student", "ranks", "ratio", "method", "published", "ours", "seeds", "seconds"]
-    return markdown_table(
-        headers,
-        [
-            [f"S{r['student']}", r["ranks"], f"{r['ratio']:.2f}x", r["method"],
-             r["published"] if r["published"] and r["ranks"] == "paper" else "",
-             _spread(r["accuracy"], 2), len(r["accuracy"]), f"{r['seconds']:.0f}"]
-            for r in rows
-        ],
-    )  # fmt: skip
+    """A table of the paper, cell by cell: mean and standard deviation over seeds."""
+    headers = ["student", "ranks", "method", "params", "ratio", "published", "ours", "best", "seeds"]
+    cells = []
+    for r in rows:
+        published = f"{r['published']:.2f}" if r["published"] and r["ranks"] == "paper" else ""
+        ours = f"{r['mean']:.2f}" + (f" ± {r['std']:.2f}" if len(r["accuracy"]) > 1 else "")
+        cells.append(
+            [f"S{r['student']}", r["ranks"], r["method"], f"{r['params']:,}", f"{r['ratio']:.2f}x", published,
+             ours, f"{mean(r['oracle']):.2f}", len(r["accuracy"]), f"{r['seconds']:.0f}", f"{r['samples']:,}"]
+        )  # fmt: skip
+    return markdown_table([*headers, "CPU s", "samples"], cells)
 
 
 def soft_target(rows: list[dict[str, Any]]) -> str:
@@ -105,6 +105,7 @@ TABLES: dict[str, tuple[str, str, Callable[[Any], str]]] = {
     "models": ("models", "configurations", models),
     "curve-mnist": ("compression_curve_mnist", "cells", curve),
     "mnist": ("reproduce_mnist", "rows", paper),
+    "shuttle": ("reproduce_shuttle", "rows", paper),
     "soft_target": ("soft_target", "rows", soft_target),
     "training": ("training", "", training),
 }

@@ -80,7 +80,7 @@ def table(study: Study, found: Sequence[dict[str, Any]]) -> Table:
     return result
 
 
-HEADERS = ("student", "ranks", "method", "published", "ours", "±", "best", "agree", "seconds", "samples")
+HEADERS = ("student", "ranks", "method", "published", "ours", "±", "best", "agree", "CPU s", "samples")
 
 
 def cells(row: dict[str, Any]) -> list[str]:
