@@ -78,7 +78,7 @@ struct DiversityParams {
   /* Mean squares, or with `root` norms, of the differences of the rows of z, [nz, B rounded up to 16]       \
      transposed. Returns the largest sum of weights over a row. */ \
   double diversity_weights(const float* z, int64_t batch, int64_t width, bool root, float* weights);           \
-  /* Turns weights into fixed point in place, as multiples of `unit`; see DiversityParams::offsets. */         \
+  /* Turns weights into fixed point in place, as even multiples of `unit`; see DiversityParams::offsets. */    \
   void diversity_fix_weights(float* weights, int64_t batch, double unit, int32_t* offsets);                    \
   /* norms[i] = |x_i|^2, rows first..last. */                                                                  \
   void diversity_square_norms(const DiversityParams& p, int64_t first, int64_t last, double* norms);           \

@@ -1,8 +1,8 @@
 """The diversity loss over two processes equals one process with the joined batch."""
 
+import math
 import socket
 
-import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
@@ -17,6 +17,8 @@ CASES = [
     ("cosine", "sqeuclidean", "mean", 40),
     ("cosine", "euclidean", "mean", 5),
     ("l2", "sqeuclidean", "mean", 1),  # fewer features than ranks
+    ("euclidean", "sqeuclidean", "mean", 40),
+    ("euclidean", "euclidean", "sum", 1),
 ]
 
 
@@ -40,6 +42,25 @@ def compare_cases(rank):
         torch.testing.assert_close(loss, exact)
         gradients = torch.autograd.grad(loss, local)
         torch.testing.assert_close(gradients, tuple(g[mine] for g in exact_gradients))
+
+
+def ring_hazards(rank):
+    """Single precision at an offset, with points that coincide across ranks; then one number too large."""
+    torch.manual_seed(3)
+    noises, samples = torch.randn(40, 6), 100 + 0.01 * torch.randn(40, 30)
+    samples[25], noises[25] = samples[3], noises[3]
+    mine = slice(20 * rank, 20 * rank + 20)
+    whole = noises.double().requires_grad_(), samples.double().requires_grad_()
+    exact = torch.autograd.grad(functional.diversity_loss(*whole, metric="euclidean"), whole)
+    local = noises[mine].requires_grad_(), samples[mine].requires_grad_()
+    loss = distributed.diversity_loss(*local, metric="euclidean", averaged=False)
+    for got, want in zip(torch.autograd.grad(loss, local), exact, strict=True):
+        assert (got - want[mine]).abs().max() <= 1e-6 * want.abs().max()
+    samples[0, 0] = math.inf
+    local = noises[mine].requires_grad_(), samples[mine].requires_grad_()
+    loss = distributed.diversity_loss(*local, metric="euclidean")
+    assert loss.isnan()
+    assert all(g.isnan().all() for g in torch.autograd.grad(loss, local))
 
 
 def compare_ddp(rank):
@@ -74,6 +95,7 @@ def worker(rank, port):
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
     try:
         compare_cases(rank)
+        ring_hazards(rank)
         compare_ddp(rank)
         plain_loss_in_ddp(rank)
     finally:
@@ -92,8 +114,3 @@ def test_alone_it_is_the_plain_loss():
     assert torch.equal(
         distributed.diversity_loss(noises, samples), functional.diversity_loss(noises, samples)
     )
-
-
-def test_euclidean_is_refused():
-    with pytest.raises(ValueError, match="metric must be one of"):
-        distributed.diversity_loss(torch.ones(2, 2), torch.ones(2, 2), metric="euclidean")

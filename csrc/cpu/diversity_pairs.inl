@@ -1,10 +1,11 @@
 // Any weights: pairs of rows i < j over tiles of features.
 //
 // Story (l1, one Zen 5 core): three vector instructions a pair, comparison and two masked integer sums. Whole
-// numbers make the sums exact, let ties be handled apart (a sort tells the tiles that have none) and issue
-// faster than float sums. At 1024 x 1024 rows of weights a batch apart took 128 ms; stored by groups of 16
-// rows 19 ms. A loop of nothing but these instructions does 1.07 pairs a cycle; the kernel reaches about 0.8
-// at B = 256 and 0.4 at 1024.
+// numbers make the sums exact, let ties be handled apart and issue faster than float sums. At 1024 x 1024 rows
+// of weights a batch apart took 128 ms; stored by groups of 16 rows 19 ms; with exact ties (a sort finds them,
+// a few pairs are put right one by one) instead of both signs wherever a lane might hold some, 10.4 ms. A loop
+// of nothing but these instructions does 1.07 pairs a cycle, as comparisons issue two a cycle and sums four;
+// the kernel reaches 0.67 at B = 256 and 0.77 from 512 on.
 #pragma once
 
 #include "cpu/diversity_sort.inl"
@@ -37,14 +38,15 @@ inline double fill_weights(const float* z, int64_t batch, int64_t width, bool ro
 }
 
 inline void fix_weights(float* weights, int64_t batch, double unit, int32_t* offsets) {
-  const Vec<float> inverse = splat(static_cast<float>(1 / unit));
+  const Vec<float> inverse = splat(static_cast<float>(0.5 / unit));
   for (int64_t group = 0; group < batch; group += 16)
     for (int part = 0; part < 16; part += L) {
       Vec<int32_t> balance{}, row;
       for (int l = 0; l < L; ++l) row[l] = static_cast<int32_t>(group + part + l);
       for (int64_t j = 0; j < batch; ++j) {
         float* at = weights + weight_index(group, j, batch) + part;
-        const Vec<int32_t> w = __builtin_convertvector(load(at) * inverse + 0.5f, Vec<int32_t>);
+        const Vec<int32_t> half = __builtin_convertvector(load(at) * inverse + 0.5f, Vec<int32_t>);
+        const Vec<int32_t> w = half + half;
         store(reinterpret_cast<int32_t*>(at), w);
         balance += row < static_cast<int32_t>(j) ? w : -w;  // w_ii is 0
       }
@@ -111,15 +113,28 @@ inline void sign_pairs(const float* x, const int32_t* weights, int64_t batch, in
     }
 }
 
-// Whether some lane may hold two equal values (the keys are a little coarser than the values).
-inline bool may_tie(const Tile<float>& t, int64_t batch, uint32_t* keys) {
-  if (batch <= 24) return true;  // asking costs more than counting both signs
-  sort_keys(t, batch, keys);
-  const uint32_t bound = uint32_t{1} << bits_for(batch);
-  uint32_t same = 0;
-  for (int64_t i = 0; i + 1 < batch; ++i)
-    same |= lanes_below(load(keys + i * L) ^ load(keys + (i + 1) * L), bound);
-  return same != 0;
+// Half of what sign_pairs<false> misses in tied pairs: with it, twice the sums less `offsets` is 0 for them.
+inline void correct_pairs(const int32_t* weights, int64_t batch, const uint32_t* keys, const Run* ties,
+                          int64_t runs, int32_t* sums) {
+  const uint32_t row_mask = (uint32_t{1} << bits_for(batch)) - 1;
+  for (const Run* run = ties; run != ties + runs; ++run)
+    for (int64_t a = run->begin; a < run->end; ++a)
+      for (int64_t b = a + 1; b < run->end; ++b) {
+        const int64_t first = keys[a * L + run->lane] & row_mask, second = keys[b * L + run->lane] & row_mask;
+        const int64_t i = first < second ? first : second, j = first < second ? second : first;
+        const int32_t half = weights[weight_index(i, j, batch)] / 2;
+        sums[i * L + run->lane] += half;
+        sums[j * L + run->lane] -= half;
+      }
+}
+
+inline int64_t tied_pairs(const Run* ties, int64_t runs) {
+  int64_t pairs = 0;
+  for (const Run* run = ties; run != ties + runs; ++run) {
+    const int64_t length = run->end - run->begin;
+    pairs += length * (length - 1) / 2;
+  }
+  return pairs;
 }
 
 inline void l1_pair_tiles(const DiversityParams& p, int64_t first, int64_t last, void* workspace,
@@ -129,17 +144,28 @@ inline void l1_pair_tiles(const DiversityParams& p, int64_t first, int64_t last,
   float* x = static_cast<float*>(workspace);
   int32_t* sums = reinterpret_cast<int32_t*>(x + block_tiles(B) * B * L);
   uint32_t* keys = reinterpret_cast<uint32_t*>(sums + B * L);
+  Run* ties = reinterpret_cast<Run*>(keys + padded_batch(B) * L);
   each_tile<float>(p, first, last, x, values, [&](const Tile<float>& t, Ahead) {
-    const bool both = may_tie(t, B, keys);
-    if (both)
+    const uint32_t constant = constant_lanes(t);
+    int64_t runs = 0;
+    bool both = B <= 24;  // asking for ties costs more than counting both signs
+    if (!both) {
+      sort_keys(t, B, keys);
+      runs = settle(t, B, keys, constant, ties);
+      both = tied_pairs(ties, runs) > B * B / 16;
+    }
+    if (both) {
       sign_pairs<true>(t.x, weights, B, sums);
-    else
+    } else {
       sign_pairs<false>(t.x, weights, B, sums);
+      correct_pairs(weights, B, keys, ties, runs, sums);
+    }
+    const Keys varies = varying_lanes(constant);
     // Without ties, sum_j w sign(x_i - x_j) = 2 sum_j w [x_i > x_j] - sum_j w for i < j, and its mirror image
     // for i > j. The sums are taken modulo 2^32; the result fits.
     return finish_tile<float>(p, t, 2.0 * p.weight_unit, [&](int64_t i) __attribute__((always_inline)) {
       Vec<int32_t> sum = load(sums + i * L);
-      if (!both) sum = sum + sum - p.offsets[i];
+      if (!both) sum = (sum + sum - p.offsets[i]) & (Vec<int32_t>)varies;
       return __builtin_convertvector(sum, Vec<float>);
     });
   });

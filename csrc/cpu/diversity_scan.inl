@@ -176,8 +176,7 @@ inline void l1_sort_tiles(const DiversityParams& p, int64_t first, int64_t last,
     scan<chunks>(p, keys, g, 0, 1, half, ahead);
     scan<chunks>(p, keys, g, B - 1, -1, B - half, ahead);
     correct_ties<chunks>(p, keys, g, ties, runs);
-    Keys varies;
-    for (int l = 0; l < L; ++l) varies[l] = constant >> l & 1 ? 0u : ~0u;
+    const Keys varies = varying_lanes(constant);
     // g is half of G, hence dS/dx = 4 g and S = 4 sum x g.
     return finish_tile<float>(p, t, 4.0, [&](int64_t i) __attribute__((always_inline)) {
       return (Vec<float>)((Keys)load(g + i * L) & varies);

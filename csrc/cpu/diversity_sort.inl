@@ -217,12 +217,6 @@ inline uint32_t lanes_below(Keys a, uint32_t bound) {  // bit l: a[l] < bound
 #endif
 }
 
-struct Sorted {
-  int row_bits;
-  uint32_t constant;  // bit l: lane l holds one value only
-  int64_t runs;       // entries of `ties`
-};
-
 inline int64_t padded_batch(int64_t batch) {
   int64_t n = 16;
   while (n < batch) n *= 2;
@@ -239,6 +233,12 @@ inline uint32_t constant_lanes(const Tile<float>& t) {
   uint32_t constant = 0;
   for (int l = 0; l < L; ++l) constant |= static_cast<uint32_t>(t.low[l] == t.high[l]) << l;
   return constant;
+}
+
+inline Keys varying_lanes(uint32_t constant) {
+  Keys varies;
+  for (int l = 0; l < L; ++l) varies[l] = constant >> l & 1 ? 0u : ~0u;
+  return varies;
 }
 
 // Fills keys [padded_batch, L] with fixed-point keys and sorts them; rows stand in the low bits.
