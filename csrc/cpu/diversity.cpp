@@ -9,9 +9,9 @@
 #include <vector>
 
 #include "check.h"
-#include "cpu/diversity_memory.h"
 #include "cpu/diversity_run.h"
 #include "cpu/half.h"
+#include "cpu/kept_memory.h"
 
 namespace kegfast {
 namespace {

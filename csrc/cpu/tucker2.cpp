@@ -2,10 +2,6 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-
 #include <algorithm>
 #include <optional>
 #include <tuple>
@@ -15,22 +11,6 @@
 
 namespace kegfast {
 namespace {
-
-// Fresh memory of this size comes from the kernel page by page: more time in faults than in arithmetic.
-constexpr int64_t kHugeBytes = 32 << 20;
-
-void ask_for_huge_pages(const Tensor& t, int64_t bytes) {
-#if defined(__linux__)
-  constexpr uintptr_t kPage = 2 << 20;
-  if (bytes < kHugeBytes) return;
-  const uintptr_t begin = reinterpret_cast<uintptr_t>(t.data_ptr()),
-                  first = (begin + kPage - 1) / kPage * kPage;
-  const uintptr_t last = (begin + static_cast<uintptr_t>(bytes)) / kPage * kPage;
-  madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);  // advice: failure changes nothing
-#else
-  (void)t, (void)bytes;
-#endif
-}
 
 Tensor as_float(const Tensor& t) {
   return t.scalar_type() == ScalarType::Float ? t : torch::stable::to(t, ScalarType::Float);
@@ -96,7 +76,6 @@ Run forward(const Tensor& input, const Tensor& first, const Tensor& core, const 
   p.relu = relu;
   Run run{empty(p.images, p.features, p.out_height, p.out_width, p.channels_last, x.scalar_type()), {}, {}};
   p.y = run.y.mutable_data_ptr();
-  ask_for_huge_pages(run.y, run.y.numel() * static_cast<int64_t>(run.y.element_size()));
   if (keep) keep_intermediates(p, run);
   std::optional<Tensor> wide_bias;
   if (bias) {

@@ -11,6 +11,7 @@
 #include <new>
 
 #include "check.h"
+#include "cpu/kept_memory.h"
 
 namespace kegfast {
 namespace {
@@ -57,6 +58,14 @@ void share_out(int64_t parts, int64_t units, int64_t grain, const F& f) {
 
 Tensor empty_strided(std::initializer_list<int64_t> sizes, std::initializer_list<int64_t> strides,
                      ScalarType type) {
+  int64_t bytes = type == ScalarType::Float ? 4 : 2;
+  for (const int64_t size : sizes) bytes *= size;
+  if (bytes >= kLeastKept) {
+    KeptMemory* const memory = KeptMemory::take(bytes);
+    const torch::stable::Device cpu(torch::headeronly::DeviceType::CPU);
+    return torch::stable::from_blob(memory->data, sizes, strides, cpu, type,
+                                    [memory](void*) { KeptMemory::give_back(memory); });
+  }
   AtenTensorHandle handle;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.begin(),
                                                          strides.begin(), static_cast<int32_t>(type),
