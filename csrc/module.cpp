@@ -1,5 +1,5 @@
 // pybind11 module _C: what the library was built with and the knobs of its kernels. Tensors never pass
-// through here.
+// through here, but for the addresses of a call that an operator has prepared.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -35,10 +35,53 @@ double vector_issue_rate() {
          std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
 }
 
+// These are plain C functions: pybind11's own calls take longer than a small layer.
+kegfast::Tucker2Prepared* prepared(PyObject* address) {
+  return static_cast<kegfast::Tucker2Prepared*>(PyLong_AsVoidPtr(address));
+}
+
+constexpr int64_t kShareWork = 1'000'000;  // multiply-adds from which other Python threads may run meanwhile
+
+PyObject* run_tucker2(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
+  if (count != 3) {
+    PyErr_SetString(PyExc_TypeError, "run_tucker2 takes a prepared call and the addresses of x and y");
+    return nullptr;
+  }
+  const auto* const call = prepared(arguments[0]);
+  const auto* const x = static_cast<const float*>(PyLong_AsVoidPtr(arguments[1]));
+  auto* const y = static_cast<float*>(PyLong_AsVoidPtr(arguments[2]));
+  if (PyErr_Occurred()) return nullptr;
+  bool done = false;
+  try {
+    if (kegfast::prepared_work(*call) < kShareWork) {
+      done = kegfast::run_prepared(*call, x, y);
+    } else {
+      const py::gil_scoped_release others_run;
+      done = kegfast::run_prepared(*call, x, y);
+    }
+  } catch (const std::exception& error) {
+    PyErr_SetString(PyExc_RuntimeError, error.what());
+    return nullptr;
+  }
+  return PyBool_FromLong(done);
+}
+
+PyObject* forget_tucker2(PyObject*, PyObject* address) {
+  kegfast::forget_prepared(prepared(address));
+  Py_RETURN_NONE;
+}
+
+PyMethodDef plain_functions[] = {
+    {"run_tucker2", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&run_tucker2)), METH_FASTCALL,
+     "Run a call of tucker2_prepare on x and y, given by address; whether it still held."},
+    {"forget_tucker2", &forget_tucker2, METH_O, "Free a call of tucker2_prepare."},
+    {nullptr, nullptr, 0, nullptr}};
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "kegfast's native part: build facts and kernel knobs; operators live in torch.ops.kegfast";
+  if (PyModule_AddFunctions(m.ptr(), plain_functions) != 0) throw py::error_already_set();
   m.def("build_info", &build_info);
   py::enum_<kegfast::L1Kernel>(m, "L1Kernel")
       .value("automatic", kegfast::L1Kernel::automatic)

@@ -44,6 +44,11 @@ STABLE_TORCH_LIBRARY(kegfast, m) {
       " int padding_h, int padding_w, int dilation_h, int dilation_w, bool need_x, bool need_first, bool "
       "need_core,"
       " bool need_last) -> (Tensor, Tensor, Tensor, Tensor)");
+  // Settles a call of tucker2 for repetition: the address of what _C.run_tucker2 takes, or 0.
+  m.def(
+      "tucker2_prepare(Tensor x, Tensor first, Tensor core, Tensor last, Tensor? bias, Tensor packed, int "
+      "stride_h,"
+      " int stride_w, int padding_h, int padding_w, int dilation_h, int dilation_w, bool relu) -> int");
   // The factors in the order in which the CPU kernels read them, for one memory layout and instruction set.
   m.def(
       "tucker2_pack(Tensor first, Tensor core, Tensor last, int stride_h, int stride_w, int dilation_h, int "

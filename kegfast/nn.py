@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from kegfast import functional
 from kegfast.check import expected
-from kegfast.packed import PackedFactors
+from kegfast.packed import PackedFactors, PreparedCall, Weights
 
 if TYPE_CHECKING:
     from kegfast.compression.ranks import RankRule
@@ -103,7 +103,7 @@ class TuckerConv2d(nn.Module):
         self.last = nn.Conv2d(out_rank, out_channels, 1, bias=bias)
         self.activation = activation
         self.recompute = False
-        self._packed = PackedFactors()
+        self._packed, self._prepared = PackedFactors(), PreparedCall()
 
     @classmethod
     def from_conv(cls, conv: nn.Conv2d, rank: "RankRule" = "evbmf") -> "TuckerConv2d":
@@ -150,30 +150,32 @@ class TuckerConv2d(nn.Module):
         )
 
     def _forward_inference(self, x: Tensor) -> Tensor:
-        """One dispatcher call on prepacked factors; every lookup here is on the clock of small layers."""
-        first_layer, core_layer, last_layer = self._layers()
+        """At most one dispatcher call, on prepacked factors; every lookup is on the clock of small layers."""
+        modules = self._modules
+        core_layer, last_layer = modules["core"], modules["last"]
         try:
-            first = first_layer._parameters["weight"]
-            core = core_layer._parameters["weight"]
-            last = last_layer._parameters["weight"]
+            weights = (
+                modules["first"]._parameters["weight"], core_layer._parameters["weight"],
+                last_layer._parameters["weight"], last_layer._parameters["bias"],
+            )  # fmt: skip
         except KeyError:  # parametrised or pruned
             return self._forward_checked(x)
+        options = core_layer.stride, core_layer.padding, core_layer.dilation, self.activation
+        y = self._prepared(x, weights, options)
+        return self._forward_dispatched(x, weights, options) if y is None else y
+
+    def _forward_dispatched(self, x: Tensor, weights: Weights, options: tuple) -> Tensor:
         if not functional.fuses_inference(x):
             return self._forward_checked(x)
-        stride, dilation = core_layer.stride, core_layer.dilation
-        channels_last = functional.reads_channels_last(x)
-        packed = self._packed(first, core, last, stride, dilation, channels_last)
+        stride, padding, dilation, activation = options
+        packed = self._packed(*weights[:3], stride, dilation, functional.reads_channels_last(x))
+        arguments = *stride, *padding, *dilation, activation is not None
         try:
-            return torch.ops.kegfast.tucker2.default(
-                x, first, core, last, last_layer._parameters["bias"], packed,
-                *stride, *core_layer.padding, *dilation, self.activation is not None,
-            )  # fmt: skip
+            y = torch.ops.kegfast.tucker2.default(x, *weights, packed, *arguments)
         except RuntimeError:
             return self._forward_checked(x)  # says what is wrong with the arguments
-
-    def _layers(self) -> tuple[nn.Module, nn.Module, nn.Module]:
-        modules = self._modules
-        return modules["first"], modules["core"], modules["last"]
+        self._prepared.learn(x, y, weights, options, packed, arguments)
+        return y
 
     def to_sequential(self) -> nn.Sequential:
         """The three convolutions (sharing these parameters), for quantisation or other tools."""

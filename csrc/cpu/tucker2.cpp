@@ -3,6 +3,7 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
+#include <cstring>
 #include <optional>
 #include <tuple>
 
@@ -10,6 +11,17 @@
 #include "cpu/tucker2_call.h"
 
 namespace kegfast {
+
+struct Tucker2Prepared {
+  Tucker2Params p;
+  Tucker2Plan plan;
+  int64_t threads;
+  uint32_t pool_threads;
+  Isa isa;
+  Tucker2Sample samples[kMostSamples];
+  int64_t sample_count;
+};
+
 namespace {
 
 Tensor as_float(const Tensor& t) {
@@ -130,12 +142,58 @@ Tensor tucker2_pack(const Tensor& first, const Tensor& core, const Tensor& last,
   return packed;
 }
 
+// 0 where every call needs what forward() does.
+int64_t tucker2_prepare(const Tensor& x, const Tensor& first_weight, const Tensor& core_weight,
+                        const Tensor& last_weight, const std::optional<Tensor>& bias, const Tensor& packed,
+                        int64_t stride_h, int64_t stride_w, int64_t padding_h, int64_t padding_w,
+                        int64_t dilation_h, int64_t dilation_w, bool relu) {
+  check_weights(x, first_weight, core_weight, last_weight, bias);
+  Tucker2Params p = geometry(x.size(0), x.size(1), x.size(2), x.size(3), core_weight, last_weight.size(0),
+                             {stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w});
+  if (x.scalar_type() != ScalarType::Float || p.images == 0) return 0;
+  set_input(p, x);
+  p.relu = relu;
+  p.bias = bias ? bias->const_data_ptr<float>() : nullptr;
+  p.packed = packed.const_data_ptr<float>();
+  const int64_t threads = threads_for(multiply_adds(p), p.images * p.out_height);
+  const Tucker2Plan plan = KEGFAST_SELECT(tucker2_plan)(p, threads);
+  const Tucker2Factor first = factor(first_weight), core = factor(core_weight), last = factor(last_weight);
+  if (packed.numel() != plan.packed_floats ||
+      !KEGFAST_SELECT(tucker2_packed_from)(p, plan, first, core, last, p.packed))
+    return 0;
+  auto* const call =
+      new Tucker2Prepared{p, plan, threads, torch::stable::get_num_threads(), active_isa(), {}, 0};
+  call->sample_count = KEGFAST_SELECT(tucker2_samples)(p, plan, first, core, last, call->samples);
+  return reinterpret_cast<int64_t>(call);
+}
+
 }  // namespace
+
+bool run_prepared(const Tucker2Prepared& call, const float* x, float* y) {
+  if (call.isa != active_isa() || call.p.winograd != tucker2_winograd() ||
+      call.pool_threads != torch::stable::get_num_threads())
+    return false;
+  for (int64_t i = 0; i < call.sample_count; ++i)
+    if (std::memcmp(call.samples[i].factor, call.samples[i].packed, sizeof(float)) != 0) return false;
+  Tucker2Params p = call.p;
+  p.x = x, p.y = y;
+  run_rows(p, call.plan, call.threads);
+  return true;
+}
+
+int64_t prepared_work(const Tucker2Prepared& call) {
+  return multiply_adds(call.p);
+}
+void forget_prepared(Tucker2Prepared* call) {
+  delete call;
+}
+
 }  // namespace kegfast
 
 STABLE_TORCH_LIBRARY_IMPL(kegfast, CPU, m) {
   m.impl("tucker2", TORCH_BOX(&kegfast::tucker2));
   m.impl("tucker2_forward", TORCH_BOX(&kegfast::tucker2_forward));
   m.impl("tucker2_backward", TORCH_BOX(&kegfast::tucker2_backward));
+  m.impl("tucker2_prepare", TORCH_BOX(&kegfast::tucker2_prepare));
   m.impl("tucker2_pack", TORCH_BOX(&kegfast::tucker2_pack));
 }

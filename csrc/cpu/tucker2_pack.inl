@@ -31,17 +31,46 @@ void tucker2_pack(const Tucker2Params& p, const Tucker2Plan& plan, const Tucker2
   }
 }
 
+namespace {
+
+// f(factor, offset in it, bytes into packed) for samples of all three factors, as long as it returns true.
+template <class F>
+bool each_packed_sample(const Tucker2Params& p, const Tucker2Plan& plan, const Tucker2Factor& first,
+                        const Tucker2Factor& core, const Tucker2Factor& last, const F& f) {
+  const int64_t channels = words(p.channels) * kPair;
+  const int last_lanes = p.channels_last ? kLanes : 1, last_packing = p.channels_last ? last_group(p) : 1;
+  auto of = [&f](const Tucker2Factor& w, int64_t packed_at) {
+    return [&f, &w, packed_at](int64_t from, int64_t to) { return f(w, from, packed_at * 4 + to); };
+  };
+  return each_sample(first, p.rank_in, channels, 1, {1, words(p.channels)}, kLanes, first_group(p),
+                     of(first, plan.first_at)) &&
+         each_sample(core, p.rank_out, p.rank_in, p.kernel_w, core_window(p), kLanes, core_group(p),
+                     of(core, plan.core_at)) &&
+         each_sample(last, p.features, p.rank_out, 1, {1, words(p.rank_out)}, last_lanes, last_packing,
+                     of(last, plan.last_at));
+}
+
+}  // namespace
+
 bool tucker2_packed_from(const Tucker2Params& p, const Tucker2Plan& plan, const Tucker2Factor& first,
                          const Tucker2Factor& core, const Tucker2Factor& last, const float* packed) {
   if (packed[0] != plan.packed_layout) return false;
-  const int64_t channels = words(p.channels) * kPair;
-  const int last_lanes = p.channels_last ? kLanes : 1, last_packing = p.channels_last ? last_group(p) : 1;
-  return packed_matches(first, p.rank_in, channels, 1, {1, words(p.channels)}, kLanes, first_group(p),
-                        packed + plan.first_at) &&
-         packed_matches(core, p.rank_out, p.rank_in, p.kernel_w, core_window(p), kLanes, core_group(p),
-                        packed + plan.core_at) &&
-         packed_matches(last, p.features, p.rank_out, 1, {1, words(p.rank_out)}, last_lanes, last_packing,
-                        packed + plan.last_at);
+  return each_packed_sample(
+      p, plan, first, core, last, [packed](const Tucker2Factor& w, int64_t from, int64_t to) {
+        float there[1];
+        put(there, 0, from == kPadding ? 0.0f : element(w, from));
+        return memcmp(reinterpret_cast<const char*>(packed) + to, there, kNumberBytes) == 0;
+      });
+}
+
+int64_t tucker2_samples(const Tucker2Params& p, const Tucker2Plan& plan, const Tucker2Factor& first,
+                        const Tucker2Factor& core, const Tucker2Factor& last, Tucker2Sample* samples) {
+  int64_t count = 0;
+  each_packed_sample(p, plan, first, core, last, [&](const Tucker2Factor& w, int64_t from, int64_t to) {
+    if (from != kPadding) samples[count++] = {static_cast<const float*>(w.data) + from, p.packed + to / 4};
+    return true;
+  });
+  return count;
 }
 
 }  // namespace kegfast::KEGFAST_ISA

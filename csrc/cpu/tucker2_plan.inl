@@ -209,9 +209,13 @@ void pack_factor(const Tucker2Factor& w, int64_t outputs, int64_t inputs, int64_
         }
 }
 
-// Compares up to kSamples elements, spread over outputs and inputs alike, bit by bit.
-bool packed_matches(const Tucker2Factor& w, int64_t outputs, int64_t inputs, int64_t taps_w, Window window,
-                    int lanes, int group, const float* packed) {
+constexpr int64_t kPadding = -1;  // no element of the factor, but a zero
+
+// Up to kSamples elements, spread over outputs and inputs alike: f(offset in the factor or kPadding, bytes from
+// the start of its packed form) as long as it returns true.
+template <class F>
+bool each_sample(const Tucker2Factor& w, int64_t outputs, int64_t inputs, int64_t taps_w, Window window,
+                 int lanes, int group, const F& f) {
   constexpr int64_t kSamples = 32;
   const int channels = lanes / group;
   const int64_t steps = ceil_div(window.length, group), depth = window.segments * window.length * kPair;
@@ -221,11 +225,9 @@ bool packed_matches(const Tucker2Factor& w, int64_t outputs, int64_t inputs, int
                   k = e % (window.length * kPair), word = k / kPair;
     const int64_t vector = (o / channels * window.segments + s) * steps + word / group;
     const int64_t at = vector * lanes + o % channels * group + word % group;
-    float there[1];
     const Place from = place_of(w, inputs, taps_w, window, s, k);
-    put(there, 0, from.exists && o < w.outputs ? element(w, from.at + o * w.row) : 0.0f);
-    const char* const here = reinterpret_cast<const char*>(packed + at) + k % kPair * kNumberBytes;
-    if (memcmp(here, there, kNumberBytes) != 0) return false;
+    const bool exists = from.exists && o < w.outputs;
+    if (!f(exists ? from.at + o * w.row : kPadding, at * 4 + k % kPair * kNumberBytes)) return false;
   }
   return true;
 }
