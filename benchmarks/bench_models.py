@@ -2,18 +2,28 @@
 
 `python -m benchmarks.bench_models` prints dense / kegfast and sequential / kegfast for LeNet5, ResNet14, and
 a ResNet-18 and a ResNet-50 at 224 pixels, every spatial convolution at ranks C/4, and writes
-benchmarks/results/models.json.
+benchmarks/results/models.json; `--training` times training steps instead (models_training.json). All rows
+come twice: as torch allocates by default, and with THP_MEM_ALLOC_ENABLE=1.
 """
 
 import argparse
 import copy
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.bench_tucker2 import take_turns
-from benchmarks.common import write_results
+from benchmarks.common import multiply_add_rate, write_results
 from benchmarks.resnet import resnet18, resnet50
+from kegfast.files import write_json
 from kegfast.models import LeNet5, ResNet14
 from kegfast.nn import TuckerConv2d
 
@@ -47,28 +57,108 @@ def replace_convolutions(model: nn.Module, share: int, fused: bool) -> nn.Module
     return model
 
 
-def measure(name: str, batch: int, rounds: int) -> dict[str, float]:
-    """Median seconds of each kind of model in its faster memory layout."""
-    make, shape = MODELS[name]
+def networks(name: str, layout: torch.memory_format) -> dict[str, nn.Module]:
+    """The dense network, as convolutions in a row, and with fused layers, of equal weights."""
     torch.manual_seed(0)
-    dense = make().eval()
-    x = torch.randn(batch, *shape)
-    calls = {}
+    dense = MODELS[name][0]()
+    kinds = {"dense": copy.deepcopy(dense)}
+    for kind, fused in (("sequential", False), ("kegfast", True)):
+        torch.manual_seed(1)
+        kinds[kind] = replace_convolutions(dense, 4, fused)
+    return {kind: model.to(memory_format=layout) for kind, model in kinds.items()}
+
+
+def inference(model: nn.Module, x: Tensor) -> Callable[[], Tensor]:
+    """A call in evaluation mode."""
+    model.eval()
+
+    def call() -> Tensor:
+        with torch.no_grad():
+            return model(x)
+
+    return call
+
+
+def training(model: nn.Module, x: Tensor) -> Callable[[], Tensor]:
+    """Forward, backward and an SGD step; returns the loss."""
+    model.train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-6)
+
+    def step() -> Tensor:
+        optimizer.zero_grad()
+        loss = model(x).square().mean()
+        loss.backward()
+        optimizer.step()
+        return loss.detach()
+
+    return step
+
+
+def measure(name: str, batch: int, rounds: int, train: bool) -> dict[str, float]:
+    """Median seconds of each kind of model in its faster layout, and our share of the FMA peak."""
+    calls, work = {}, 0
     for layout in (torch.contiguous_format, torch.channels_last):
-        kinds = {"dense": copy.deepcopy(dense)}
-        for kind, fused in (("sequential", False), ("kegfast", True)):
-            torch.manual_seed(1)
-            kinds[kind] = replace_convolutions(dense, 4, fused).eval()
-        own = x.contiguous(memory_format=layout)
-        outputs: dict[str, Tensor] = {}
-        for kind, model in kinds.items():
-            model.to(memory_format=layout)
-            outputs[kind] = model(own)
-            calls[f"{kind} {layout}"] = lambda model=model, own=own: model(own)
-        torch.testing.assert_close(outputs["kegfast"], outputs["sequential"], atol=1e-3, rtol=1e-3)
+        x = torch.randn(batch, *MODELS[name][1], generator=torch.Generator().manual_seed(0))
+        x = x.contiguous(memory_format=layout)
+        kinds = networks(name, layout)
+        with torch.no_grad():
+            results = {kind: model.eval()(x) for kind, model in kinds.items()}
+        torch.testing.assert_close(results["kegfast"], results["sequential"], atol=1e-3, rtol=1e-3)
+        steps = {kind: (training if train else inference)(model, x) for kind, model in kinds.items()}
+        with FlopCounterMode(display=False) as counter:
+            steps["kegfast"]()
+        work = counter.get_total_flops() / 2
+        calls |= {f"{kind} {layout}": step for kind, step in steps.items()}
     times = take_turns(calls, rounds)
     kinds = ("dense", "sequential", "kegfast")
-    return {kind: min(t for call, t in times.items() if call.startswith(kind)) for kind in kinds}
+    seconds = {kind: min(t for call, t in times.items() if call.startswith(kind)) for kind in kinds}
+    rate = torch.get_num_threads() * multiply_add_rate()
+    return seconds | {"share_of_peak": work / seconds["kegfast"] / rate}
+
+
+def rows(options: argparse.Namespace) -> list[dict[str, object]]:
+    """One record per model, batch and number of threads; printed as they come."""
+    records = []
+    huge = os.environ.get("THP_MEM_ALLOC_ENABLE") == "1"
+    for threads in options.threads:
+        torch.set_num_threads(threads)
+        for name in options.models:
+            for batch in options.batches:
+                seconds = measure(name, batch, options.rounds, options.training)
+                share = seconds.pop("share_of_peak")
+                ratios = {kind: seconds[kind] / seconds["kegfast"] for kind in GOALS}
+                records.append(
+                    {
+                        "model": name,
+                        "threads": threads,
+                        "batch": batch,
+                        "huge_pages": huge,
+                        "seconds": seconds,
+                    }
+                    | {"share_of_peak": share}
+                    | ratios
+                )
+                verdict = ""
+                if name == "ResNet-18" and not options.training:
+                    passed = all(ratios[kind] >= goal for kind, goal in GOALS.items())
+                    verdict = "pass" if passed else "fall short"
+                times = ", ".join(f"{ratios[kind]:.2f} x {kind}" for kind in GOALS)
+                pages = ", torch's memory in huge pages" if huge else ""
+                print(
+                    f"{name:10} {threads} threads, batch {batch:2}{pages}: {times}, {share:.0%} of peak "
+                    f"{verdict}",
+                    flush=True,
+                )
+    return records
+
+
+def with_huge_pages(arguments: list[str]) -> list[dict[str, object]]:
+    """The same rows from a process whose torch allocates in huge pages, which its start decides."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "rows.json"
+        command = [sys.executable, "-m", "benchmarks.bench_models", *arguments, "--rows", str(path)]
+        subprocess.run(command, env=os.environ | {"THP_MEM_ALLOC_ENABLE": "1"}, check=True)
+        return json.loads(path.read_text())
 
 
 def main() -> None:
@@ -78,25 +168,16 @@ def main() -> None:
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--training", action="store_true", help="training steps instead of inference")
+    parser.add_argument("--rows", type=Path, help="write only the rows, here")
     options = parser.parse_args()
-    records = []
-    for threads in options.threads:
-        torch.set_num_threads(threads)
-        for name in options.models:
-            for batch in options.batches:
-                with torch.no_grad():
-                    seconds = measure(name, batch, options.rounds)
-                ratios = {kind: seconds[kind] / seconds["kegfast"] for kind in GOALS}
-                records.append(
-                    {"model": name, "threads": threads, "batch": batch, "seconds": seconds} | ratios
-                )
-                verdict = ""
-                if name == "ResNet-18":
-                    passed = all(ratios[kind] >= goal for kind, goal in GOALS.items())
-                    verdict = "pass" if passed else "fall short"
-                times = ", ".join(f"{ratios[kind]:.2f} x {kind}" for kind in GOALS)
-                print(f"{name:10} {threads} threads, batch {batch:2}: {times} {verdict}", flush=True)
-    write_results("models", {"ranks": "C/4", "configurations": records})
+    records = rows(options)
+    if options.rows:
+        write_json(options.rows, records)
+        return
+    huge = with_huge_pages(sys.argv[1:])
+    name = "models_training" if options.training else "models"
+    write_results(name, {"ranks": "C/4", "configurations": records, "huge_pages": huge})
 
 
 if __name__ == "__main__":

@@ -6,16 +6,16 @@ and all figures are ratios of medians of the same rounds.
 """
 
 import argparse
+import importlib.util
 import math
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from statistics import median
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks.common import write_results
+from benchmarks.common import bandwidth, multiply_add_rate, write_results
+from kegfast import timing
 from kegfast.nn import TuckerConv2d
 
 
@@ -44,6 +44,11 @@ class Shape:
         out = (self.size + 2 * self.padding - self.kernel) // self.stride + 1
         per_output = r2 * (r1 * self.kernel**2 + self.features)
         return batch * (self.size**2 * self.channels * r1 + out**2 * per_output)
+
+    def bytes_moved(self, batch: int, dtype: torch.dtype) -> int:
+        """Of input and output, each once: the least that any implementation moves."""
+        out = (self.size + 2 * self.padding - self.kernel) // self.stride + 1
+        return batch * dtype.itemsize * (self.size**2 * self.channels + out**2 * self.features)
 
 
 def shapes() -> list[Shape]:
@@ -87,8 +92,32 @@ def prepacked_chain(layers: nn.Sequential, x: Tensor, dtype: torch.dtype) -> Cal
     return lambda: last(core(first(x)))
 
 
-def contenders(shape: Shape, batch: int, dtype: torch.dtype) -> dict[str, Callable[[], Tensor]]:
-    """Everything that computes the layer, by name; ours are called kegfast."""
+def tltorch_layer(layer: TuckerConv2d, shape: Shape, dtype: torch.dtype) -> nn.Module:
+    """tensorly-torch's factorised convolution with these factors; its spatial ones are identities."""
+    from tltorch import FactorizedConv
+
+    rank = (*layer.core.weight.shape[:2], shape.kernel, shape.kernel)
+    other = FactorizedConv(
+        shape.channels, shape.features, shape.kernel, order=2, stride=shape.stride, padding=shape.padding,
+        factorization="tucker", implementation="factorized", rank=rank,
+    )  # fmt: skip
+    unit = torch.eye(shape.kernel)
+    factors = layer.last.weight.flatten(1), layer.first.weight.flatten(1).T, unit, unit
+    with torch.no_grad():
+        other.weight.core.copy_(layer.core.weight)
+        for own, theirs in zip(other.weight.factors, factors, strict=True):
+            own.copy_(theirs)
+        other.bias.copy_(layer.last.bias)
+    return other.eval().requires_grad_(False).to(dtype)
+
+
+def contenders(
+    shape: Shape, batch: int, dtype: torch.dtype, compiled: bool = False
+) -> dict[str, Callable[[], Tensor]]:
+    """Everything that computes the layer, by name; ours are called kegfast.
+
+    `compiled` adds torch.compile with frozen weights, which takes seconds for each shape.
+    """
     torch.manual_seed(0)
     layer = TuckerConv2d(
         shape.channels, shape.features, shape.kernel, shape.ranks, shape.stride, shape.padding
@@ -107,6 +136,15 @@ def contenders(shape: Shape, batch: int, dtype: torch.dtype) -> dict[str, Callab
         calls[f"sequential {layout}"] = lambda x=x: sequential(x)
         calls[f"dense {layout}"] = lambda x=x: dense(x)
         calls[f"prepacked {layout}"] = prepacked_chain(sequential, x, dtype)
+        if importlib.util.find_spec("tltorch"):
+            factorized = tltorch_layer(layer.float(), shape, dtype)
+            layer.to(dtype)
+            calls[f"tltorch {layout}"] = lambda x=x, model=factorized: model(x)
+        if compiled:
+            torch._dynamo.reset()
+            frozen = torch.compile(sequential, options={"freezing": True}, dynamic=False)
+            calls[f"compiled {layout}"] = lambda x=x, model=frozen: model(x)
+            calls[f"compiled {layout}"]()
     return calls
 
 
@@ -144,27 +182,13 @@ def verify(calls: dict[str, Callable[[], Tensor]], dtype: torch.dtype) -> None:
             raise AssertionError(f"{name}: relative error {error:.2g}")
 
 
-def take_turns(
-    calls: dict[str, Callable[[], object]], rounds: int, least_seconds: float = 3e-4
-) -> dict[str, float]:
+def take_turns(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
     """Median seconds per call; short calls repeat inside a turn.
 
     One thread is timed by its own CPU clock: what else runs on the machine then costs caches only.
     """
-    clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
-    repeats, times = {}, {name: [] for name in calls}
-    for name, call in calls.items():
-        call()
-        begin = clock()
-        call()
-        repeats[name] = max(1, math.ceil(least_seconds / (clock() - begin)))
-    for _ in range(rounds):
-        for name, call in calls.items():
-            begin = clock()
-            for _ in range(repeats[name]):
-                call()
-            times[name].append((clock() - begin) / repeats[name])
-    return {name: median(values) for name, values in times.items()}
+    clock = "cpu" if torch.get_num_threads() == 1 else "wall"
+    return timing.interleaved(calls, rounds, turn=3e-4, clock=clock)
 
 
 def best(times: dict[str, float], prefix: str = "") -> float:
@@ -178,26 +202,33 @@ def geometric_mean(values: list[float]) -> float:
 
 
 def measure(
-    grid: list[Shape], batch: int, rounds: int, dtype: torch.dtype, training: bool
+    grid: list[Shape], batch: int, rounds: int, dtype: torch.dtype, training: bool, compiled: bool = False
 ) -> Iterator[dict[str, object]]:
-    """One record per configuration."""
+    """One record per configuration. Shares are of what torch's matrix product and a copy reach here."""
+    threads = torch.get_num_threads()
+    peak, memory = threads * multiply_add_rate(), bandwidth()
     for shape in grid:
         if training:
             times = take_turns(training_steps(shape, batch), rounds)
         else:
             with torch.inference_mode(False), torch.no_grad():
-                calls = contenders(shape, batch, dtype)
+                calls = contenders(shape, batch, dtype, compiled)
                 verify(calls, dtype)
                 times = take_turns(calls, rounds)
+        ours = best(times, "kegfast")
         yield asdict(shape) | {
             "name": shape.name,
             "batch": batch,
             "seconds": times,
-            "best_rival": best(times) / best(times, "kegfast"),
-            "gflops": 2e-9 * shape.multiply_adds(batch) / best(times, "kegfast"),
+            "best_rival": best(times) / ours,
+            "gflops": 2e-9 * shape.multiply_adds(batch) / ours,
+            "share_of_peak": shape.multiply_adds(batch) / ours / peak,
+            "rival_share_of_peak": shape.multiply_adds(batch) / best(times) / peak,
+            "share_of_bandwidth": shape.bytes_moved(batch, dtype) / ours / memory,
         }
 
 
+SHARES = "share of the FMA peak", "the rivals' share", "share of the bandwidth"
 GOALS = {  # by batch 1, 8, 64
     "best rival": (3.0, 2.1, 1.7),
     "best rival, ResNet shapes": (1.9, 1.45, 1.45),
@@ -226,6 +257,9 @@ def summary(records: list[dict]) -> dict[str, float]:
         "NCHW Sequential, ours NCHW too": against("sequential planes", "kegfast planes"),
         "channels_last Sequential, ours too": against("sequential channels_last", "kegfast channels_last"),
         "geometric mean, GFLOP/s": geometric_mean([r["gflops"] for r in records]),
+        "share of the FMA peak": geometric_mean([r["share_of_peak"] for r in records]),
+        "the rivals' share": geometric_mean([r["rival_share_of_peak"] for r in records]),
+        "share of the bandwidth": geometric_mean([r["share_of_bandwidth"] for r in records]),
     }
     if "dense planes" in records[0]["seconds"]:
         rows["dense layer"] = against("dense")
@@ -257,6 +291,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--training", action="store_true")
+    parser.add_argument("--compiled", action="store_true", help="torch.compile with freezing too (slow)")
     parser.add_argument("--verbose", action="store_true")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -265,7 +300,7 @@ def main() -> None:
     records, tables = [], {}
     for batch in options.batches:
         found = []
-        for record in measure(grid, batch, options.rounds, dtype, options.training):
+        for record in measure(grid, batch, options.rounds, dtype, options.training, options.compiled):
             found.append(record)
             if options.verbose:
                 micro = {n: round(1e6 * t, 1) for n, t in record["seconds"].items()}
@@ -275,7 +310,11 @@ def main() -> None:
         records += found
     goals = TRAINING_GOALS if options.training else GOALS
     print_table(tables, BF16_GOALS if dtype == torch.bfloat16 else goals)
+    for batch, table in tables.items():
+        shares = ", ".join(f"{table[name]:.0%} {name}" for name in SHARES)
+        print(f"batch {batch}: {shares}")
     kind = "training" if options.training else options.dtype
+    kind += "_compiled" if options.compiled else ""
     write_results(
         f"tucker2_{kind}_{options.threads}threads",
         {

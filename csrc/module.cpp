@@ -91,6 +91,12 @@ PYBIND11_MODULE(_C, m) {
   m.def("force_l1_kernel", &kegfast::force_l1_kernel, py::arg("kernel"));
   m.def("tucker2_winograd", &kegfast::tucker2_winograd);
   m.def("set_tucker2_winograd", &kegfast::set_tucker2_winograd, py::arg("allowed"));
+  py::enum_<kegfast::Tucker2Form>(m, "Tucker2Form")
+      .value("automatic", kegfast::Tucker2Form::automatic)
+      .value("direct", kegfast::Tucker2Form::direct)
+      .value("winograd", kegfast::Tucker2Form::winograd);
+  // (N, C, H, W, R1, R2, K, kernel, stride, padding, dilation, channels_last, threads), pairs as two ints
+  m.def("choose_tucker2", &kegfast::choose_tucker2, py::arg("shape"), py::arg("form"));
   m.def("last_kernel", &kegfast::last_kernel);
   m.def("note_unfused", &kegfast::note_unfused);
   m.def(

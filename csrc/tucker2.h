@@ -10,6 +10,7 @@
 //   pixels.
 #pragma once
 
+#include <array>
 #include <cstddef>
 #include <cstdint>
 #include <string>
@@ -18,6 +19,7 @@
 
 namespace kegfast {
 
+enum class Tucker2Form : int { automatic, direct, winograd };
 enum class Tucker2Type : int { float32, bfloat16, float16 };
 
 struct Tucker2Params {
@@ -26,8 +28,9 @@ struct Tucker2Params {
   int64_t kernel_h, kernel_w, stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w;
   bool channels_last;  // of x and y alike: pixels of contiguous channels, or planes
   bool relu;
-  bool winograd;  // whether the core may run as F(2x2, 3x3)
-  bool pairs;     // computed in bfloat16 (tucker2_number.inl), on ranks made even; else in float32
+  bool winograd;     // whether the core may run as F(2x2, 3x3)
+  Tucker2Form form;  // chosen by measurement
+  bool pairs;        // computed in bfloat16 (tucker2_number.inl), on ranks made even; else in float32
 
   Tucker2Type type;                            // of x and y; between them float32, or bfloat16 in pairs
   const void* x;                               // (N, C, H, W) in the strides below, in elements
@@ -84,6 +87,9 @@ struct Tucker2GradParams {
 };
 
 // Knobs and news for `kegfast.tuning()` and `kegfast.last_kernel()`.
+using Tucker2Shape = std::array<int64_t, 17>;  // of a call, as tucker2_shape lists it
+// What autotune measured to be faster for a call; automatic forgets it.
+void choose_tucker2(const Tucker2Shape& shape, Tucker2Form form);
 bool tucker2_winograd();
 void set_tucker2_winograd(bool allowed);
 std::string last_kernel();  // what the last tucker2 call of any thread ran: "winograd avx512"

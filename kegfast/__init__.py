@@ -7,13 +7,14 @@ from kegfast.extraction import Generators, extract
 from kegfast.files import load_weights
 from kegfast.native import backend, build_info, cpu_isa
 from kegfast.training import evaluate, train
-from kegfast.tuning import last_kernel, tuning
+from kegfast.tuning import autotune, last_kernel, tuning
 from kegfast.version import __version__
 
 __all__ = [
     "CompressionReport",
     "Generators",
     "__version__",
+    "autotune",
     "backend",
     "build_info",
     "compress",

@@ -6,7 +6,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from kegfast import cuda, diversity, native, reference, tuning
+from kegfast import cpu, cuda, diversity, native, reference, tuning
 from kegfast.check import expected
 from kegfast.ops import reads_channels_last as reads_channels_last
 from kegfast.soft_target import fused as _fused_soft_target
@@ -181,6 +181,9 @@ def tucker_conv2d(
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in weights):
         keep = not recompute and any(t.requires_grad for t in (first, core, last))
         return torch.ops.kegfast.tucker2_forward(*weights, *ints, activation == "relu", keep)[0]
+    if x.is_cpu and not torch.compiler.is_compiling() and not cpu.takes(x, core, last.shape[0], geometry):
+        tuning.note_unfused()
+        return reference.tucker_conv2d(x, first, core, last, bias, *geometry, activation)
     return torch.ops.kegfast.tucker2(*weights, None, *ints, activation == "relu")
 
 

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from kegfast import functional
+from kegfast import cpu, functional
 from kegfast.check import expected
 from kegfast.packed import PackedFactors, PreparedCall, Weights
 
@@ -168,6 +168,8 @@ class TuckerConv2d(nn.Module):
         if not functional.fuses_inference(x):
             return self._forward_checked(x)
         stride, padding, dilation, activation = options
+        if not cpu.takes(x, weights[1], weights[2].shape[0], (stride, padding, dilation)):
+            return self._forward_checked(x)
         packed = self._packed(*weights[:3], stride, dilation, functional.reads_channels_last(x))
         arguments = *stride, *padding, *dilation, activation is not None
         try:

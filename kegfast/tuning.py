@@ -1,8 +1,9 @@
 """Which kernel runs: what ran last, and what may run."""
 
 import torch
+from torch import Tensor, nn
 
-from kegfast import native
+from kegfast import cpu, cuda, native
 from kegfast.check import expected
 
 
@@ -45,6 +46,34 @@ class tuning:
     def __exit__(self, *exc_info: object) -> None:
         if native._C is not None:
             native._C.set_tucker2_winograd(self._before)
+
+
+def autotune(model: nn.Module, example_input: Tensor) -> dict[str, dict]:
+    """Measures each form that the model's Tucker-2 layers can take; later calls take the fastest.
+
+    The forms on the CPU: "direct" and "winograd", the fused kernel with either sum in its core, and
+    "convolutions", torch's own three in a row. The choice holds for layers of these shapes outside
+    autograd, at this batch size, memory format and number of threads, and is kept in the user's cache folder
+    ($KEGFAST_CACHE, else $XDG_CACHE_HOME/kegfast or ~/.cache/kegfast) for later processes on such a
+    processor with these versions of torch and kegfast.
+
+    Args:
+        model: a module with `kegfast.nn.TuckerConv2d` layers; on the CPU only float32 ones are measured.
+        example_input: what the model is called with, in the batch size and memory format to tune for.
+
+    Returns:
+        Per layer shape, the times of each form: median seconds on the CPU, milliseconds on CUDA devices
+        (see `kegfast.cuda.autotune`).
+
+    Raises:
+        TypeError: for something other than a module and a floating-point tensor.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(expected("model", "a module", model))
+    if not (isinstance(example_input, Tensor) and example_input.is_floating_point()):
+        raise TypeError(expected("example_input", "a floating-point tensor", example_input))
+    tune = cuda.autotune if example_input.is_cuda else cpu.autotune
+    return tune(model, example_input)
 
 
 def note_unfused() -> None:

@@ -18,6 +18,7 @@ struct Tucker2Prepared {
   int64_t threads;
   uint32_t pool_threads;
   Isa isa;
+  int64_t choices;
   Tucker2Sample samples[kMostSamples];
   int64_t sample_count;
 };
@@ -62,6 +63,7 @@ void keep_intermediates(Tucker2Params& p, Run& run) {
 
 void run_factors(Tucker2Params& p, const Tensor& first_weight, const Tensor& core_weight,
                  const Tensor& last_weight, const std::optional<Tensor>& packed) {
+  choose_form(p);
   const int64_t threads = threads_for(multiply_adds(p), p.images * p.out_height);
   const Tucker2Plan plan = KEGFAST_TUCKER2(p, tucker2_plan)(p, threads);
   const Tucker2Factor first = factor(first_weight), core = factor(core_weight), last = factor(last_weight);
@@ -155,14 +157,15 @@ int64_t tucker2_prepare(const Tensor& x, const Tensor& first_weight, const Tenso
   p.relu = relu;
   p.bias = bias ? bias->const_data_ptr<float>() : nullptr;
   p.packed = packed.const_data_ptr<float>();
+  choose_form(p);
   const int64_t threads = threads_for(multiply_adds(p), p.images * p.out_height);
   const Tucker2Plan plan = KEGFAST_SELECT(tucker2_plan)(p, threads);
   const Tucker2Factor first = factor(first_weight), core = factor(core_weight), last = factor(last_weight);
   if (packed.numel() != plan.packed_floats ||
       !KEGFAST_SELECT(tucker2_packed_from)(p, plan, first, core, last, p.packed))
     return 0;
-  auto* const call =
-      new Tucker2Prepared{p, plan, threads, torch::stable::get_num_threads(), active_isa(), {}, 0};
+  auto* const call = new Tucker2Prepared{
+      p, plan, threads, torch::stable::get_num_threads(), active_isa(), choices_made(), {}, 0};
   call->sample_count = KEGFAST_SELECT(tucker2_samples)(p, plan, first, core, last, call->samples);
   return reinterpret_cast<int64_t>(call);
 }
@@ -170,7 +173,7 @@ int64_t tucker2_prepare(const Tensor& x, const Tensor& first_weight, const Tenso
 }  // namespace
 
 bool run_prepared(const Tucker2Prepared& call, const float* x, float* y) {
-  if (call.isa != active_isa() || call.p.winograd != tucker2_winograd() ||
+  if (call.isa != active_isa() || call.choices != choices_made() || call.p.winograd != tucker2_winograd() ||
       call.pool_threads != torch::stable::get_num_threads())
     return false;
   for (int64_t i = 0; i < call.sample_count; ++i)

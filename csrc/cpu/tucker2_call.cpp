@@ -7,8 +7,11 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdlib>
+#include <map>
 #include <memory>
+#include <mutex>
 #include <new>
+#include <shared_mutex>
 
 #include "check.h"
 #include "cpu/kept_memory.h"
@@ -18,6 +21,18 @@ namespace {
 
 std::atomic<bool> winograd_allowed{true};
 std::atomic<const char*> last_path{"none"};
+
+struct Forms {
+  std::shared_mutex lock;
+  std::map<Tucker2Shape, Tucker2Form> of;
+  std::atomic<bool> any{false};
+  std::atomic<int64_t> choices{0};
+};
+
+Forms& all_forms() {
+  static Forms& forms = *new Forms;
+  return forms;
+}
 
 // Memory that a thread keeps between calls, so that no call pays for page faults.
 class Scratch {
@@ -165,6 +180,46 @@ void run_rows(const Tucker2Params& p, const Tucker2Plan& plan, int64_t threads) 
     share_out(std::min(threads, p.images), p.images, p.out_height, f);
   else
     share_out(threads, p.images * p.out_height, 1, f);
+}
+
+void choose_tucker2(const Tucker2Shape& shape, Tucker2Form form) {
+  Forms& forms = all_forms();
+  const std::unique_lock guard(forms.lock);
+  if (form == Tucker2Form::automatic)
+    forms.of.erase(shape);
+  else
+    forms.of[shape] = form;
+  forms.any.store(!forms.of.empty(), std::memory_order_release);
+  forms.choices.fetch_add(1, std::memory_order_release);
+}
+
+int64_t choices_made() {
+  return all_forms().choices.load(std::memory_order_acquire);
+}
+
+void choose_form(Tucker2Params& p) {
+  Forms& forms = all_forms();
+  if (p.type != Tucker2Type::float32 || !forms.any.load(std::memory_order_acquire)) return;
+  const Tucker2Shape shape{p.images,
+                           p.channels,
+                           p.height,
+                           p.width,
+                           p.rank_in,
+                           p.rank_out,
+                           p.features,
+                           p.kernel_h,
+                           p.kernel_w,
+                           p.stride_h,
+                           p.stride_w,
+                           p.padding_h,
+                           p.padding_w,
+                           p.dilation_h,
+                           p.dilation_w,
+                           p.channels_last,
+                           static_cast<int64_t>(torch::stable::get_num_threads())};
+  const std::shared_lock guard(forms.lock);
+  const auto found = forms.of.find(shape);
+  if (found != forms.of.end()) p.form = found->second;
 }
 
 bool tucker2_winograd() {

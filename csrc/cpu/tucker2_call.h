@@ -41,6 +41,9 @@ void set_input(Tucker2Params& p, const Tensor& x);
 // bfloat16 is computed in pairs where the CPU multiplies them, on ranks made even everywhere.
 void choose_numbers(Tucker2Params& p);
 
+// Fills p.form from what choose_tucker2 was told of such a call.
+void choose_form(Tucker2Params& p);
+int64_t choices_made();  // so far: what was settled before the last one no longer holds
 int64_t multiply_adds(const Tucker2Params& p);
 int64_t threads_for(int64_t work, int64_t parts);  // 1 where a second thread costs more than it brings
 void run_rows(const Tucker2Params& p, const Tucker2Plan& plan, int64_t threads);  // all rows, on `threads`

@@ -24,14 +24,13 @@ namespace {
 
 constexpr int64_t kNearBytes = 512 << 10;
 
-// Outputs that the caches cannot keep, and that are too small for huge pages to win more, bypass them.
-constexpr int64_t kStreamBytes = 8 << 20, kHugeBytes = 32 << 20;
+// Outputs that the caches cannot keep bypass them.
+constexpr int64_t kStreamBytes = 8 << 20;
 
 bool streams(const Tucker2Params& p) {
   const int64_t bytes = kNumberBytes * p.images * p.out_height * p.out_width * p.features;
   return p.channels_last && p.features % kLanes == 0 &&
-         reinterpret_cast<uintptr_t>(p.y) % (kNumberBytes * kLanes) == 0 && bytes >= kStreamBytes &&
-         bytes < kHugeBytes;
+         reinterpret_cast<uintptr_t>(p.y) % (kNumberBytes * kLanes) == 0 && bytes >= kStreamBytes;
 }
 
 int64_t image_bytes(const Tucker2Params& p) {

@@ -104,6 +104,7 @@ bool winograd_fits(const Tucker2Params& p) {
 // Whether it should: enough tiles for the 16 GEMMs, whose weights are 16 / 9 of the direct ones.
 bool winograd_wins(const Tucker2Params& p, int64_t threads) {
   const int64_t tiles = p.images * ceil_div(p.out_height, 2) * ceil_div(p.out_width, 2) / threads;
+  if (p.form != Tucker2Form::automatic) return p.form == Tucker2Form::winograd && winograd_fits(p);
   return winograd_fits(p) && tiles >= 12 && tiles * 4 >= larger(p.rank_in, p.rank_out);
 }
 

@@ -1,0 +1,239 @@
+"""Which form a float32 Tucker-2 layer takes on the CPU: measured where `autotune` has run, else calculated.
+
+Without a measurement the kernels choose by themselves: Winograd where its tiles are enough to pay for its
+transforms, else the direct sum. What was measured is kept in a file and read by later processes.
+"""
+
+import json
+import logging
+import os
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import Tensor
+
+from kegfast import native, reference
+from kegfast.check import expected
+from kegfast.files import write_json
+from kegfast.timing import interleaved
+from kegfast.version import __version__
+
+if TYPE_CHECKING:
+    from kegfast.nn import TuckerConv2d
+
+Form = Literal["direct", "winograd", "convolutions"]
+FORMS: tuple[Form, ...] = ("direct", "winograd", "convolutions")
+Geometry = tuple[tuple[int, int], tuple[int, int], tuple[int, int]]  # stride, padding, dilation
+Shape = tuple[int, ...]  # (N, C, H, W, R1, R2, K, kernel, geometry, channels_last, threads), pairs as two
+
+_log = logging.getLogger(__name__)
+_table: dict[Shape, Form] | None = None  # None: no file was read yet
+_unfused: set[Shape] = set()  # where torch's convolutions are faster
+_TURN = 1e-3  # seconds
+
+
+def shape_of(x: Tensor, core: Tensor, features: int, geometry: Geometry) -> Shape:
+    """What the time of a call depends on."""
+    r2, r1, kh, kw = core.shape
+    pixels_first = x.stride(1) == 1 and x.shape[2] * x.shape[3] > 1
+    pairs = [n for pair in geometry for n in pair]
+    return *x.shape, r1, r2, features, kh, kw, *pairs, int(pixels_first), torch.get_num_threads()
+
+
+def takes(x: Tensor, core: Tensor, features: int, geometry: Geometry) -> bool:
+    """Whether the compiled operator takes this call outside autograd; else torch's convolutions do."""
+    if _table is None:
+        table()
+    if not _unfused or x.dtype != torch.float32 or native._backend == "native":
+        return True
+    return shape_of(x, core, features, geometry) not in _unfused
+
+
+def autotune(model: torch.nn.Module, example_input: Tensor) -> dict[str, dict[Form, float]]:
+    """Measures every form of the model's float32 Tucker-2 layers at today's number of threads.
+
+    As `kegfast.autotune`, which also takes CUDA devices.
+    """
+    if native._C is None:
+        return {}
+    times: dict[Shape, dict[Form, float]] = {}
+    for layer, x in _calls(model, example_input):
+        geometry = layer.core.stride, layer.core.padding, layer.core.dilation
+        shape = shape_of(x, layer.core.weight, layer.last.out_channels, geometry)
+        if shape not in times and x.dtype == torch.float32:
+            times[shape] = _measure(layer, x, shape)
+    known = table()
+    known.update({shape: min(seconds, key=seconds.__getitem__) for shape, seconds in times.items()})
+    for shape, seconds in times.items():
+        _log.info("%s: %s of %s", name_of(shape), known[shape], seconds)
+        _choose(shape, known[shape])
+    _keep(known)
+    return {name_of(shape): seconds for shape, seconds in times.items()}
+
+
+def _calls(model: torch.nn.Module, example_input: Tensor) -> list[tuple["TuckerConv2d", Tensor]]:
+    """Every Tucker-2 layer with its input, in one forward pass in evaluation mode."""
+    from kegfast.nn import TuckerConv2d
+
+    found = []
+    layers = [module for module in model.modules() if isinstance(module, TuckerConv2d)]
+    hooks = [
+        layer.register_forward_hook(lambda layer, inputs, _: found.append((layer, inputs[0].detach())))
+        for layer in layers
+    ]
+    try:
+        with torch.no_grad(), _evaluating(model):
+            model(example_input)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found
+
+
+@contextmanager
+def _evaluating(model: torch.nn.Module) -> Iterator[None]:
+    """Evaluation mode, so that a call changes no statistics; each module's own mode afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def _measure(layer: "TuckerConv2d", x: Tensor, shape: Shape) -> dict[Form, float]:
+    """Median seconds of each form that this layer has, in turns."""
+
+    def convolutions() -> Tensor:
+        weights = layer.first.weight, layer.core.weight, layer.last.weight, layer.last.bias
+        geometry = layer.core.stride, layer.core.padding, layer.core.dilation
+        return reference.tucker_conv2d(x, *weights, *geometry, layer.activation)
+
+    def fused() -> Tensor:
+        return layer(x)
+
+    runs: dict[Form, Callable[[], Tensor]] = {
+        "direct": fused,
+        "winograd": fused,
+        "convolutions": convolutions,
+    }
+    with torch.no_grad():
+        repeats = {}
+        for form, run in list(runs.items()):
+            _choose(shape, form, for_good=False)
+            run()
+            if form == "winograd" and not native._C.last_kernel().startswith("winograd"):
+                del runs[form]
+                continue
+            seconds = interleaved({form: run}, 1)[form]
+            repeats[form] = max(2, round(_TURN / max(seconds, 1e-7)))
+
+        def turn(form: Form) -> Callable[[], None]:
+            def run() -> None:
+                _choose(shape, form, for_good=False)
+                for _ in range(repeats[form]):
+                    runs[form]()
+
+            return run
+
+        turns = interleaved({form: turn(form) for form in runs}, 9)
+    return {form: seconds / repeats[form] for form, seconds in turns.items()}
+
+
+def name_of(shape: Shape) -> str:
+    """A line for people."""
+    n, c, h, w, r1, r2, k, kh, kw, sh, sw, ph, pw, dh, dw, pixels_first, threads = shape
+    layout = "channels_last" if pixels_first else "contiguous"
+    core = f"{kh}x{kw} stride {sh},{sw} padding {ph},{pw} dilation {dh},{dw}"
+    return f"{n}x{c}x{h}x{w} {layout} -> {r1} -> {r2} -> {k}, {core}, {threads} threads"
+
+
+# ---- the table
+
+
+def cache_path() -> Path:
+    """Where measured forms are kept: in $KEGFAST_CACHE, else in kegfast/ of the user's cache folder."""
+    default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kegfast"
+    return Path(os.environ.get("KEGFAST_CACHE") or default) / f"cpu-{_processor()}.json"
+
+
+def _processor() -> str:
+    """The machine's class: processor and instruction set."""
+    info = Path("/proc/cpuinfo")
+    text = info.read_text() if info.exists() else ""
+    fields = [
+        re.search(rf"^{name}\s*:\s*(.+)$", text, re.M) for name in ("model name", "cpu family", "model")
+    ]
+    names = [found[1] for found in fields if found] or ["unknown"]
+    isa = native._C.build_info()["isa_active"] if native._C is not None else "none"
+    return re.sub(r"[^a-z0-9]+", "-", " ".join([*names, isa]).lower()).strip("-")
+
+
+def table() -> dict[Shape, Form]:
+    """What is known of this machine and these versions; reads the file when first asked."""
+    global _table
+    if _table is None:
+        _table = {}
+        try:
+            if cache_path().exists():
+                _table = read_table(cache_path())
+        except (ValueError, OSError, RuntimeError) as error:
+            _log.warning("measured forms are left aside: %s", error)
+        for shape, form in _table.items():
+            _choose(shape, form)
+    return _table
+
+
+def _choose(shape: Shape, form: Form, for_good: bool = True) -> None:
+    """What later calls of this shape run; `for_good` also sends them to torch's convolutions."""
+    if native._C is None:
+        return
+    forms = native._C.Tucker2Form
+    native._C.choose_tucker2(shape, getattr(forms, "automatic" if form == "convolutions" else form))
+    _unfused.discard(shape)
+    if for_good and form == "convolutions":
+        _unfused.add(shape)
+
+
+def _keep(known: dict[Shape, Form]) -> None:
+    path = cache_path()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        others = read_table(path) if path.exists() else {}
+    except (OSError, ValueError) as error:
+        _log.warning("%s is written anew: %s", path, error)
+        others = {}
+    forms = {" ".join(map(str, shape)): form for shape, form in {**others, **known}.items()}
+    try:
+        write_json(path, {"versions": _versions(), "forms": forms})
+    except OSError as error:
+        _log.warning("measured forms are not kept: %s", error)
+
+
+def _versions() -> dict[str, str]:
+    return {"kegfast": __version__, "torch": torch.__version__}
+
+
+def read_table(path: Path) -> dict[Shape, Form]:
+    """The entries of a file that `autotune` wrote, none where other versions did.
+
+    Raises:
+        ValueError: for a file that holds anything else.
+    """
+    wrong = ValueError(expected("path", "a table written by autotune", path))
+    try:
+        content = json.loads(path.read_text())
+        forms = {tuple(map(int, key.split())): form for key, form in content["forms"].items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise wrong from error
+    if not all(len(shape) == 17 and form in FORMS for shape, form in forms.items()):
+        raise wrong
+    if content.get("versions") != _versions():
+        _log.info("%s was measured under %s and is left aside", path, content.get("versions"))
+        return {}
+    return forms
