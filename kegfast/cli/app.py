@@ -2,10 +2,12 @@
 
 import argparse
 import logging
+import os
 import shlex
 import sys
 import warnings
 from collections.abc import Sequence
+from contextlib import ExitStack, redirect_stdout
 from typing import NoReturn
 
 from kegfast.cli import bench, compress, demo, distill, evaluate, extract, info, reproduce, train
@@ -24,6 +26,8 @@ COMMANDS = {
     "bench": bench,
 }
 
+PARALLEL = ("extract", "distill", "reproduce")
+"""Commands that several processes share: generators are spread, students are trained by all."""
 USAGE_ERROR = 2
 INTERRUPTED = 130
 """What shells report for a program that Ctrl-C ended."""
@@ -53,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with warnings.catch_warnings():
             if not args.verbose:
                 warnings.simplefilter("ignore")  # other libraries': errors here are one line
-            COMMANDS[args.command].run(args)
+            _run(args)
     except BAD_INPUT as error:
         logging.getLogger(__name__).debug("", exc_info=error)
         return _complain(f"kegfast {args.command}", error)
@@ -61,6 +65,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"kegfast {args.command}: {stop or 'interrupted'}{_advice(args, argv)}", file=sys.stderr)
         return INTERRUPTED
     return 0
+
+
+def _run(args: argparse.Namespace) -> None:
+    """The command; under torchrun as one of several processes, of which the first speaks."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        COMMANDS[args.command].run(args)
+        return
+    if args.command not in PARALLEL:
+        raise ValueError(f"torchrun works with {', '.join(PARALLEL)}, not with {args.command}")
+    from kegfast.processes import joined
+
+    with joined() as rank, ExitStack() as stack:
+        if rank:
+            stack.enter_context(redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
+        COMMANDS[args.command].run(args)
 
 
 def make_parser() -> argparse.ArgumentParser:

@@ -11,9 +11,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--generators", type=int, help="how many generators")
     parser.add_argument("--generator-steps", type=int, help="training steps of the generators")
     parser.add_argument("--student-steps", type=int, help="distillation steps of each student")
-    parser.add_argument(
-        "--amp", action=argparse.BooleanOptionalAction, help="compute in bfloat16 (default: where it is fast)"
-    )
+    options.add_amp(parser, None, "where it is fast")
     options.add_device(parser)
     options.add_run(parser, "demo")
 

@@ -20,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--loss", default="soft_target", help="e.g. soft_target+rkd_distance:25")
     parser.add_argument("--temperature", type=options.number, default=4.0, help="default 4")
     parser.add_argument("--steps", type=int, default=1000, help="default 1000")
-    parser.add_argument("--batch-size", type=int, default=128, help="default 128")
+    parser.add_argument("--batch-size", type=int, default=128, help="per process (default 128)")
     parser.add_argument("--lr", type=options.number, default=1e-3, help="of Adam (default 1e-3)")
     parser.add_argument(
         "--student-batchnorm", choices=("train", "eval"), default="train",
@@ -36,11 +36,13 @@ def run(args: argparse.Namespace) -> None:
 
     from kegfast import distill, training
     from kegfast.distillation import Pool
+    from kegfast.processes import place, replicated
 
     device = options.pick_device(args.device)
     info = options.sample_info(args)
     teacher = options.load_model(args.model, args.weights, info).to(device)
     student = options.load_model(args.model, args.student, info).to(device)
+    student.to(memory_format=torch.channels_last)  # the faster one in training
     for model in (teacher, student):
         options.check_fit(model, info)
     test = options.test_set(args) if args.evaluate else None
@@ -50,13 +52,18 @@ def run(args: argparse.Namespace) -> None:
         with torch.random.fork_rng():
             torch.manual_seed(args.seed)
             source = Pool(source, args.pool)
+    rank, world = place()
+    if world > 1 and args.resume:
+        raise ValueError("resume must be left out under torchrun, where distill keeps no checkpoint")
     with options.Run(args) as folder:
         history = distill(
-            student, teacher, source, loss=args.loss, temperature=args.temperature, steps=args.steps,
-            batch_size=args.batch_size, lr=args.lr, student_batchnorm=args.student_batchnorm, amp=args.amp,
-            seed=args.seed, checkpoint=folder.checkpoint, resume=args.resume, metrics=folder.metrics,
-            progress=True,
+            replicated(student), teacher, source, loss=args.loss, temperature=args.temperature,
+            steps=args.steps, batch_size=args.batch_size, lr=args.lr, amp=args.amp, seed=args.seed,
+            student_batchnorm=args.student_batchnorm, checkpoint=None if world > 1 else folder.checkpoint,
+            resume=args.resume, metrics=None if rank else folder.metrics, progress=not rank,
         )  # fmt: skip
+        if rank:
+            return  # rank 0 writes
         options.save_model(student, folder.folder / "student.safetensors", args.model)
         results = dict(history[-1])
         if args.evaluate:

@@ -33,6 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     from kegfast import extract
+    from kegfast.processes import place
 
     device = options.pick_device(args.device)
     info = options.sample_info(args)
@@ -46,6 +47,8 @@ def run(args: argparse.Namespace) -> None:
             compile=args.compile, amp=args.amp, seed=args.seed,
             checkpoint=folder.checkpoint, resume=args.resume, metrics=folder.metrics, progress=True,
         )  # fmt: skip
+        if place()[0]:
+            return  # rank 0 writes
         generators.save(folder.folder / "generators.safetensors")
         last = generators.history[-1]
         print(

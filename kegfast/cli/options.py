@@ -112,9 +112,22 @@ def add_device(parser: argparse.ArgumentParser) -> None:
 def add_compute(parser: argparse.ArgumentParser) -> None:
     """--device and --amp."""
     add_device(parser)
+    add_amp(parser)
+
+
+def add_amp(parser: argparse.ArgumentParser, default: bool | None = False, when: str = "off") -> None:
+    """--amp, alone or as --amp bf16, and --no-amp."""
     parser.add_argument(
-        "--amp", action=argparse.BooleanOptionalAction, default=False, help="compute in bfloat16 where safe"
-    )
+        "--amp", nargs="?", type=_amp, const=True, default=default, metavar="bf16",
+        help=f"compute in bfloat16 where safe, or --no-amp (default: {when})",
+    )  # fmt: skip
+    parser.add_argument("--no-amp", action="store_false", dest="amp", help=argparse.SUPPRESS)
+
+
+def _amp(text: str) -> bool:
+    if text != "bf16":
+        raise argparse.ArgumentTypeError(f"must be bf16 or left out, got {text!r}")
+    return True
 
 
 def add_run(parser: argparse.ArgumentParser, command: str) -> None:

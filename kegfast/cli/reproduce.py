@@ -4,6 +4,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from kegfast.cli import options
+
 DATASETS = ("mnist", "fashion-mnist", "svhn", "pendigits", "letter", "shuttle")
 DISTILLATION = ("hinton", "boundary")
 
@@ -28,14 +30,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="default: the paper's for all methods, by budget for tucker-only, kegfast and oracle",
     )  # fmt: skip
     parser.add_argument(
-        "--root", type=Path, metavar="FOLDER", help="folder of data sets; without it OpenML is asked"
-    )
+        "--data", "--root", dest="root", type=Path, metavar="FOLDER",
+        help="folder of data sets, also as --root; without it OpenML is asked",
+    )  # fmt: skip
     parser.add_argument(
         "--teacher", type=Path, metavar="FILE", help="weights of the teacher; without them one is trained"
     )
     parser.add_argument(
         "--budget-seconds", type=float, metavar="N", help="start no further cell after so long"
     )
+    parser.add_argument(
+        "--protocol", choices=("equal", "paper"),
+        help="paper: the published budget; noise has five times fewer samples, generators soft labels",
+    )  # fmt: skip
+    options.add_amp(parser, None)
     for name, what in (
         ("pool", "samples that each student sees"),
         ("steps", "steps of each student"),
@@ -58,6 +66,7 @@ def run(args: argparse.Namespace) -> None:
     from kegfast.experiments.paper import METHODS
     from kegfast.experiments.reproduce import reproduce
     from kegfast.files import write_json
+    from kegfast.processes import place
 
     if args.dataset in DISTILLATION:
         _run_distillation(args)
@@ -67,10 +76,13 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError(f"out must be an empty folder, or give --resume to continue the run in {folder}")
     result = reproduce(
         args.dataset, folder, root=args.root, teacher=args.teacher, students=args.students, seeds=args.seeds,
-        methods=args.recipe or METHODS, ranks=args.ranks, seconds=args.budget_seconds, progress=True,
+        methods=args.recipe or METHODS, ranks=args.ranks, seconds=args.budget_seconds,
+        protocol=args.protocol or "equal", amp=bool(args.amp), progress=not place()[0],
         pool=args.pool, steps=args.steps, generator_steps=args.generator_steps,
         generator_batch=args.generator_batch,
     )  # fmt: skip
+    if place()[0]:
+        return  # rank 0 writes
     Console().print(tables.table(result.study, result.rows))
     if result.left:
         print(f"{len(result.left)} cells are missing for lack of time; --resume computes them")
@@ -89,10 +101,13 @@ def _run_distillation(args: argparse.Namespace) -> None:
     from rich.table import Table
 
     from kegfast.check import expected
+    from kegfast.processes import place
 
+    if place()[1] > 1:
+        raise ValueError(expected("dataset", f"one of {', '.join(DATASETS)} under torchrun", args.dataset))
     for name in (
         "students", "recipe", "ranks", "teacher", "budget_seconds", "pool", "steps",
-        "generator_steps", "generator_batch",
+        "generator_steps", "generator_batch", "protocol", "amp",
     ):  # fmt: skip
         if (value := getattr(args, name)) is not None:
             raise ValueError(expected(name, f"left out for {args.dataset}", value))

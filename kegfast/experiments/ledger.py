@@ -8,6 +8,7 @@ from typing import Any
 
 from kegfast.check import expected
 from kegfast.files import write_json
+from kegfast.processes import place
 
 
 class Ledger:
@@ -29,7 +30,8 @@ class Ledger:
         """The value of a cell, computed and written where it is missing."""
         if name not in self.cells:
             self.cells[name] = compute()
-            write_json(self.path, {"config": self.config, "cells": self.cells})
+            if place()[0] == 0:
+                write_json(self.path, {"config": self.config, "cells": self.cells})
         return self.cells[name]
 
     def _read(self) -> None:

@@ -1,8 +1,8 @@
 """The experiments of KegNet (Yoo et al., NeurIPS 2019): teachers, students and what was published."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
 
 from torch import nn
 
@@ -42,6 +42,9 @@ class Config:
         generator_steps: steps of the generators, all of them at once.
         generator_batch: samples per generator and step.
         probe: held-out samples per source that students are chosen by.
+        protocol: "equal", or "paper": five times fewer samples of noise than of generators, which are asked
+            for soft labels. A data set's budget of that name is `PROTOCOLS`'.
+        amp: compute in bfloat16 where torch's autocast deems it safe.
     """
 
     pool: int
@@ -51,6 +54,20 @@ class Config:
     generator_steps: int = 1_000
     generator_batch: int = 64
     probe: int = 2_000
+    protocol: Literal["equal", "paper"] = "equal"
+    amp: bool = False
+
+    def identity(self) -> dict[str, Any]:
+        """What results depend on; options at their default are left out, as in files from before them."""
+        later = {"protocol": "equal", "amp": False}
+        return {name: v for name, v in asdict(self).items() if name not in later or v != later[name]}
+
+
+PROTOCOLS: dict[str, dict[str, int]] = {
+    "equal": {},
+    "paper": {"pool": 32_000, "generator_steps": 20_000, "generator_batch": 256},
+}
+"""Budgets by protocol: the data set's own, or the published one, 5 generators times 6,400 samples."""
 
 
 @dataclass(frozen=True)

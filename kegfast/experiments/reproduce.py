@@ -12,9 +12,10 @@ from torch import nn
 from kegfast import data
 from kegfast.data import DataInfo, Splits
 from kegfast.experiments import tables
-from kegfast.experiments.paper import METHODS, Paper, paper
+from kegfast.experiments.paper import METHODS, PROTOCOLS, Paper, paper
 from kegfast.experiments.study import RANKS, Study
 from kegfast.files import load_weights, save_tensors
+from kegfast.processes import main_first, place
 from kegfast.training import train
 
 log = logging.getLogger(__name__)
@@ -48,6 +49,8 @@ def reproduce(
     methods: Sequence[str] = METHODS,
     ranks: Sequence[str] | None = None,
     seconds: float | None = None,
+    protocol: str = "equal",
+    amp: bool = False,
     progress: bool = False,
     **budget: int | None,
 ) -> Result:
@@ -65,26 +68,33 @@ def reproduce(
         methods: of `kegfast.experiments.paper.METHODS`.
         ranks: of `kegfast.experiments.study.RANKS`; None: see `Study.run`.
         seconds: start no further cell after that time.
+        protocol: of `kegfast.experiments.paper.PROTOCOLS`.
+        amp: compute in bfloat16 where torch's autocast deems it safe.
         progress: show bars on a terminal.
-        budget: fields of `kegfast.experiments.paper.Config` that shall differ from the data set's.
+        budget: fields of `kegfast.experiments.paper.Config` that shall differ from the data set's or the
+            protocol's.
 
     Raises:
         ValueError: an argument is none of these, or `output` holds results of another budget or teacher.
         OSError: the data or the weights cannot be read.
     """
     experiment, output = paper(dataset), Path(output)
-    config = replace(experiment.config, **{key: n for key, n in budget.items() if n is not None})
+    _check_known("protocol", [protocol], PROTOCOLS)
+    given = {key: n for key, n in budget.items() if n is not None}
+    config = replace(experiment.config, protocol=protocol, amp=amp, **PROTOCOLS[protocol] | given)
     students = list(experiment.students) if students is None else list(students)
     _check_known("students", students, experiment.students)
     _check_known("methods", methods, METHODS)
     _check_known("ranks", RANKS if ranks is None else ranks, RANKS)
     info, splits = _data(dataset, root)
-    model = _teacher(experiment, info, splits, output, teacher, progress)
+    with main_first():
+        model = _teacher(experiment, info, splits, output, teacher, progress)
     study = Study(experiment, info, splits, model, output, config, progress)
     left = study.run(students, seeds, methods, ranks, seconds)
     rows = tables.rows(study, students, seeds)
     report = output / "report.html"
-    tables.page(study, rows, seeds[0], report)
+    if place()[0] == 0:
+        tables.page(study, rows, seeds[0], report)
     return Result(study, rows, left, report)
 
 

@@ -21,6 +21,8 @@ from kegfast.extraction.class_sums import ClassSums
 from kegfast.extraction.procedural import DeadLeaves
 from kegfast.loop import mix
 
+FEWER = 5
+"""The paper's noise has so many times fewer samples: one generator's."""
 PROBES = ("uniform", "gaussian", "procedural", "kegnet")
 """Sources whose samples judge a student that was taught with another."""
 MADE_OF = {"kegfast": ("procedural", "gaussian")}
@@ -64,8 +66,12 @@ class Sources:
         source = self.source(method)
         start = time.process_time()
         with _seeded(self.seed, method):
-            pool = Pool(source, self.config.pool)
+            pool = Pool(source, self._size(method))
         return pool, time.process_time() - start + self._training_seconds(method)
+
+    def _size(self, method: str) -> int:
+        fewer = self.config.protocol == "paper" and method in ("uniform", "gaussian")
+        return max(1, self.config.pool // FEWER) if fewer else self.config.pool
 
     def probes(self, method: str) -> dict[str, Tensor]:
         """Held-out samples of the sources that `method` does not draw from."""
@@ -101,7 +107,9 @@ class Sources:
             return InMemory(self.train.tensors[0])
         if method == "kegfast":
             return ClassSums(self.teacher, self.info.num_classes, GaussianNoise(shape))
-        return self.generators()
+        generators = self.generators()
+        generators.labels = "soft" if self.config.protocol == "paper" else "one-hot"
+        return generators
 
     def generators(self) -> Generators:
         """The paper's generators, trained where there are none yet."""
@@ -123,6 +131,7 @@ class Sources:
             sample_shape=self.info.sample_shape,
             recipe=recipe,
             seed=mix(self.seed, crc32(b"generators")),
+            amp=self.config.amp,
             checkpoint=checkpoint,
             resume=True,
             progress=self.progress,

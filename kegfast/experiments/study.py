@@ -4,7 +4,6 @@ import logging
 import time
 from collections.abc import Iterable, Sequence
 from copy import deepcopy
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from kegfast.experiments.ledger import Ledger
 from kegfast.experiments.paper import METHODS, Config, Paper
 from kegfast.experiments.sources import Sources
 from kegfast.loop import mix
+from kegfast.processes import agreed, place, replicated
 from kegfast.training import evaluate
 
 log = logging.getLogger(__name__)
@@ -60,7 +60,7 @@ class Study:
         self.output, self.progress = output, progress
         self.config = config or paper.config
         self.teacher_accuracy = self.accuracy(teacher)
-        identity = {"dataset": paper.dataset, "teacher": self.teacher_accuracy, **asdict(self.config)}
+        identity = {"dataset": paper.dataset, "teacher": self.teacher_accuracy, **self.config.identity()}
         self.ledger = Ledger(output / "cells.json", identity)
         self._sources: dict[int, Sources] = {}
 
@@ -108,7 +108,7 @@ class Study:
                 kinds = ranks or (RANKS if method in BUDGETED else RANKS[:1])
                 names = [(s, r, cell_name(s, r, method, seed)) for s in students for r in kinds]
                 missing = [entry for entry in names if entry[2] not in self.ledger.cells]
-                if seconds is not None and time.monotonic() - start > seconds:
+                if agreed(seconds is not None and time.monotonic() - start > seconds):
                     left += [name for _, _, name in missing]
                 elif missing:
                     self._method(seed, method, missing)
@@ -194,20 +194,22 @@ class Study:
         self, name: str, student: nn.Module, pool: Pool, method: str, seed: int
     ) -> list[nn.Module]:  # the student after each leg
         schedule, config = self.paper.schedule(method), self.config
-        legs = []
+        legs, world = [], place()[1]
+        student.to(memory_format=torch.channels_last)
         for leg, rate in enumerate(schedule.rates):
             distill(
-                student,
+                replicated(student),
                 self.teacher,
                 pool,
                 steps=max(1, config.steps // len(schedule.rates)),
-                batch_size=config.batch_size,
+                batch_size=max(1, config.batch_size // world),
                 lr=rate,
                 temperature=config.temperature,
                 student_batchnorm=schedule.batchnorm,
                 seed=mix(seed, leg),
-                checkpoint=self.output / f"{self.weights(name).stem}-leg{leg}.pt",
-                resume=True,
+                amp=config.amp,
+                checkpoint=self.output / f"{self.weights(name).stem}-leg{leg}.pt" if world == 1 else None,
+                resume=world == 1,
                 progress=self.progress,
                 label=f"{name} leg {leg}",
             )

@@ -7,6 +7,7 @@ from typing import Literal
 import torch
 from torch import nn
 
+from kegfast import processes
 from kegfast.check import expected
 from kegfast.extraction import ranks
 from kegfast.extraction.generators import Generators
@@ -105,7 +106,7 @@ def extract(
         made.network.to(memory_format=torch.channels_last)
         return made, networks.train()
 
-    rank, world = ranks.ranks()
+    rank, world = processes.place()
     own = ranks.share(generators, rank, world)
     size = own.stop - own.start
     with torch.random.fork_rng():

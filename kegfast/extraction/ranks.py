@@ -8,13 +8,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 
-def ranks() -> tuple[int, int]:
-    """This process's rank and how many there are; (0, 1) without torch.distributed."""
-    if dist.is_available() and dist.is_initialized():
-        return dist.get_rank(), dist.get_world_size()
-    return 0, 1
-
-
 def share(copies: int, rank: int, world: int) -> slice:
     """The generators of one rank: consecutive ones, as equal in number as can be."""
     return slice(copies * rank // world, copies * (rank + 1) // world)

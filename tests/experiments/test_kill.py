@@ -1,0 +1,83 @@
+"""`kegfast reproduce`, killed at any moment again and again, ends with the table of an undisturbed run."""
+
+import json
+import os
+import subprocess
+import sys
+
+SCRIPT = """
+import os, random, signal, sys, time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from kegfast import data, loop
+from kegfast.cli import main
+from kegfast.data.splits import make_splits
+from kegfast.experiments import tables
+from kegfast.experiments.paper import PAPERS
+from kegfast.models import MLP
+
+def load(name, root=None):
+    info, draw = data.describe(name), np.random.default_rng(0)
+    labels = draw.integers(0, info.num_classes, 300)
+    samples = (draw.normal(size=(300, *info.sample_shape)) + labels[:, None] / 3).astype(np.float32)
+    return make_splits(info, (samples, labels), (samples[:90], labels[:90]))
+
+data.load = load
+loop.CHECKPOINT_SECONDS = 0.05
+tables.SHOWN = 40
+small = replace(PAPERS["pendigits"], build=lambda: MLP(16, 10, units=20, depth=2), training={"steps": 300})
+PAPERS["pendigits"] = small
+
+def newest(folder):
+    found = 0
+    for path in folder.rglob("*"):
+        try:
+            found = max(found, path.stat().st_mtime_ns)
+        except FileNotFoundError:
+            pass
+    return found
+
+def start(folder):
+    child = os.fork()
+    if child == 0:
+        os._exit(main([*sys.argv[2:], "--out", str(folder)]))
+    return child
+
+def end(child):
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+draw, home = random.Random(0), Path(sys.argv[1])
+assert end(start(home / "whole")) == 0
+codes = []
+while len(codes) < 40 and codes.count(-signal.SIGKILL) < 10 and 0 not in codes:
+    before = newest(home / "parts")
+    child = start(home / "parts")
+    while newest(home / "parts") == before and os.waitpid(child, os.WNOHANG) == (0, 0):
+        time.sleep(0.005)
+    time.sleep(draw.uniform(0.0, 0.4))
+    os.kill(child, signal.SIGKILL)
+    codes.append(end(child))
+assert end(start(home / "parts")) == 0
+print(codes.count(-signal.SIGKILL))
+"""
+OPTIONS = (
+    "reproduce pendigits --seeds 0,1 --recipe tucker-only,gaussian,kegnet,oracle --ranks paper --pool 256 "
+    "--steps 150 --generator-steps 40 --generator-batch 32 --resume"
+)
+
+
+def test_a_run_that_is_killed_many_times_ends_with_the_same_table(tmp_path):
+    command = [sys.executable, "-c", SCRIPT, str(tmp_path), *OPTIONS.split()]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}  # a fork must not inherit a pool of threads
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout.split()[-1]) >= 3, done.stdout
+    found = [json.loads((tmp_path / name / "results.json").read_text()) for name in ("whole", "parts")]
+    for row in (row for rows in found for row in rows):
+        del row["seconds"]
+    assert found[0] == found[1]
+    assert len(found[0]) == 4
+    assert not list((tmp_path / "parts").glob("*.pt"))
