@@ -201,6 +201,17 @@ def test_student_batchnorm(mode, moved):
     assert torch.equal(start, student[1].running_mean) != moved
 
 
+def test_the_readmes_ten_lines_run():
+    text = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    code = text.split("<!-- example: distil -->\n```python\n")[1].split("```")[0]
+    lines = [line for line in code.splitlines() if line]
+    assert len(lines) <= 10
+    assert "steps=1000" in lines[-1]
+    names: dict = {}
+    exec(compile(code.replace("steps=1000", "steps=2"), "README.md", "exec"), names)
+    assert names["student"][0].weight.grad is not None
+
+
 def test_schedules_scale_the_rate(student, teacher, noise):
     def rates(schedule):
         seen = []
