@@ -30,6 +30,7 @@ def train(
     weight_decay: float = 5e-4,
     label_smoothing: float = 0.0,
     shift: int = 0,
+    augment: Callable[[Tensor], Tensor] | None = None,
     amp: bool = False,
     device: torch.device | str | None = None,
     seed: int = 0,
@@ -56,6 +57,7 @@ def train(
             one dimension).
         label_smoothing: share of the target spread over all classes.
         shift: images are moved by up to this many pixels per axis at random; edges are repeated.
+        augment: changes every batch of samples; its draws must come from torch's global generator.
         amp: compute in bfloat16 where that is safe (torch.autocast).
         device: where to train; by default where the model is.
         seed, checkpoint, resume, metrics, progress, log_every: see `kegfast.loop.run_steps`.
@@ -92,6 +94,8 @@ def train(
         x, labels = x.to(place), labels.to(place)
         if shift:
             x = random_shift(x, shift)
+        if augment is not None:
+            x = augment(x)
         with torch.autocast(place.type, torch.bfloat16, enabled=amp), accepts("dataset", x):
             logits = model(x)
         if i == 0 or i % per_epoch == 0:

@@ -102,6 +102,15 @@ def test_accuracy_is_exact_and_leaves_the_model_as_it_was(digits):
     assert [module.training for module in model.modules()] == modes
 
 
+def test_augment_changes_what_the_model_sees(digits):
+    plain, other = network(), network()
+    options = {"steps": 5, "batch_size": 32, "seed": 2}
+    turned = TensorDataset(digits[0].tensors[0].flip(-1), digits[0].tensors[1])
+    train(plain, turned, **options)
+    train(other, digits[0], augment=lambda x: x.flip(-1), **options)
+    assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), other.parameters(), strict=True))
+
+
 def test_random_shift_moves_images_and_repeats_edges(seeded):
     x = torch.arange(200 * 2 * 5 * 4.0).view(200, 2, 5, 4)
     moved = random_shift(x, 1)

@@ -4,25 +4,29 @@ Errors of a thousand-unit teacher, of smaller students trained alone and distill
 transfer set lacks the 3s, or holds 7s and 8s alone; and of one student of five networks.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import kegfast
 from kegfast.data.catalog import ENTRIES, load_entry
 from kegfast.data.splits import DataInfo, Splits
-from kegfast.distillation import Augmented, Ensemble, InMemory
+from kegfast.distillation import Augmented, Ensemble, InMemory, Noisy
 from kegfast.distillation.sources import Source
 from kegfast.experiments.ledger import spread
 from kegfast.experiments.trial import Trial, beginning, spreads, trials
 from kegfast.loop import mix
-from kegfast.training import random_shift, train
+from kegfast.training import train
 
 CLASSES = 10
+
+Move = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -34,7 +38,9 @@ class Config:
         teacher_units: Width of the teacher's two hidden layers, as in the paper.
         student_units: The student's, as in the paper.
         dropout: The teacher's, on its hidden layers.
-        jitter: Pixels by which the teacher's images move; the paper's students see them unmoved.
+        jitter: Pixels by which the teacher's images move, at most; the paper's students see them unmoved.
+        turn: Degrees by which they turn, at most; the paper's do not.
+        zoom: Share by which they grow or shrink, at most; the paper's do not.
         teacher_epochs: Passes of the teacher over the training set.
         student_epochs: Passes of each student; all have the same number of steps.
         batch_size: Of all runs.
@@ -45,6 +51,7 @@ class Config:
         members: Networks of the ensemble; below 2 leaves it out.
         member_units: Width of their hidden layers, and of their student's.
         member_epochs: Passes of each of them.
+        noise: Deviation of what is added to the images that their student sees.
         amp: Train in bfloat16 where that is safe.
     """
 
@@ -52,16 +59,19 @@ class Config:
     teacher_units: int = 1200
     student_units: int = 800
     dropout: float = 0.25
-    jitter: int = 2
-    teacher_epochs: int = 40
-    student_epochs: int = 30
+    jitter: float = 2.0
+    turn: float = 10.0
+    zoom: float = 0.1
+    teacher_epochs: int = 60
+    student_epochs: int = 40
     batch_size: int = 256
     lr: float = 2e-3
     temperature: float = 4.0
     alpha: float = 1.0
     members: int = 5
     member_units: int = 100
-    member_epochs: int = 15
+    member_epochs: int = 40
+    noise: float = 0.3
     amp: bool = True
 
 
@@ -90,7 +100,7 @@ def run(
     @cache
     def teacher() -> nn.Module:
         model = beginning(lambda: _network(config.teacher_units, config.dropout), 0)
-        return _trained(shared, "teacher", model, config.teacher_epochs, config, splits, config.jitter)
+        return _trained(shared, "teacher", model, config.teacher_epochs, config, splits, _mover(config))
 
     found = [_Run(trial, config, splits, teacher).all() for trial in runs]
     errors = shared.cell("teacher", lambda: _errors(teacher(), splits))
@@ -98,7 +108,13 @@ def run(
 
 
 def _trained(
-    trial: Trial, name: str, model: nn.Module, epochs: int, config: Config, splits: Splits, shift: int = 0
+    trial: Trial,
+    name: str,
+    model: nn.Module,
+    epochs: int,
+    config: Config,
+    splits: Splits,
+    augment: Move | None = None,
 ) -> nn.Module:
     """A network that learnt from the labels alone."""
     train(
@@ -108,7 +124,7 @@ def _trained(
         batch_size=config.batch_size,
         lr=config.lr,
         weight_decay=0.0,
-        shift=shift,
+        augment=augment,
         amp=config.amp,
         **trial.resumed(name),
     )
@@ -177,7 +193,7 @@ class _Run:
 
     def _moved(self) -> Source:
         """The training images as the teacher saw them."""
-        return Augmented(self._transfer_set(), lambda images: random_shift(images, self.config.jitter))
+        return Augmented(self._transfer_set(), _mover(self.config))
 
     def _missing(self, name: str, kept: list[int]) -> dict[str, float]:
         """Errors of a student that never saw some classes, before and after moving their biases.
@@ -217,13 +233,14 @@ class _Run:
         def together() -> nn.Module:
             return Ensemble([member(number) for number in numbers], temperature=config.temperature)
 
+        noisy = Noisy(self._transfer_set(), config.noise)
         errors = [self._errors(f"member {number}", lambda name, n=number: member(n)) for number in numbers]
         return {
             "one network": sum(errors) / len(errors),
             "ensemble": self._errors("ensemble", lambda name: together()),
             "distilled from the ensemble": self._errors(
                 "distilled from the ensemble",
-                lambda name: self._taught(name, self._beginning(units), together(), epochs),
+                lambda name: self._taught(name, self._beginning(units), together(), epochs, noisy),
             ),
         }
 
@@ -239,6 +256,22 @@ def _network(units: int, dropout: float = 0.0) -> nn.Sequential:
         nn.Dropout(dropout),
         nn.Linear(units, CLASSES),
     )
+
+
+def _mover(config: Config) -> Move:
+    """Moves, turns and scales every image of a batch by its own draws."""
+
+    def move(images: Tensor) -> Tensor:  # (N, C, H, W)
+        turn, zoom, right, down = 2 * torch.rand(4, len(images)) - 1
+        angle, scale = math.radians(config.turn) * turn, 1 + config.zoom * zoom
+        cosine, sine = scale * angle.cos(), scale * angle.sin()
+        half = images.shape[-1] / 2  # affine_grid measures in halves of the image
+        x, y = config.jitter / half * right, config.jitter / half * down
+        rows = torch.stack([cosine, -sine, x, sine, cosine, y], dim=1).view(-1, 2, 3)
+        grid = F.affine_grid(rows, list(images.shape), align_corners=False)
+        return F.grid_sample(images, grid, padding_mode="border", align_corners=False)
+
+    return move
 
 
 def _errors(model: nn.Module, splits: Splits) -> int:

@@ -33,7 +33,9 @@ HINTON = hinton.Config(
     seeds=(0,),
     teacher_units=64,
     student_units=64,
-    jitter=0,
+    jitter=0.5,
+    turn=1,
+    zoom=0.01,
     teacher_epochs=5,
     student_epochs=5,
     batch_size=20,
@@ -60,6 +62,31 @@ def test_hinton(tmp_path, monkeypatch):
     assert hinton.run(tmp_path, config=HINTON) == found
     with pytest.raises(ValueError, match="must be results of"):
         hinton.run(tmp_path, config=replace(HINTON, alpha=0.5))
+
+
+def test_images_are_moved_turned_and_scaled_within_their_limits():
+    image = torch.zeros(1, 1, 28, 28)
+    image[0, 0, 14, 20] = 1.0
+    images = image.expand(500, -1, -1, -1)
+
+    def centres(**limits):
+        torch.manual_seed(0)
+        still = {"jitter": 0.0, "turn": 0.0, "zoom": 0.0}
+        moved = hinton._mover(replace(HINTON, **(still | limits)))(images)[:, 0]
+        position = torch.arange(28) - 13.5
+        mass = moved.sum(dim=(1, 2))
+        return (moved.sum(dim=1) @ position) / mass, (moved.sum(dim=2) @ position) / mass
+
+    x, y = centres()
+    torch.testing.assert_close(torch.stack([x, y]), torch.tensor([[6.5], [0.5]]).expand(2, 500))
+    for offset in [x - 6.5 for x in centres(jitter=2)[:1]] + [centres(jitter=2)[1] - 0.5]:
+        assert 1.8 < offset.abs().max() < 2.01
+    x, y = centres(turn=10)
+    angle = torch.rad2deg(torch.atan2(y, x) - torch.atan2(torch.tensor(0.5), torch.tensor(6.5)))
+    assert 8 < angle.max() < 12
+    x, _ = centres(zoom=0.1)
+    assert 5.6 < x.min() < 6.1
+    assert 6.9 < x.max() < 7.4
 
 
 def test_the_shift_makes_classes_as_frequent_as_the_teacher_finds_them():
