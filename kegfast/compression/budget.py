@@ -1,7 +1,7 @@
 """Spending one budget over all layers: error tables from one HOSVD each, then a Lagrangian path."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -28,15 +28,34 @@ class Option(NamedTuple):
 class Table:
     """Every option of one layer, and the convex hull that the Lagrangian path walks on."""
 
-    ranks: np.ndarray  # (n, 2) in and out rank, 0 for a side without a factor; the last row is dense
+    ranks: np.ndarray  # (n, 2) in and out rank, 0 for a side without a factor; (0, 0) is the dense layer
     costs: np.ndarray  # (n,)
     errors: np.ndarray  # (n,) squared, in the metric that all layers share
     hull: np.ndarray  # indices, by rising cost
 
     def option(self, index: int) -> Option:
-        dense = index == len(self.costs) - 1
-        rank = None if dense else tuple(int(side) or None for side in self.ranks[index])
-        return Option(rank, float(self.costs[index]), float(self.errors[index]))
+        rank = tuple(int(side) or None for side in self.ranks[index])
+        return Option(rank if any(rank) else None, float(self.costs[index]), float(self.errors[index]))
+
+    def scaled(self, factor: float) -> "Table":
+        """The same options with errors that count `factor` times as much."""
+        return replace(self, errors=self.errors * factor)
+
+    def capped(self, rank: Rank) -> "Table":
+        """The options with no rank above the pair's; a side that it leaves without a factor stays without.
+
+        Where there is none, the dense layer is the only option, or the cheapest where that is none either.
+        """
+        limits = np.array([side or 0 for side in rank])
+        below = ((self.ranks <= limits) & ((self.ranks == 0) == (limits == 0))).all(axis=1)
+        dense, cheapest = ~self.ranks.any(axis=1), self.costs == self.costs.min()
+        fits = next(rows for rows in (below, dense, cheapest) if rows.any())
+        costs, errors = self.costs[fits], self.errors[fits]
+        return Table(self.ranks[fits], costs, errors, _lower_hull(costs, errors))
+
+    def dearest(self) -> Option:
+        """The option that costs most, of those the one with the least error."""
+        return self.option(int(np.lexsort((self.errors, -self.costs))[0]))
 
 
 def tabulate(
@@ -45,7 +64,6 @@ def tabulate(
     dense_cost: float,
     *,
     metric: Metric | None = None,
-    scale: float = 1.0,
     step: int = 1,
 ) -> Table:
     """Cost and exact HOSVD error of every rank pair that is cheaper than the dense layer.
@@ -55,7 +73,6 @@ def tabulate(
         cost: cost of an array of rank pairs.
         dense_cost: cost of the layer as it is.
         metric: what an error costs; None is the squared error of the weight.
-        scale: multiplies the errors, which makes layers comparable.
         step: only multiples of it (and full ranks) are options, so that ranks fit the kernels.
     """
     ranks, errors = _hosvd_errors(whiten(weight, metric))
@@ -67,8 +84,14 @@ def tabulate(
     cheaper = costs < dense_cost
     ranks = np.concatenate([ranks[cheaper], [[0, 0]]])
     costs = np.append(costs[cheaper], dense_cost)
-    errors = np.append(np.maximum(errors[cheaper], 0) * scale, 0.0)
+    errors = np.append(np.maximum(errors[cheaper], 0), 0.0)
     return Table(ranks, costs, errors, _lower_hull(costs, errors))
+
+
+def settled(rank: Rank | None, cost: float) -> Table:
+    """The table of a layer whose ranks are no longer open."""
+    row = np.array([[side or 0 for side in rank or (None, None)]])
+    return Table(row, np.array([cost]), np.zeros(1), np.zeros(1, dtype=np.int64))
 
 
 def _hosvd_errors(weight: Tensor) -> tuple[np.ndarray, np.ndarray]:

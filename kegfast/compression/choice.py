@@ -3,14 +3,15 @@
 import logging
 import statistics
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from kegfast import timing
-from kegfast.compression.calibration import Inputs, Traffic, evaluation
 from kegfast.compression.report import CompressionReport, LayerReport
 from kegfast.compression.surgery import Site, replace, unfused
+from kegfast.compression.traffic import Inputs, Traffic, evaluation
 from kegfast.nn import TuckerConv2d, TuckerLinear
 
 log = logging.getLogger(__name__)
@@ -32,8 +33,8 @@ def time_layers(
         if name not in traffic:
             continue
         ways = _ways(site.module, student.get_submodule(name))
-        x = like(example, traffic[name].inputs, site.module.weight)
-        found[name] = ways, _time_ways(ways, x, seconds)
+        inputs = inputs_like(example, traffic[name], site.module.weight)
+        found[name] = ways, _time_ways(ways, inputs, seconds)
     return found
 
 
@@ -44,26 +45,33 @@ def _ways(dense: nn.Module, layer: nn.Module) -> dict[str, nn.Module]:
     return {**ways, "unfused": layer}
 
 
-def _time_ways(ways: Mapping[str, nn.Module], x: Tensor, seconds: float) -> dict[str, float]:
+def _time_ways(ways: Mapping[str, nn.Module], inputs: Sequence[Tensor], seconds: float) -> dict[str, float]:
     modes = {layer: layer.training for way in ways.values() for layer in way.modules()}
     try:
         for way in ways.values():
             way.eval()
         with torch.inference_mode():
-            return timing.interleaved({way: lambda m=m: m(x) for way, m in ways.items()}, seconds=seconds)
+            calls = {way: partial(run_all, layer, inputs) for way, layer in ways.items()}
+            return timing.interleaved(calls, seconds=seconds)
     finally:
         for layer, mode in modes.items():
             layer.training = mode
 
 
-def like(example: Inputs, shape: Sequence[int], weight: Tensor) -> Tensor:
-    """Random input of a layer in its weight's dtype and the example's memory format."""
-    x = torch.randn(tuple(shape), device=weight.device).to(weight.dtype)
+def run_all(layer: nn.Module, inputs: Sequence[Tensor]) -> None:
+    """One forward pass's calls of a layer."""
+    for x in inputs:
+        layer(x)
+
+
+def inputs_like(example: Inputs, traffic: Traffic, weight: Tensor) -> list[Tensor]:
+    """Random inputs for a layer's calls, in its weight's dtype and the example's memory format."""
+    inputs = [torch.randn(shape, device=weight.device).to(weight.dtype) for shape in traffic.inputs]
     wanted = example[0]
     last = wanted.dim() == 4 and wanted.is_contiguous(memory_format=torch.channels_last)
-    if x.dim() == 4 and last and not wanted.is_contiguous():
-        return x.contiguous(memory_format=torch.channels_last)
-    return x
+    if not last or wanted.is_contiguous():
+        return inputs
+    return [x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x for x in inputs]
 
 
 def keep_fastest(

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from functools import partial
 from itertools import product
 from math import prod
 from typing import Any
@@ -12,36 +12,27 @@ import torch
 from torch import Tensor, nn
 
 from kegfast.check import expected
-from kegfast.compression import calibration as calibrating
 from kegfast.compression import costs, ranks
-from kegfast.compression.budget import Rank, allocate, tabulate
-from kegfast.compression.calibration import Inputs, Traffic
+from kegfast.compression.allocation import Plan, choose, plans
+from kegfast.compression.budget import Rank
 from kegfast.compression.choice import keep_fastest
 from kegfast.compression.decompose import Factors, Metric, factorize, relative_error
+from kegfast.compression.evidence import Evidence, collect
+from kegfast.compression.norms import reestimate_norms, transfer_norms
 from kegfast.compression.ranks import RankRules, Side
+from kegfast.compression.refit import refit
 from kegfast.compression.report import CompressionReport, LayerReport
 from kegfast.compression.selection import Patterns, rule_of, select
 from kegfast.compression.surgery import Site, build, clone, factors_of, replace, survey
+from kegfast.compression.traffic import Traffic
 from kegfast.nn import TuckerConv2d, TuckerLinear
 
 log = logging.getLogger(__name__)
 
 
-@dataclass
-class _Evidence:
-    """What is known about the model beyond its weights."""
-
-    example: Inputs | None = None
-    samples: Tensor | None = None  # real, generated or noise
-    probes: bool = False  # the samples are noise
-    synthetic: bool = False  # they do not look to BatchNorm like what it was trained on
-    traffic: dict[str, Traffic] = field(default_factory=dict)
-    metrics: dict[str, Metric] = field(default_factory=dict)
-
-
 def compress(
     model: nn.Module,
-    rank: RankRules = "evbmf",
+    rank: RankRules | None = None,
     *,
     include: Patterns = None,
     exclude: Patterns = None,
@@ -58,15 +49,19 @@ def compress(
     Args:
         model: any module. Layers that cannot be factored (grouped, parametrised, pruned, tied
             weights, ...) stay as they are, with the reason in the report.
-        rank: the rule for the ranks: "evbmf" (Nakajima et al. 2013), "energy=0.9", a float (the
-            share of channels each side keeps), an explicit (in_rank, out_rank), or a mapping from
-            layer names or glob patterns to these; layers outside the mapping are left alone. Ranks
-            above a layer's channels are an error under its exact name, and are cut otherwise.
+        rank: the rule for the ranks: "evbmf" (Nakajima et al. 2013; the default without a budget),
+            "energy=0.9", a float (the share of channels each side keeps), an explicit (in_rank,
+            out_rank), or a mapping from layer names or glob patterns to these; layers outside the mapping
+            are left alone. Ranks above a layer's channels are an error under its exact name, and are cut
+            otherwise. With a budget, a mapping settles the ranks of its layers, and the budget is spent
+            on the others; a rule alone is a limit that no layer's ranks exceed.
         include: glob patterns of layer names, e.g. "layers3.*.conv1"; None takes every layer.
         exclude: glob patterns of layers to leave alone.
-        budget: instead of a rule: {"params" | "flops" | "memory" | "latency": fraction of the whole
-            model}, or a number of parameters, spent over all layers so that the model's output
-            changes least. All but "params" need `example_input`.
+        budget: {"params" | "flops" | "memory" | "latency": fraction of the whole model}, or a number of
+            parameters, spent over all layers so that the model's output changes least. All but "params"
+            need `example_input`. Where there are inputs to look at, several ways to spend it are tried
+            (errors weighted by sensitivity or not, absolute or relative, one share or energy for all
+            layers), and the one whose outputs stay closest to the model's is taken.
         example_input: one input of the model (a tensor, or a tuple of them), at the batch size,
             dtype and layout that matter. With it FLOPs are reported, layers are timed, and a budget
             weights errors by the outputs' sensitivity (on noise, with the teacher's BatchNorm
@@ -94,20 +89,41 @@ def compress(
     if isinstance(budget, int) and isinstance(model, nn.Module):
         budget = {"params": budget / max(count_parameters(model), 1)}
     _check(model, rank, budget, example_input, samples, round_to)
+    if rank is None and budget is None:
+        rank = "evbmf"
     student = model if inplace else clone(model)
     sites = survey(student)
-    selected = select(sites, include, exclude, rank)
+    selected = select(sites, include, exclude, rank, rest=budget is not None)
     report = CompressionReport([_entry(site) for site in sites], parameters_before=count_parameters(student))
-    evidence = _gather(student, sites, selected, budget, example_input, calibration, samples)
+    evidence = collect(
+        student,
+        sites,
+        selected,
+        budget=budget is not None,
+        example_input=example_input,
+        calibration=calibration,
+        samples=samples,
+    )
     teacher = clone(model) if inplace and (evidence.samples is not None or measure) else model
     _report_flops(report, sites, evidence.traffic)
-    if budget is None:
-        wanted = {site.name: _rule_rank(site, rank, report[site.name], round_to) for site in selected}
-    else:
-        wanted = _spend(sites, selected, budget, evidence, report, round_to or 1)
+    wanted: Plan = {
+        site.name: _rule_rank(site, rank, report[site.name], round_to)
+        for site in selected
+        if rule_of(site, rank) is not None
+    }
+    decompose = _Decomposer(evidence.metrics)
+    if budget is not None:
+        settled, limits = _settle(wanted, rank)
+        found = plans(
+            sites, selected, budget, evidence, report, fixed=settled, limits=limits, step=round_to or 1
+        )
+        trial = partial(_trial, model, decompose, evidence)
+        way, report.plans = choose(found, model, trial, evidence.samples)
+        wanted = found[way]
+        _explain(report, wanted, settled, f"{way}, {evidence.source}")
     replaced = {site.name: site for site in selected if wanted.get(site.name) is not None}
     for name, site in replaced.items():
-        factors = factorize(site.module.weight, wanted[name], evidence.metrics.get(name))
+        factors = decompose(site, wanted[name])
         student = _install(student, site, factors, report[name], evidence.traffic.get(name))
     if measure and evidence.example is not None and replaced:
         keep_small = budget is not None or isinstance(rank, Mapping | tuple | list)
@@ -148,119 +164,76 @@ def _check(
     kind, fraction = next(iter(budget.items()))
     if isinstance(fraction, bool) or not isinstance(fraction, int | float) or not 0 < fraction <= 1:
         raise ValueError(expected(f"budget[{kind!r}]", "a fraction in (0, 1]", fraction))
-    if rank != "evbmf":
-        raise ValueError("rank and budget exclude each other, got both")
     if kind != "params" and example_input is None:
         raise ValueError(f"example_input must be given with a budget of {kind}, got None")
 
 
-def _gather(
-    model: nn.Module,
-    sites: Sequence[Site],
-    selected: Sequence[Site],
-    budget: Mapping[str, float] | None,
-    example_input: Any,
-    calibration: Any,
-    samples: int,
-) -> _Evidence:
-    evidence = _Evidence()
-    if example_input is not None:
-        sequence = isinstance(example_input, Sequence)
-        evidence.example = tuple(example_input) if sequence else (example_input,)
-        if not all(isinstance(part, Tensor) for part in evidence.example):
-            raise TypeError(expected("example_input", "a tensor or tensors", example_input))
-        evidence.traffic = calibrating.trace(model, sites, evidence.example)
-    if calibration is not None:
-        evidence.samples = calibrating.gather(calibration, samples)
-    elif budget is not None and evidence.example is not None and len(evidence.example) == 1:
-        example = evidence.example[0]
-        if example.is_floating_point():
-            evidence.samples = calibrating.probes(example.shape[1:])
-            evidence.probes = evidence.synthetic = True
-    if evidence.samples is not None:
-        weight = next(model.parameters())
-        evidence.samples = evidence.samples.to(weight)
-        if not evidence.synthetic:
-            evidence.synthetic = not calibrating.look_familiar(model, evidence.samples)
-        if budget is not None:
-            evidence.metrics = calibrating.metrics(
-                model, selected, evidence.samples, synthetic=evidence.synthetic
-            )
-    return evidence
+class _Decomposer:
+    """Factors of layers at ranks, each computed once."""
+
+    def __init__(self, metrics: Mapping[str, Metric]):
+        self._metrics = metrics
+        self._known: dict[tuple[str, Rank], Factors] = {}
+
+    def __call__(self, site: Site, rank: Rank) -> Factors:
+        key = site.name, rank
+        if key not in self._known:
+            self._known[key] = factorize(site.module.weight, rank, self._metrics.get(site.name))
+        return self._known[key]
 
 
-def _spend(
-    sites: Sequence[Site],
-    selected: Sequence[Site],
-    budget: Mapping[str, float],
-    evidence: _Evidence,
-    report: CompressionReport,
-    step: int,
-) -> dict[str, Rank | None]:
-    """The ranks that spend the budget best."""
-    kind, fraction = next(iter(budget.items()))
-    total = fixed = float(report.parameters_before) if kind == "params" else 0.0
-    tables = {}
-    chosen = {id(site) for site in selected}
-    for site in sites:
-        seen = evidence.traffic.get(site.name)
-        if id(site) not in chosen or (kind != "params" and seen is None):
-            if kind in ("flops", "memory") and seen and isinstance(site.module, nn.Conv2d | nn.Linear):
-                _, dense = _cost(kind, site, seen, evidence)
-                total, fixed = total + dense, fixed + dense
-            continue
-        cost, dense = _cost(kind, site, seen, evidence)
-        if kind == "params":
-            fixed -= dense
-        else:
-            total += dense
-        metric = evidence.metrics.get(site.name)
-        if evidence.metrics and metric is None:
-            report[site.name].reason = "did not run on the inputs"
-            fixed += dense
-            continue
-        weight = site.module.weight
-        scale = 1.0 if metric else 1 / max(float(weight.detach().double().square().sum()), 1e-30)
-        tables[site.name] = tabulate(weight, cost, dense, metric=metric, scale=scale, step=step)
-    try:
-        options = allocate(tables, fraction * total - fixed)
-    except ValueError as error:
-        least = fixed + sum(table.costs.min() for table in tables.values())
-        raise ValueError(
-            f"budget[{kind!r}] must be at least {least / total:.4f} for this model, got {fraction}"
-        ) from error
-    for name, option in options.items():
-        share = "on noise" if evidence.probes else "on the inputs" if evidence.metrics else "by weight"
-        worth = "worth its cost as it is" if option.rank is None else "its share of the budget"
-        report[name].reason = f"{worth} ({share})"
-        report[name].rank_before_rounding = option.rank
-    return {name: option.rank for name, option in options.items()}
+def _settle(ruled: Plan, rank: RankRules | None) -> tuple[Plan, dict[str, Rank]]:
+    """What the caller's rules leave open under a budget: settled layers, and limits of the others' ranks.
+
+    A mapping settles what it names; any other rule is a limit, and settles layers that it cannot shrink.
+    """
+    if isinstance(rank, Mapping):
+        return ruled, {}
+    limits = {name: limit for name, limit in ruled.items() if limit is not None}
+    return {name: None for name in ruled if name not in limits}, limits
 
 
-def _cost(kind: str, site: Site, traffic: Traffic | None, evidence: _Evidence) -> tuple[costs.Cost, float]:
-    if kind == "params":
-        return costs.parameters(site.module.weight.shape), site.module.weight.numel()
-    if kind == "latency":
-        return costs.latency(site, traffic, evidence.example, seconds=0.1)
-    return getattr(costs, kind)(site.module, traffic)
+def _trial(model: nn.Module, decompose: _Decomposer, evidence: Evidence, plan: Plan) -> nn.Module:
+    """The student of a plan as far as it tells plans apart: factors and BatchNorm statistics."""
+    student = clone(model)
+    for site in survey(student):
+        if plan.get(site.name) is not None:
+            student = replace(student, site, build(site.module, decompose(site, plan[site.name])))
+    _adapt_norms(student, model, evidence)
+    return student
 
 
-def _adapt(student: nn.Module, teacher: nn.Module, evidence: _Evidence, report: CompressionReport) -> None:
+def _explain(report: CompressionReport, plan: Plan, settled: Plan, how: str) -> None:
+    for name, rank in plan.items():
+        if name not in settled:
+            worth = "worth its cost as it is" if rank is None else "its share of the budget"
+            report[name].reason = f"{worth} ({how})"
+            report[name].rank_before_rounding = rank
+    if len(report.plans) > 1:
+        changes = ", ".join(f"{change:.4f} by {way}" for way, change in report.plans.items())
+        report.notes.append(f"outputs change by {changes}; the least was taken")
+
+
+def _adapt(student: nn.Module, teacher: nn.Module, evidence: Evidence, report: CompressionReport) -> None:
     """Lets the student's last factors and BatchNorms answer for what the ranks took away."""
     if evidence.samples is None or not report.ranks:
         return
     if not evidence.probes:
-        calibrating.refit(student, teacher, evidence.samples)
+        refit(student, teacher, evidence.samples)
         report.notes.append(f"last factors and biases solved anew on {len(evidence.samples)} inputs")
-    if evidence.synthetic:
-        if calibrating.transfer_norms(student, teacher, evidence.samples):
-            report.notes.append("BatchNorm statistics moved as synthetic inputs to both models say")
-    elif calibrating.reestimate_norms(student, evidence.samples):
-        report.notes.append("BatchNorm statistics re-estimated on them")
+    if note := _adapt_norms(student, teacher, evidence):
+        report.notes.append(note)
     layers = dict(student.named_modules())
     for name in report.ranks:
         weight = teacher.get_submodule(name).weight
         report[name].error = relative_error(weight, factors_of(layers[name]))
+
+
+def _adapt_norms(student: nn.Module, teacher: nn.Module, evidence: Evidence) -> str:
+    if evidence.synthetic:
+        moved = transfer_norms(student, teacher, evidence.samples)
+        return "BatchNorm statistics moved as synthetic inputs to both models say" if moved else ""
+    return "BatchNorm statistics re-estimated on them" if reestimate_norms(student, evidence.samples) else ""
 
 
 def _rule_rank(

@@ -1,6 +1,7 @@
 """What a layer costs at each pair of ranks: parameters, FLOPs, bytes or seconds."""
 
 from collections.abc import Sequence
+from functools import partial
 from math import prod
 
 import numpy as np
@@ -8,10 +9,10 @@ import torch
 from torch import nn
 
 from kegfast.compression.budget import Cost, Rank
-from kegfast.compression.calibration import Inputs, Traffic
-from kegfast.compression.choice import like
+from kegfast.compression.choice import inputs_like, run_all
 from kegfast.compression.decompose import Factors
 from kegfast.compression.surgery import Site, build, explicit_padding
+from kegfast.compression.traffic import Inputs, Traffic
 from kegfast.timing import interleaved
 
 KINDS = ("params", "flops", "latency", "memory")
@@ -35,18 +36,22 @@ def factor_parameters(shape: Sequence[int], rank: Rank) -> int:
 
 
 def pixels(module: nn.Module, traffic: Traffic) -> tuple[int, int]:
-    """Pixels (rows of a Linear) in a whole batch at which the first and the later factors run."""
+    """Pixels (rows of a Linear), over batch and calls, at which the first and the later factors run."""
     if isinstance(module, nn.Linear):
-        rows = prod(traffic.inputs[:-1])
+        rows = sum(prod(shape[:-1]) for shape in traffic.inputs)
         return rows, rows
-    size = traffic.inputs[0] if len(traffic.inputs) == 4 else 1
-    before, after = size * prod(traffic.inputs[-2:]), size * prod(traffic.outputs[-2:])
+    before, after = (_pixels(shapes) for shapes in (traffic.inputs, traffic.outputs))
     early = module.kernel_size == (1, 1) and explicit_padding(module) == (0, 0)
     return (after if early else before), after
 
 
+def _pixels(shapes: Sequence[Sequence[int]]) -> int:
+    """Of images (N, C, H, W) or (C, H, W)."""
+    return sum(prod(shape[:-3]) * prod(shape[-2:]) for shape in shapes)
+
+
 def flops(module: nn.Module, traffic: Traffic) -> tuple[Cost, int]:
-    """Multiplications and additions for one batch, and those of the dense layer."""
+    """Multiplications and additions for one forward pass, and those of the dense layer."""
     outputs, inputs, *kernel = module.weight.shape
     taps = prod(kernel)
     before, after = pixels(module, traffic)
@@ -81,10 +86,10 @@ def latency(site: Site, traffic: Traffic, example: Inputs, seconds: float) -> tu
         rank = _share_of(module, share)
         layers[f"1/{share}"] = build(module, _blank(module, rank)).eval()
         works.append(float(work(np.array(rank[0] or 0), np.array(rank[1] or 0))))
-    x = like(example, traffic.inputs, module.weight)
-    calls = {name: lambda layer=layer: layer(x) for name, layer in layers.items()}
+    inputs = inputs_like(example, traffic, module.weight)
+    calls = {name: partial(run_all, layer, inputs) for name, layer in layers.items()}
     with torch.inference_mode():
-        times = interleaved({"dense": lambda: module(x), **calls}, seconds=seconds)
+        times = interleaved({"dense": partial(run_all, module, inputs), **calls}, seconds=seconds)
     measured = np.array([times[name] for name in layers])
     slope = max(np.polyfit(works, measured, 1)[0], 0.0) if len(set(works)) > 1 else 0.0
     floor = float(np.median(measured - slope * np.array(works)))

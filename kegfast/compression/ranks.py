@@ -17,6 +17,7 @@ Side = int | None
 RankRule = str | float | tuple[Side, Side]
 RankRules = RankRule | Mapping[str, RankRule]
 EVBMF_RULES = ("evbmf", "evbmf-exact")
+Spectra = tuple[np.ndarray, np.ndarray]
 
 
 class EVBMF(NamedTuple):
@@ -112,7 +113,7 @@ def _global_minimum(free_energy: Callable[[float], float], lower: float, upper: 
 
 def spectra(
     weight: Tensor,  # (K, C, kh, kw) or (K, C)
-) -> tuple[np.ndarray, np.ndarray]:
+) -> Spectra:
     """Singular values of the input and of the output unfolding, in float64, descending."""
     weight = weight.detach().to("cpu", torch.float64)
     output = weight.flatten(1)
@@ -130,6 +131,7 @@ def _singular_values(matrix: Tensor) -> np.ndarray:
 def layer_rank(
     weight: Tensor,  # (K, C, kh, kw) or (K, C)
     rule: RankRule,
+    values: Spectra | None = None,
 ) -> tuple[Side, Side]:
     """The (in_rank, out_rank) that a rule gives one layer.
 
@@ -140,6 +142,7 @@ def layer_rank(
             that each side keeps; "energy=E", the least ranks whose unfoldings keep the share E of
             the squared norm; or an explicit (in_rank, out_rank), where None leaves a side without a
             factor.
+        values: the weight's `spectra`, if they are at hand.
 
     Raises:
         ValueError: a rule that is none of these, or a rank outside 1..channels.
@@ -154,7 +157,7 @@ def layer_rank(
         if matrix:
             return max(1, round(share * min(inputs, outputs))), None
         return max(1, round(share * inputs)), max(1, round(share * outputs))
-    in_values, out_values = spectra(weight)
+    in_values, out_values = values or spectra(weight)
     if rule in EVBMF_RULES:
         exact = rule == "evbmf-exact"
         out_rank = evbmf(out_values, outputs, inputs * columns, exact=exact).rank

@@ -54,6 +54,8 @@ class CompressionReport:
         parameters, parameters_before: of the whole model.
         flops, flops_before: of the layers above, None without `example_input`.
         latency: median seconds of the whole model, "before" and "after", where measured.
+        plans: how much the outputs change by each way to spend the budget, as a share of their variance,
+            before anything is solved anew; empty where none was tried.
         notes: what was done to the model as a whole.
     """
 
@@ -63,6 +65,7 @@ class CompressionReport:
     flops: int | None = None
     flops_before: int | None = None
     latency: dict[str, float] = field(default_factory=dict)
+    plans: dict[str, float] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
     @property

@@ -12,8 +12,21 @@ from kegfast.compression.surgery import Site
 Patterns = str | Sequence[str] | None
 
 
-def select(sites: list[Site], include: Patterns, exclude: Patterns, rules: RankRules = "evbmf") -> list[Site]:
-    """The sites that the patterns choose and that can be factored; notes why the others are not."""
+def select(
+    sites: list[Site],
+    include: Patterns,
+    exclude: Patterns,
+    rules: RankRules | None = None,
+    *,
+    rest: bool = True,
+) -> list[Site]:
+    """The sites that the patterns choose and that can be factored; notes why the others are not.
+
+    Args:
+        sites: all layers of the model.
+        include, exclude, rules: as of `compress`.
+        rest: whether layers that no rule names are chosen too.
+    """
     taken, left = _patterns("include", include), _patterns("exclude", exclude)
     for argument, patterns in (("include", taken or []), ("exclude", left or [])):
         _check_matches(argument, patterns, sites)
@@ -21,7 +34,7 @@ def select(sites: list[Site], include: Patterns, exclude: Patterns, rules: RankR
         _check_matches("rank", rules, sites)
         for rule in rules.values():
             ranks.check_rule(rule)
-    else:
+    elif rules is not None:
         ranks.check_rule(rules)
     selected = []
     for site in sites:
@@ -29,7 +42,7 @@ def select(sites: list[Site], include: Patterns, exclude: Patterns, rules: RankR
             site.refusal = "not in include"
         elif left is not None and _matches(site, left):
             site.refusal = "in exclude"
-        elif site.refusal is None and rule_of(site, rules) is None:
+        elif site.refusal is None and not rest and rule_of(site, rules) is None:
             site.refusal = "no rank given"
         if site.refusal is None:
             if not bool(site.module.weight.isfinite().all()):
@@ -58,6 +71,9 @@ def _matches(site: Site, patterns: Iterable[str]) -> bool:
     return any(fnmatchcase(name, pattern) for name in site.names for pattern in patterns)
 
 
-def rule_of(site: Site, rules: RankRules) -> Any:
+def rule_of(site: Site, rules: RankRules | None) -> Any:
+    """The rule of a layer under any of its names; None where no rule names it."""
+    if rules is None:
+        return None
     found = (ranks.rule_for(rules, name) for name in site.names)
     return next((rule for rule in found if rule is not None), None)

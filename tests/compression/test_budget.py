@@ -11,9 +11,9 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from kegfast import compress, data
 from kegfast.compression.budget import allocate, tabulate
-from kegfast.compression.calibration import probes
 from kegfast.compression.costs import parameters
 from kegfast.compression.decompose import factorize, relative_error
+from kegfast.compression.samples import probes
 from kegfast.models import LeNet5, ResNet14
 
 
@@ -92,6 +92,89 @@ def test_a_number_of_parameters_is_a_budget():
     assert 19_500 < report.parameters <= 20_000
 
 
+def test_a_mapping_settles_layers_and_the_budget_pays_for_the_rest():
+    model = odd()
+    rules = {"shared": (8, 8), "stem": "evbmf"}
+    student, report = compress(model, rules, budget={"params": 0.5})
+    free, alone = compress(model, budget={"params": 0.5}), compress(model, rules)[1]
+    assert report["shared"].rank == (8, 8) != free[1]["shared"].rank
+    assert report["stem"].rank == alone["stem"].rank
+    assert "explicit" in report["shared"].reason
+    assert 0.45 < report.parameters / report.parameters_before <= 0.5
+    assert set(report.ranks) > {"shared", "stem"}
+    assert "relative error" in report["fc"].reason
+    assert student(torch.randn(2, 3, 16, 16)).isfinite().all()
+
+
+@pytest.mark.parametrize("rule", [0.5, "energy=0.9", "evbmf", (6, 9)])
+def test_a_rule_limits_the_ranks_that_a_budget_may_give(rule):
+    model = ResNet14()
+    _, ruled = compress(model, rule)
+    _, report = compress(model, rule, budget={"params": 0.6})
+    assert report.parameters <= min(0.6 * report.parameters_before, ruled.parameters)
+    assert report.ranks
+    for name, rank in report.ranks.items():
+        sides = zip(rank, ruled.ranks[name], strict=True)
+        assert all((side is None) == (limit is None) for side, limit in sides)
+        assert all(side is None or side <= limit for side, limit in zip(rank, ruled.ranks[name], strict=True))
+
+
+PLANS = {"sensitivity", "relative sensitivity", "error", "relative error", "ratio", "energy"}
+
+
+def test_no_other_plan_would_have_changed_the_outputs_less():
+    """The plan taken is the best of all by measurement of its own student, not by prediction."""
+    torch.manual_seed(0)
+    model, samples = LeNet5().eval(), torch.randn(64, 1, 32, 32)
+    student, report = compress(model, budget={"params": 0.3}, calibration=samples)
+    assert report.plans.keys() == PLANS
+    best = min(report.plans.values())
+    taken = next(way for way, change in report.plans.items() if change == best)
+    assert f"({taken}, on the inputs)" in report["conv3"].reason
+    with torch.no_grad():
+        wanted = model(samples)
+        change = (student(samples) - wanted).square().sum() / (wanted - wanted.mean(0)).square().sum()
+    assert change <= best * 1.05  # the least squares after it make it better
+
+
+def test_every_plan_keeps_the_budget(monkeypatch):
+    from kegfast.compression import compress as function
+    from kegfast.compression.allocation import choose
+
+    module = __import__("sys").modules[function.__module__]
+    x = torch.randn(2, 3, 16, 16)
+    for kind in ("params", "flops"):
+        for wanted in PLANS:
+
+            def take(found, *args, wanted=wanted):
+                assert found.keys() == PLANS
+                return wanted, choose(found, *args)[1]
+
+            monkeypatch.setattr(module, "choose", take)
+            _, report = compress(odd(), budget={kind: 0.6}, example_input=x, measure=False)
+            after, before = (report.parameters, report.parameters_before)
+            if kind == "flops":
+                after, before = report.flops, report.flops_before
+            assert 0.3 * before < after <= 0.6 * before, wanted
+
+
+def test_the_plan_with_the_least_change_is_taken():
+    from kegfast.compression.allocation import choose
+
+    teacher = nn.Linear(4, 3)
+
+    def trial(plan):
+        student = nn.Linear(4, 3)
+        student.load_state_dict({name: value + plan["off"] for name, value in teacher.state_dict().items()})
+        return student
+
+    found = {"far": {"off": 0.5}, "near": {"off": -0.1}, "same": {"off": 0.5}}
+    way, changes = choose(found, teacher, trial, torch.randn(10, 4))
+    assert way == "near"
+    assert changes["near"] < changes["far"] == changes["same"]
+    assert choose(found, teacher, trial, None) == ("far", {})
+
+
 def test_a_budget_of_latency_follows_the_clock(monkeypatch):
     """The clock is pretended: the second convolution gains nothing from being factored."""
     torch.manual_seed(0)
@@ -139,7 +222,8 @@ def test_calibration_takes_any_source(form):
 
 
 def test_refitting_brings_outputs_closer():
-    from kegfast.compression.calibration import reestimate_norms, refit
+    from kegfast.compression.norms import reestimate_norms
+    from kegfast.compression.refit import refit
 
     torch.manual_seed(0)
     teacher = odd()

@@ -169,7 +169,7 @@ def test_ranks_are_rounded_up_where_it_saves():
         ({"rank": {"nothing": "evbmf"}}, "rank must match a layer"),
         ({"rank": {"conv1": (2, 6)}}, "in_rank must be an int from 1 to 1"),
         ({"rank": "svd"}, "rank must be"),
-        ({"rank": 0.5, "budget": {"params": 0.5}}, "exclude each other"),
+        ({"rank": {"conv3": (16, 120)}, "budget": {"params": 0.2}}, r"budget\['params'\] must be at least"),
         ({"budget": {"size": 0.5}}, "budget must be"),
         ({"budget": {"params": 1.5}}, "a fraction in"),
         ({"budget": {"params": 0.001}}, "must be at least"),
@@ -209,9 +209,36 @@ def test_flops_are_those_that_torch_counts():
     for which, flops in ((model, report.flops_before), (student, report.flops)):
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             which(X)
-        # `shared` runs twice; the report counts every layer once.
-        twice = report["shared"].flops if which is student else report["shared"].flops_before
-        assert counter.get_total_flops() == flops + twice
+        assert counter.get_total_flops() == flops
+
+
+class Pyramid(nn.Module):
+    """One head on images of two sizes, as detectors have it, and a Linear in a loop."""
+
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Conv2d(8, 16, 3, padding=1)
+        self.step = nn.Linear(16, 16)
+
+    def forward(self, x):  # (N, 8, H, W)
+        x = self.head(x).mean((2, 3)) + self.head(x[:, :, ::2, ::2]).mean((2, 3))
+        for _ in range(3):
+            x = torch.relu(self.step(x))
+        return x
+
+
+@pytest.mark.parametrize("rank", [{"head": (4, 4), "step": (5, None)}, {"head": (None, 5), "step": (4, 4)}])
+def test_flops_of_layers_that_run_several_times(rank):
+    torch.manual_seed(0)
+    model, x = Pyramid(), torch.randn(2, 8, 9, 7)
+    student, report = compress(model, rank, example_input=x, measure=False)
+    assert report["step"].flops_before == 3 * 2 * 2 * 16 * 16
+    for which, flops in ((model, report.flops_before), (student, report.flops)):
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            which(x)
+        assert counter.get_total_flops() == flops
+    _, measured = compress(model, rank, example_input=x)
+    assert measured["head"].latency["dense"] > 0
 
 
 def test_the_report_in_every_form():

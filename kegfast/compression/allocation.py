@@ -1,0 +1,196 @@
+"""Whose ranks to take: several ways to spend one budget, and the one that changes the outputs least."""
+
+import logging
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from kegfast.compression import costs
+from kegfast.compression.budget import Option, Rank, Table, allocate, settled, tabulate
+from kegfast.compression.decompose import Metric, whiten
+from kegfast.compression.evidence import Evidence
+from kegfast.compression.ranks import RankRule, layer_rank, spectra
+from kegfast.compression.report import CompressionReport
+from kegfast.compression.surgery import Site
+from kegfast.compression.traffic import Traffic, evaluation, tensors_of
+
+log = logging.getLogger(__name__)
+
+STEPS = 12
+"""Halvings of the interval in which a uniform share or energy is sought."""
+CHUNK = 64
+"""Samples that run at once."""
+
+Plan = dict[str, Rank | None]
+"""The ranks of each layer; None stays dense."""
+
+
+def plans(
+    sites: Sequence[Site],
+    selected: Sequence[Site],
+    budget: Mapping[str, float],
+    evidence: Evidence,
+    report: CompressionReport,
+    *,
+    fixed: Plan,
+    limits: Mapping[str, Rank],
+    step: int = 1,
+) -> dict[str, Plan]:
+    """Every way to spend the budget, by its name.
+
+    Args:
+        sites: all layers of the model.
+        selected: those that may be factored.
+        budget: kind and fraction of the whole model.
+        evidence: traffic for budgets other than of parameters, and metrics of the errors, if any.
+        report: gets the reason of layers that did not run.
+        fixed: layers whose ranks the caller named.
+        limits: pairs that layers' ranks may not exceed.
+        step: multiples that ranks must be.
+
+    Returns:
+        "sensitivity" (what an error does to the outputs), "relative sensitivity" (the same as a share of
+        each layer's all), "error" (of the weight), "relative error", and "ratio" and "energy", one number
+        for all layers. Without metrics the plans are "relative error", "error", "ratio" and "energy".
+
+    Raises:
+        ValueError: the budget is below what the cheapest ranks cost.
+    """
+    kind, fraction = next(iter(budget.items()))
+    total = spent = float(report.parameters_before) if kind == "params" else 0.0
+    chosen = {site.name for site in selected}
+    priced: dict[str, tuple[Site, costs.Cost, float]] = {}
+    for site in sites:
+        seen = evidence.traffic.get(site.name)
+        if site.name not in chosen or (kind != "params" and seen is None):
+            if kind in ("flops", "memory") and seen and isinstance(site.module, nn.Conv2d | nn.Linear):
+                dense = price(kind, site, seen, evidence)[1]
+                total, spent = total + dense, spent + dense
+            continue
+        cost, dense = price(kind, site, seen, evidence)
+        if kind == "params":
+            spent -= dense
+        else:
+            total += dense
+        if evidence.metrics and site.name not in evidence.metrics and site.name not in fixed:
+            report[site.name].reason = "did not run on the inputs"
+            spent += dense
+            continue
+        priced[site.name] = site, cost, dense
+    tables = _tables(priced, evidence.metrics, fixed, limits, step)
+    first = next(iter(tables.values()), {})
+    least = spent + sum(table.costs.min() for table in first.values())
+    if least > fraction * total:
+        raise ValueError(
+            f"budget[{kind!r}] must be at least {least / total:.4f} for this model, got {fraction}"
+        )
+    found = {way: allocate(own, fraction * total - spent) for way, own in tables.items()}
+    weights = {name: site.module.weight for name, (site, _, _) in priced.items()}
+    found |= _uniform_plans(weights, first, fraction * total - spent)
+    return {way: {name: option.rank for name, option in options.items()} for way, options in found.items()}
+
+
+def price(kind: str, site: Site, traffic: Traffic | None, evidence: Evidence) -> tuple[costs.Cost, float]:
+    """What a layer costs at each pair of ranks, and as it is."""
+    if kind == "params":
+        return costs.parameters(site.module.weight.shape), site.module.weight.numel()
+    if kind == "latency":
+        return costs.latency(site, traffic, evidence.example, seconds=0.1)
+    return getattr(costs, kind)(site.module, traffic)
+
+
+def _tables(
+    priced: Mapping[str, tuple[Site, costs.Cost, float]],
+    metrics: Mapping[str, Metric],
+    fixed: Plan,
+    limits: Mapping[str, Rank],
+    step: int,
+) -> dict[str, dict[str, Table]]:
+    """Tables of all layers for each way to weigh errors."""
+    ways: dict[str, dict[str, Table]] = {}
+    for name, (site, cost, dense) in priced.items():
+        weight = site.module.weight
+        for way, metric in (("sensitivity", metrics.get(name)), ("error", None)):
+            if (metrics and way == "sensitivity") or way == "error":
+                if name in fixed:
+                    table, size = settled(fixed[name], _price_of(fixed[name], cost, dense)), 1.0
+                else:
+                    table = tabulate(weight, cost, dense, metric=metric, step=step)
+                    size = max(float(whiten(weight, metric).square().sum()), 1e-30)
+                    table = table.capped(limits[name]) if name in limits else table
+                ways.setdefault(way, {})[name] = table
+                ways.setdefault(f"relative {way}", {})[name] = table.scaled(1 / size)
+    if not metrics:  # relative errors are comparable between layers, plain ones less so
+        ways = dict(reversed(ways.items()))
+    return ways
+
+
+def _price_of(rank: Rank | None, cost: costs.Cost, dense: float) -> float:
+    """Of ranks that the caller named; as much as the dense layer where nothing like it was measured."""
+    price = dense if rank is None else float(cost(*(np.array(side or 0) for side in rank)))
+    return price if np.isfinite(price) else dense
+
+
+def _uniform_plans(
+    weights: Mapping[str, Tensor], tables: Mapping[str, Table], budget: float
+) -> Iterator[tuple[str, dict[str, Option]]]:
+    """The highest share of channels, and of energy, at which all layers together fit the budget."""
+    values = {name: spectra(weight) for name, weight in weights.items()}
+    rules: dict[str, Callable[[float], RankRule]] = {"ratio": float, "energy": "energy={}".format}
+    for way, rule in rules.items():
+
+        def spend(number: float, rule: Callable[[float], RankRule] = rule) -> dict[str, Option]:
+            ranks = {name: layer_rank(w, rule(number), values[name]) for name, w in weights.items()}
+            return {name: tables[name].capped(rank).dearest() for name, rank in ranks.items()}
+
+        found, low, high = None, 0.0, 1.0
+        for _ in range(STEPS):
+            middle = (low + high) / 2
+            options = spend(middle)
+            if sum(option.cost for option in options.values()) <= budget:
+                found, low = options, middle
+            else:
+                high = middle
+        if found is not None:
+            yield way, found
+
+
+def choose(
+    found: Mapping[str, Plan], teacher: nn.Module, trial: Callable[[Plan], nn.Module], samples: Tensor | None
+) -> tuple[str, dict[str, float]]:
+    """The plan whose student's outputs are closest to the teacher's, and the distance of each.
+
+    Args:
+        found: plans by name.
+        teacher: the original.
+        trial: makes a plan's student.
+        samples: inputs; without any the first plan is taken.
+    """
+    if samples is None:
+        return next(iter(found)), {}
+    outputs = _outputs(teacher, samples)
+    distances: dict[str, float] = {}
+    for way, plan in found.items():
+        same = next((other for other in distances if found[other] == plan), None)
+        distances[way] = distances[same] if same else _distance(outputs, _outputs(trial(plan), samples))
+        log.info("ranks by %s: outputs change by %.4f", way, distances[way])
+    return min(distances, key=distances.__getitem__), distances
+
+
+@torch.no_grad()
+def _outputs(model: nn.Module, samples: Tensor) -> list[Tensor]:
+    """All outputs, in one tensor per place in what the model returns."""
+    with evaluation(model):
+        chunks = [tensors_of(model(chunk)) for chunk in samples.split(CHUNK)]
+    return [torch.cat(parts).float() for parts in zip(*chunks, strict=True)]
+
+
+def _distance(wanted: Sequence[Tensor], found: Sequence[Tensor]) -> float:
+    """Squared error of the outputs, as a share of their own variance."""
+    error = sum(float((a - b).square().sum()) for a, b in zip(wanted, found, strict=True))
+    size = sum(float((a - a.mean(0)).square().sum()) for a in wanted)
+    share = error / max(size, 1e-30)
+    return share if math.isfinite(share) else math.inf

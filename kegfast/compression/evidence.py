@@ -1,0 +1,66 @@
+"""What is known about a model beyond its weights: shapes, samples, how much each layer's errors matter."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from kegfast.check import expected
+from kegfast.compression.decompose import Metric
+from kegfast.compression.norms import look_familiar
+from kegfast.compression.samples import gather, probes
+from kegfast.compression.sensitivity import metrics
+from kegfast.compression.surgery import Site
+from kegfast.compression.traffic import Inputs, Traffic, trace
+
+
+@dataclass
+class Evidence:
+    """Empty where the caller gave neither inputs nor their shape."""
+
+    example: Inputs | None = None
+    samples: Tensor | None = None  # real, generated or noise
+    probes: bool = False  # the samples are noise
+    synthetic: bool = False  # they do not look to BatchNorm like what it was trained on
+    traffic: dict[str, Traffic] = field(default_factory=dict)
+    metrics: dict[str, Metric] = field(default_factory=dict)
+
+    @property
+    def source(self) -> str:
+        """Where the errors' weights come from, in two words."""
+        return "on noise" if self.probes else "on the inputs" if self.metrics else "by weight"
+
+
+def collect(
+    model: nn.Module,
+    sites: Sequence[Site],
+    selected: Sequence[Site],
+    *,
+    budget: bool,
+    example_input: Any,
+    calibration: Any,
+    samples: int,
+) -> Evidence:
+    """Runs the model as far as the arguments of `compress` allow."""
+    evidence = Evidence()
+    if example_input is not None:
+        sequence = isinstance(example_input, Sequence)
+        evidence.example = tuple(example_input) if sequence else (example_input,)
+        if not all(isinstance(part, Tensor) for part in evidence.example):
+            raise TypeError(expected("example_input", "a tensor or tensors", example_input))
+        evidence.traffic = trace(model, sites, evidence.example)
+    if calibration is not None:
+        evidence.samples = gather(calibration, samples)
+    elif budget and evidence.example is not None and len(evidence.example) == 1:
+        example = evidence.example[0]
+        if example.is_floating_point():
+            evidence.samples = probes(example.shape[1:])
+            evidence.probes = evidence.synthetic = True
+    if evidence.samples is not None:
+        evidence.samples = evidence.samples.to(next(model.parameters()))
+        if not evidence.synthetic:
+            evidence.synthetic = not look_familiar(model, evidence.samples)
+        if budget:
+            evidence.metrics = metrics(model, selected, evidence.samples, synthetic=evidence.synthetic)
+    return evidence

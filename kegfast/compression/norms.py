@@ -1,0 +1,99 @@
+"""BatchNorm under other inputs or other layers: its statistics re-estimated, or moved."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from kegfast.compression.traffic import Inputs, evaluation
+
+
+@contextmanager
+def batch_statistics(model: nn.Module) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
+    """Runs BatchNorm on each batch's own statistics, and collects these, without changing the model.
+
+    Whatever the inputs look like, every BatchNorm then passes on channels with the means and
+    variances that it learnt: activations as the layers behind it know them, even from noise.
+    """
+    norms = {name: m for name, m in model.named_modules() if isinstance(m, _BatchNorm)}
+    before = {name: (m.training, m.track_running_stats) for name, m in norms.items()}
+    seen: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def note(name: str) -> Callable[..., None]:
+        def hook(norm: nn.Module, args: Inputs) -> None:
+            dims = [d for d in range(args[0].dim()) if d != 1]
+            variance, mean = torch.var_mean(args[0].detach().float(), dims)
+            seen[name] = mean, variance
+
+        return hook
+
+    handles = [norm.register_forward_pre_hook(note(name)) for name, norm in norms.items()]
+    try:
+        for norm in norms.values():
+            norm.training, norm.track_running_stats = True, False
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+        for name, norm in norms.items():
+            norm.training, norm.track_running_stats = before[name]
+
+
+@torch.no_grad()
+def reestimate_norms(student: nn.Module, samples: Tensor) -> bool:
+    """Sets every BatchNorm's running statistics to those of the samples; False if there is none."""
+    with evaluation(student), batch_statistics(student) as seen:
+        student(samples)
+    for name, (mean, variance) in seen.items():
+        norm = student.get_submodule(name)
+        if norm.running_mean is not None:
+            norm.running_mean.copy_(mean)
+            norm.running_var.copy_(variance)
+    return bool(seen)
+
+
+@torch.no_grad()
+def look_familiar(model: nn.Module, samples: Tensor, limit: float = 0.04) -> bool:
+    """Whether the samples look to a model's BatchNorms like what they were trained on.
+
+    Real inputs reproduce the running means to about 0.02 standard deviations, generated ones
+    and noise to 0.06 and more. A model without BatchNorm finds everything familiar.
+    """
+    with evaluation(model), batch_statistics(model) as seen:
+        model(samples)
+    shifts = []
+    for name, (mean, _) in seen.items():
+        norm = model.get_submodule(name)
+        if norm.running_mean is not None:
+            deviation = (norm.running_var + norm.eps).sqrt()
+            shifts.append(((mean - norm.running_mean) / deviation).abs().mean())
+    return not shifts or float(torch.stack(shifts).mean()) < limit
+
+
+@torch.no_grad()
+def transfer_norms(student: nn.Module, teacher: nn.Module, samples: Tensor) -> bool:
+    """Moves BatchNorm's running statistics as compression moved them on synthetic samples.
+
+    Noise cannot say what a channel's mean is, but both models on the same noise say how far
+    compression shifted it: in units of its standard deviation that shift is applied to the statistics
+    that the teacher learnt from real data.
+    """
+    found = []
+    for model in (teacher, student):
+        with evaluation(model), batch_statistics(model) as seen:
+            model(samples)
+        found.append(seen)
+    for name, (mean, variance) in found[1].items():
+        if name not in found[0]:
+            continue
+        old_mean, old_variance = (part.clamp_min(0) if i else part for i, part in enumerate(found[0][name]))
+        norm, source = student.get_submodule(name), teacher.get_submodule(name)
+        if norm.running_mean is None:
+            continue
+        old_variance = old_variance.clamp_min(1e-12)
+        unit = (source.running_var / old_variance).sqrt()
+        norm.running_mean.copy_(source.running_mean + (mean - old_mean) * unit)
+        norm.running_var.copy_(source.running_var * (variance / old_variance))
+    return bool(found[1])

@@ -1,0 +1,91 @@
+"""What an error of each layer's weight does to the model's output."""
+
+import copy
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from kegfast.compression.decompose import Metric
+from kegfast.compression.norms import batch_statistics
+from kegfast.compression.surgery import Site
+from kegfast.compression.traffic import Inputs, evaluation, rows_of, tensors_of
+
+CHUNK = 64
+"""Samples that run at once wherever BatchNorm's own statistics are not in play."""
+
+
+def metrics(
+    model: nn.Module, sites: Sequence[Site], samples: Tensor, *, synthetic: bool, draws: int = 8
+) -> dict[str, Metric]:
+    """What an error of each layer's weight does to the model's output (a Kronecker-factored Hessian).
+
+    The squared change of the outputs, to first order and with neighbouring pixels taken as
+    independent (cf. Martens and Grosse 2015), is tr(G dW A dW^T): A the covariance of the layer's
+    input channels, G the second moments of the gradients of random projections of the output. The
+    mean is left out of A, since BatchNorm or the bias can take up a constant.
+
+    Args:
+        model: the teacher, unchanged.
+        sites: layers to look at.
+        samples: (n, ...) inputs.
+        synthetic: whether BatchNorm should use the samples' own statistics, as noise needs.
+        draws: random projections of the output.
+
+    Returns:
+        A metric for every site that ran, all in the same unit.
+    """
+    gathered: dict[str, list[Tensor]] = {}
+    handles = []
+    for site in sites:
+
+        def forward(module: nn.Module, args: Inputs, out: Tensor, name: str = site.name) -> None:
+            linear = isinstance(module, nn.Linear)
+            rows = rows_of(args[0].detach(), linear).float()
+            zero = rows.new_zeros(())
+            sums = gathered.setdefault(name, [zero, zero, zero, zero])
+            sums[0] = sums[0] + rows.T @ rows
+            sums[1] = sums[1] + rows.sum(0)
+            sums[2] = sums[2] + len(rows)
+
+            def backward(gradient: Tensor) -> None:
+                gradient = rows_of(gradient, linear).float()
+                sums[3] = sums[3] + gradient.T @ gradient
+
+            out.register_hook(backward)
+
+        handles.append(site.module.register_forward_hook(forward))
+    rng = torch.Generator(device=samples.device).manual_seed(0)
+    chunks = [samples] if synthetic else samples.split(CHUNK)
+    frozen = copy.copy(list(model.parameters()))
+    required = [parameter.requires_grad for parameter in frozen]
+    try:
+        for parameter in frozen:
+            parameter.requires_grad_(False)
+        with evaluation(model), torch.enable_grad():
+            for chunk in chunks:
+                chunk = chunk.clone().requires_grad_(True)
+                if synthetic:
+                    with batch_statistics(model):
+                        outputs = [out for out in tensors_of(model(chunk)) if out.requires_grad]
+                else:
+                    outputs = [out for out in tensors_of(model(chunk)) if out.requires_grad]
+                for draw in range(draws):
+                    noise = [torch.randn(o.shape, generator=rng, device=o.device) for o in outputs]
+                    torch.autograd.backward(
+                        outputs,
+                        [v.to(o) for v, o in zip(noise, outputs, strict=True)],
+                        retain_graph=draw < draws - 1,
+                    )
+    finally:
+        for handle in handles:
+            handle.remove()
+        for parameter, grad in zip(frozen, required, strict=True):
+            parameter.requires_grad_(grad)
+    found = {}
+    for name, (square, total, count, gradients) in gathered.items():
+        mean = total / count
+        output = gradients / (draws * len(samples))
+        if output.dim() == 2:
+            found[name] = Metric(square / count - mean[:, None] * mean, output)
+    return found
