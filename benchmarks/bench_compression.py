@@ -26,6 +26,7 @@ from benchmarks.resnet import resnet18, resnet50
 from kegfast import Generators, build_info, compress, data, load_weights
 from kegfast.compression.costs import factor_parameters
 from kegfast.compression.ranks import layer_rank
+from kegfast.distillation import Mixture
 from kegfast.extraction.procedural import DeadLeaves
 from kegfast.files import write_json
 from kegfast.models import LeNet5, ResNet14
@@ -50,7 +51,11 @@ def main() -> None:
     parser.add_argument("--teacher", choices=TEACHERS, default="fashion")
     parser.add_argument("--root", type=Path, default=Path("../shared"))
     parser.add_argument("--images", type=int, default=4000)
-    parser.add_argument("--generators", type=Path, help="of kegfast extract, for a column of theirs")
+    parser.add_argument(
+        "--generators",
+        type=Path,
+        help="of kegfast extract: a column of half theirs, half leaves",
+    )
     parser.add_argument("--ways", nargs="+", help="only columns that contain one of these words")
     parser.add_argument("--ratios", type=float, nargs="+", default=RATIOS)
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
@@ -98,10 +103,12 @@ def curve(args: argparse.Namespace):
         "budget, weights alone": {},
         "budget, noise": {"example_input": example, "measure": False},
         "budget, dead leaves": {"calibration": leaves},
-        "budget, 256 real": {"calibration": real},
     }
     if args.generators is not None:
-        ways["budget, generated"] = {"calibration": Generators.load(args.generators)}
+        mixture = Mixture([Generators.load(args.generators), DeadLeaves((1, 32, 32), mean, std)])
+        torch.manual_seed(1)
+        ways["budget, generators and leaves"] = {"calibration": mixture.sample(256)[0]}
+    ways["budget, 256 real"] = {"calibration": real}
     score = partial(accuracy, images=images, labels=labels)
     yield {
         "teacher": args.teacher,

@@ -46,6 +46,8 @@ class Table:
 
         Where there is none, the dense layer is the only option, or the cheapest where that is none either.
         """
+        if not self.ranks[:, 1].any():  # a matrix has one rank
+            rank = min(side for side in rank if side), None
         limits = np.array([side or 0 for side in rank])
         below = ((self.ranks <= limits) & ((self.ranks == 0) == (limits == 0))).all(axis=1)
         dense, cheapest = ~self.ranks.any(axis=1), self.costs == self.costs.min()

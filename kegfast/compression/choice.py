@@ -1,6 +1,7 @@
 """Never slower: what runs fastest is measured, layer by layer and then as a whole."""
 
 import logging
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -16,8 +17,11 @@ from kegfast.nn import TuckerConv2d, TuckerLinear
 
 log = logging.getLogger(__name__)
 
-NOISE = 0.02
-"""Differences below this share are those of the clock, not of the model."""
+MARGIN = 0.01
+"""By this share the student must be faster: what wins by less may lose when it is timed again."""
+
+ROUNDS = 3
+"""Turns at least; calls so slow that they get no more vary little."""
 
 
 def time_layers(
@@ -52,7 +56,7 @@ def _time_ways(ways: Mapping[str, nn.Module], inputs: Sequence[Tensor], seconds:
             way.eval()
         with torch.inference_mode():
             calls = {way: partial(run_all, layer, inputs) for way, layer in ways.items()}
-            return timing.interleaved(calls, seconds=seconds)
+            return timing.interleaved(calls, ROUNDS, seconds=seconds)
     finally:
         for layer, mode in modes.items():
             layer.training = mode
@@ -98,7 +102,7 @@ def keep_fastest(
         seconds: for each layer's timing.
 
     Returns:
-        The student, which in the last measurement was not slower than the teacher.
+        The student, which in the last measurement was faster than the teacher, or is it again.
     """
     timed = time_layers(student, sites, traffic, example, seconds)
     losses: dict[str, float] = {}
@@ -137,37 +141,61 @@ def _not_slower(
     report: CompressionReport,
     seconds: float,
 ) -> nn.Module:
-    """Times the whole model, and restores the layers that lost most until it is not slower."""
+    """Times the whole model, and restores the layers that lost most until it is surely not slower."""
     worst = sorted(losses, key=losses.__getitem__)
-    while True:
-        before, after = _time_models(teacher, student, example, seconds)
-        report.latency = {"before": before, "after": after}
-        if after <= before:
+    tries = 0
+    while worst:
+        times = _time_models(teacher, student, example, seconds)
+        report.latency = {name: statistics.median(values) for name, values in times.items()}
+        share = statistics.median(_shares(times))
+        if _faster(times):
             return student
-        if not worst:
-            report.notes.append("every layer is dense again; the rest is the clock's noise")
-            return student
-        # A quarter of the layers at once when it is far off.
-        step = max(1, len(worst) // 4) if after > before * (1 + NOISE) else 1
-        for _ in range(step):
-            name = worst.pop()
+        # A quarter of the layers at once when it is far off, few and then ever more when it is close.
+        step = len(worst) // 4 if share > 1 + MARGIN else 2**tries // 4
+        tries += 1
+        for name in worst[-max(1, step) :][::-1]:
+            worst.remove(name)
             student = _restore(
-                student, sites[name], report[name], "restored, the whole model was slower with it"
+                student, sites[name], report[name], "restored, the whole model was not faster with it"
             )
+    before = report.latency.get("before")
+    report.latency = {} if before is None else {"before": before, "after": before}
+    report.notes.append("every layer that runs is dense again: nothing was surely faster")
+    return student
 
 
 def _time_models(
     teacher: nn.Module, student: nn.Module, example: Inputs, seconds: float
-) -> tuple[float, float]:
-    """Median seconds of both; a student that seems slower is timed longer before it is believed."""
+) -> dict[str, list[float]]:
+    """Seconds of both, round by round; for longer where the first rounds leave it open."""
     calls = {"before": lambda: teacher(*example), "after": lambda: student(*example)}
     times: dict[str, list[float]] = {name: [] for name in calls}
-    before = after = 0.0
     with evaluation(student), evaluation(teacher), torch.inference_mode():
         for longer in (1, 2, 4):
-            for name, values in timing.take_turns(calls, seconds=longer * seconds).items():
+            for name, values in timing.take_turns(
+                calls, ROUNDS, seconds=longer * seconds, seed=longer
+            ).items():
                 times[name] += values
-            before, after = (statistics.median(values) for values in times.values())
-            if after <= before:
+            if _faster(times) or min(_interval(_shares(times))) > 1:
                 break
-    return before, after
+    return times
+
+
+def _shares(times: Mapping[str, Sequence[float]]) -> list[float]:
+    """After over before, round by round: what slows the machine for a while is in both."""
+    return [after / before for before, after in zip(times["before"], times["after"], strict=True)]
+
+
+def _faster(times: Mapping[str, Sequence[float]]) -> bool:
+    """Whether the student is faster by the margin, and surely not slower."""
+    shares = _shares(times)
+    return statistics.median(shares) <= 1 - MARGIN and max(_interval(shares)) <= 1
+
+
+def _interval(shares: Sequence[float]) -> tuple[float, float]:
+    """Of the median, with about 95 % confidence whatever the distribution (order statistics)."""
+    ordered = sorted(shares)
+    reach = math.ceil(math.sqrt(len(ordered)))  # 1.96 * sqrt(n) / 2, rounded up
+    middle = len(ordered) / 2
+    low, high = math.floor(middle - reach), math.ceil(middle + reach) - 1
+    return ordered[max(low, 0)], ordered[min(high, len(ordered) - 1)]

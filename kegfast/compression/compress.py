@@ -68,9 +68,11 @@ def compress(
             statistics, unless `calibration` is given). Without either, errors are relative to each
             weight's norm.
         calibration: unlabelled inputs (a tensor, a Dataset, a DataLoader, or anything with
-            `.sample(n)` such as Generators). Errors are weighted by them, last factors and biases
-            solved anew, BatchNorm statistics re-estimated, or, where the samples are visibly not what
-            the model was trained on, moved as they move on both models.
+            `.sample(n)` such as Generators). Errors are weighted by them, last factors and biases solved
+            anew, BatchNorm statistics re-estimated. Samples that are visibly not what the model was
+            trained on are first changed until BatchNorm finds them familiar (`match_statistics`, at
+            most 256 images of 32 x 32 or their like); then nothing is solved anew, and BatchNorm
+            statistics are moved as they move on both models.
         samples: how many to draw from `calibration`.
         measure: time dense, unfused and fused layers on `example_input` and keep what is fastest;
             the whole model is then never slower than before. Under a budget or explicit ranks a layer
@@ -218,7 +220,7 @@ def _adapt(student: nn.Module, teacher: nn.Module, evidence: Evidence, report: C
     """Lets the student's last factors and BatchNorms answer for what the ranks took away."""
     if evidence.samples is None or not report.ranks:
         return
-    if not evidence.probes:
+    if not evidence.synthetic:  # least squares would fit what only made samples have in common
         refit(student, teacher, evidence.samples)
         report.notes.append(f"last factors and biases solved anew on {len(evidence.samples)} inputs")
     if note := _adapt_norms(student, teacher, evidence):

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from kegfast.check import expected
 from kegfast.compression.decompose import Metric
+from kegfast.compression.matching import match_statistics
 from kegfast.compression.norms import look_familiar
 from kegfast.compression.samples import gather, probes
 from kegfast.compression.sensitivity import metrics
@@ -22,7 +23,7 @@ class Evidence:
     example: Inputs | None = None
     samples: Tensor | None = None  # real, generated or noise
     probes: bool = False  # the samples are noise
-    synthetic: bool = False  # they do not look to BatchNorm like what it was trained on
+    synthetic: bool = False  # at first they did not look to BatchNorm like what it was trained on
     traffic: dict[str, Traffic] = field(default_factory=dict)
     metrics: dict[str, Metric] = field(default_factory=dict)
 
@@ -59,8 +60,9 @@ def collect(
             evidence.probes = evidence.synthetic = True
     if evidence.samples is not None:
         evidence.samples = evidence.samples.to(next(model.parameters()))
-        if not evidence.synthetic:
-            evidence.synthetic = not look_familiar(model, evidence.samples)
+        if not evidence.probes and not look_familiar(model, evidence.samples):
+            evidence.synthetic = True
+            evidence.samples = match_statistics(model, evidence.samples)
         if budget:
-            evidence.metrics = metrics(model, selected, evidence.samples, synthetic=evidence.synthetic)
+            evidence.metrics = metrics(model, selected, evidence.samples, noise=evidence.probes)
     return evidence

@@ -16,7 +16,7 @@ CHUNK = 64
 
 
 def metrics(
-    model: nn.Module, sites: Sequence[Site], samples: Tensor, *, synthetic: bool, draws: int = 8
+    model: nn.Module, sites: Sequence[Site], samples: Tensor, *, noise: bool, draws: int = 8
 ) -> dict[str, Metric]:
     """What an error of each layer's weight does to the model's output (a Kronecker-factored Hessian).
 
@@ -29,7 +29,7 @@ def metrics(
         model: the teacher, unchanged.
         sites: layers to look at.
         samples: (n, ...) inputs.
-        synthetic: whether BatchNorm should use the samples' own statistics, as noise needs.
+        noise: whether BatchNorm should use the samples' own statistics, as noise needs.
         draws: random projections of the output.
 
     Returns:
@@ -56,7 +56,7 @@ def metrics(
 
         handles.append(site.module.register_forward_hook(forward))
     rng = torch.Generator(device=samples.device).manual_seed(0)
-    chunks = [samples] if synthetic else samples.split(CHUNK)
+    chunks = [samples] if noise else samples.split(CHUNK)
     frozen = copy.copy(list(model.parameters()))
     required = [parameter.requires_grad for parameter in frozen]
     try:
@@ -65,16 +65,16 @@ def metrics(
         with evaluation(model), torch.enable_grad():
             for chunk in chunks:
                 chunk = chunk.clone().requires_grad_(True)
-                if synthetic:
+                if noise:
                     with batch_statistics(model):
                         outputs = [out for out in tensors_of(model(chunk)) if out.requires_grad]
                 else:
                     outputs = [out for out in tensors_of(model(chunk)) if out.requires_grad]
                 for draw in range(draws):
-                    noise = [torch.randn(o.shape, generator=rng, device=o.device) for o in outputs]
+                    directions = [torch.randn(o.shape, generator=rng, device=o.device) for o in outputs]
                     torch.autograd.backward(
                         outputs,
-                        [v.to(o) for v, o in zip(noise, outputs, strict=True)],
+                        [v.to(o) for v, o in zip(directions, outputs, strict=True)],
                         retain_graph=draw < draws - 1,
                     )
     finally:
