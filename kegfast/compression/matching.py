@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kegfast.compression.surgery import clone
-from kegfast.extraction.moments import channel_moments
+from kegfast.extraction.moments import NormMoments
 from kegfast.extraction.teacher import FrozenTeacher
 
 log = logging.getLogger(__name__)
@@ -48,7 +48,7 @@ def match_statistics(model: nn.Module, samples: Tensor) -> Tensor:  # (n, ...) -
     with torch.enable_grad():
         for step in range(STEPS):
             output, seen = teacher(moved)
-            distance = sum(_distance(norm, x) for norm, x in seen)
+            distance = sum(map(_distance, seen))
             (moved.grad,) = torch.autograd.grad(distance + SPREAD * _spread(output), moved)
             optimiser.step()
             schedule.step()
@@ -59,12 +59,12 @@ def match_statistics(model: nn.Module, samples: Tensor) -> Tensor:  # (n, ...) -
     return moved.detach().to(samples) if bool(moved.isfinite().all()) else samples
 
 
-def _distance(norm: nn.Module, x: Tensor) -> Tensor:  # (N, C, ...) -> ()
+def _distance(seen: NormMoments) -> Tensor:
     """Of means and deviations, in units of the learnt deviations."""
-    mean, variance = channel_moments(x)
+    norm = seen.layer
     deviation = (norm.running_var + norm.eps).sqrt()
-    shift = (mean - norm.running_mean) / deviation
-    stretch = (variance + norm.eps).sqrt() / deviation - 1
+    shift = (seen.mean - norm.running_mean) / deviation
+    stretch = (seen.variance + norm.eps).sqrt() / deviation - 1
     return shift.square().mean() + stretch.square().mean()
 
 
