@@ -12,6 +12,7 @@ from typing import NoReturn
 
 from kegfast.cli import bench, compress, demo, distill, evaluate, extract, info, reproduce, train
 from kegfast.cli.config import with_defaults
+from kegfast.cli.memory import keep_freed_memory
 from kegfast.version import __version__
 
 COMMANDS = {
@@ -69,6 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(args: argparse.Namespace) -> None:
     """The command; under torchrun as one of several processes, of which the first speaks."""
+    keep_freed_memory()
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         COMMANDS[args.command].run(args)
         return

@@ -19,7 +19,9 @@ from kegfast.experiments.paper import Config, Paper
 from kegfast.extraction import RECIPES, Generators, extract
 from kegfast.extraction.class_sums import ClassSums
 from kegfast.extraction.procedural import DeadLeaves
+from kegfast.extraction.ranks import own_path
 from kegfast.loop import mix
+from kegfast.processes import place
 
 FEWER = 5
 """The paper's noise has so many times fewer samples: one generator's."""
@@ -140,7 +142,7 @@ class Sources:
         seconds = time.process_time() - start
         self.ledger.cell(self.key, lambda: {"seconds": seconds, "history": made.history})
         made.save(path)
-        checkpoint.unlink(missing_ok=True)
+        own_path(checkpoint, *place()).unlink(missing_ok=True)
         return made
 
     @property

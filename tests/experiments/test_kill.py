@@ -4,32 +4,14 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 SCRIPT = """
 import os, random, signal, sys, time
-from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
-
-from kegfast import data, loop
+import small_reproduce
 from kegfast.cli import main
-from kegfast.data.splits import make_splits
-from kegfast.experiments import tables
-from kegfast.experiments.paper import PAPERS
-from kegfast.models import MLP
-
-def load(name, root=None):
-    info, draw = data.describe(name), np.random.default_rng(0)
-    labels = draw.integers(0, info.num_classes, 300)
-    samples = (draw.normal(size=(300, *info.sample_shape)) + labels[:, None] / 3).astype(np.float32)
-    return make_splits(info, (samples, labels), (samples[:90], labels[:90]))
-
-data.load = load
-loop.CHECKPOINT_SECONDS = 0.05
-tables.SHOWN = 40
-small = replace(PAPERS["pendigits"], build=lambda: MLP(16, 10, units=20, depth=2), training={"steps": 300})
-PAPERS["pendigits"] = small
 
 def newest(folder):
     found = 0
@@ -71,7 +53,9 @@ OPTIONS = (
 
 def test_a_run_that_is_killed_many_times_ends_with_the_same_table(tmp_path):
     command = [sys.executable, "-c", SCRIPT, str(tmp_path), *OPTIONS.split()]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}  # a fork must not inherit a pool of threads
+    path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    # A fork must not inherit a pool of threads.
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     assert int(done.stdout.split()[-1]) >= 3, done.stdout
