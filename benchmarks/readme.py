@@ -85,6 +85,77 @@ def soft_target(rows: list[dict[str, Any]]) -> str:
     return markdown_table(["batch", "classes", "torch / kegfast", "compiled / kegfast"], cells)
 
 
+Found = dict[str, dict[str, float]]
+"""What an experiment of distillation found: mean, std and n by name."""
+
+
+def hinton(found: Found) -> str:
+    """Test errors beside the paper's, then what was to hold."""
+    names = {
+        "teacher": 67,
+        "student alone": 146,
+        "distilled": 74,
+        "distilled on moved images": "",
+        "without 3: errors": 206,
+        "without 3: errors after the shift": 109,
+        "7 and 8 only: errors": 4730,
+        "7 and 8 only: errors after the shift": 1320,
+        "one network": "",
+        "ensemble": "",
+        "distilled from the ensemble": "",
+    }
+    errors = [[name, paper, _mean(found[name], 1), found[name]["n"]] for name, paper in names.items()]
+    alone, teacher, one, ensemble = (
+        found[name]["mean"] for name in ("student alone", "teacher", "one network", "ensemble")
+    )
+    goals = []
+    for name in ("distilled", "distilled on moved images"):
+        own = found[name]["mean"]
+        goals.append(
+            (f"{name}: percent of the errors alone, 60 at most", 100 * own / alone, own <= 0.6 * alone)
+        )
+        goals.append(
+            (f"{name}: errors more than the teacher, 15 at most", own - teacher, own <= teacher + 15)
+        )
+    threes = found["without 3: percent right of the moved classes"]["mean"]
+    goals.append(("without 3: percent of the 3s right, 95 at least", threes, threes >= 95))
+    rest = found["7 and 8 only: errors after the shift"]["mean"] / 100
+    goals.append(("7 and 8 only: percent of errors, below 20", rest, rest < 20))
+    kept = 100 * (one - found["distilled from the ensemble"]["mean"]) / (one - ensemble)
+    goals.append(("ensemble: percent of its gain kept by one student, 80 at least", kept, kept >= 80))
+    return _tables(["errors of 10,000", "paper", "ours", "seeds"], errors, goals)
+
+
+def boundary(found: Found) -> str:
+    """Accuracies with little data, similarities of the boundaries, then what was to hold."""
+    shares = list(dict.fromkeys(name.split(", ")[0] for name in found if name[0].isdigit()))
+    losses = list(dict.fromkeys(name.split(", ")[1] for name in found if name[0].isdigit()))
+    rows = [[loss, *(_mean(found[f"{share}, {loss}"], 2) for share in shares)] for loss in losses]
+    goals = []
+    for share in shares:
+        alone = found[f"{share}, alone"]["mean"]
+        for loss in losses[1:]:
+            gain = found[f"{share}, {loss}"]["mean"] - alone
+            goals.append((f"{share}, {loss}: points above the student alone", gain, gain > 0))
+    students = ("alone", "soft_target", "boundary")
+    for measure in ("MagSim", "AngSim"):
+        cells = [found[f"boundaries, {student}: {measure}"] for student in students]
+        rows.append([f"{measure}: {', '.join(students)}", ", ".join(_mean(cell, 3) for cell in cells)])
+        means = [cell["mean"] for cell in cells]
+        rise = means[0] < means[1] < means[2]
+        goals.append((f"{measure} rises in this order; from first to last by", means[2] - means[0], rise))
+    across = found["boundaries: percent of the accepted across"]["mean"]
+    goals.append(("percent of the accepted samples across, 90 at least", across, across >= 90))
+    return _tables(["percent right", *shares], rows, goals)
+
+
+def _tables(headers: list[str], rows: list[list[Any]], goals: list[tuple[str, float, bool]]) -> str:
+    """A table, and under it whether each goal holds."""
+    rows = [row + [""] * (len(headers) - len(row)) for row in rows]
+    verdicts = [[goal, f"{value:.3g}", "yes" if holds else "no"] for goal, value, holds in goals]
+    return f"{markdown_table(headers, rows)}\n\n{markdown_table(['goal', 'ours', 'holds'], verdicts)}"
+
+
 def training(results: dict[str, Any]) -> str:
     """Training steps of generators and students over those of their rivals, by number of threads."""
     generators, students = results["generators"], results["students"]
@@ -108,6 +179,8 @@ TABLES: dict[str, tuple[str, str, Callable[[Any], str]]] = {
     "shuttle": ("reproduce_shuttle", "rows", paper),
     "soft_target": ("soft_target", "rows", soft_target),
     "training": ("training", "", training),
+    "hinton": ("hinton", "results", hinton),
+    "boundary": ("boundary", "results", boundary),
 }
 """Marker in the README -> results file, its key (empty for all of it), and what makes a table of it; the
 diversity benchmark writes its own."""
@@ -115,9 +188,17 @@ diversity benchmark writes its own."""
 
 def main() -> None:
     for name, (file, key, make) in TABLES.items():
+        if not (RESULTS / f"{file}.json").exists():
+            print(f"{file}.json is missing: the table '{name}' stays as it is")
+            continue
         results = json.loads((RESULTS / f"{file}.json").read_text(encoding="utf-8"))
         if not update_readme(name, make(results[key] if key else results)):
             raise ValueError(f"README.md has no place '<!-- benchmark: {name} -->'")
+
+
+def _mean(cell: dict[str, float], digits: int) -> str:
+    text = f"{cell['mean']:.{digits}f}"
+    return text if cell["n"] == 1 else f"{text} ± {cell['std']:.{digits}f}"
 
 
 def _spread(values: list[float], digits: int = 1) -> str:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks import readme
 from kegfast.cli import main
 from kegfast.data.splits import DataInfo, Samples, Splits
 from kegfast.experiments import boundary, hinton
@@ -56,6 +57,18 @@ def test_hinton(tmp_path, monkeypatch):
         assert 0 <= found[name]["mean"] < 20, name
     before, after = (found[f"7 and 8 only: errors{when}"]["mean"] for when in ("", " after the shift"))
     assert after < before
+    errors = {"teacher": 67, "student alone": 146, "distilled": 88, "distilled on moved images": 83}
+    errors |= {"one network": 200, "ensemble": 150, "distilled from the ensemble": 160}
+    shown = found | {name: {"mean": float(n), "std": 1.5, "n": 3} for name, n in errors.items()}
+    table = readme.hinton(shown)
+    for row in (
+        "| student alone | 146 | 146.0 ± 1.5 | 3 |",
+        "| distilled: percent of the errors alone, 60 at most | 60.3 | no |",
+        "| distilled: errors more than the teacher, 15 at most | 21 | no |",
+        "| distilled on moved images: percent of the errors alone, 60 at most | 56.8 | yes |",
+        "| ensemble: percent of its gain kept by one student, 80 at least | 80 | yes |",
+    ):
+        assert row in table
     cells = json.loads((tmp_path / "results.json").read_text())["cells"]
     assert cells["shared: teacher"] == found["teacher"]["mean"]
     monkeypatch.setattr(hinton, "_network", None)  # all is in the file
@@ -123,6 +136,10 @@ def test_boundary(tmp_path, monkeypatch):
     assert found["boundaries: percent of bases accepted"]["mean"] > 50
     assert found["boundaries: percent of the accepted across"]["mean"] == 100
     assert len(list(tmp_path.glob("*.hint.pt"))) == 1
+    table = readme.boundary(found)
+    assert f"| alone | {found['10 %, alone']['mean']:.2f} |" in table
+    gain = found["10 %, hint"]["mean"] - found["10 %, alone"]["mean"]
+    assert f"above the student alone | {gain:.3g} | {'yes' if gain > 0 else 'no'} |" in table
 
 
 def test_a_part_has_equally_many_of_each_class():
