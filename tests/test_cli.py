@@ -181,6 +181,10 @@ def test_compress_then_distill_then_evaluate(home, capsys):
         assert run(f"{distill} --source {source} --out d") == 0
         results = json.loads((home / "d/results.json").read_text())
         assert results["before"] == report["accuracy"][1]
+    losses = "soft_target+rkd_distance:25+rkd_angle:50+boundary"
+    assert run(f"{distill} --source real --loss {losses} --out d") == 0
+    results = json.loads((home / "d/results.json").read_text())
+    assert {"soft_target", "rkd_distance", "rkd_angle"} < results.keys()
     student = read_tensors(home / "d/student.safetensors")[0]
     assert any(
         not torch.equal(student[name], t)

@@ -95,7 +95,8 @@ def noisy_logits(
     Args:
         student: Logits, (B, C).
         teacher: Logits, (B, C).
-        share: Probability in [0, 1] that a sample is disturbed (the paper's alpha).
+        share: Probability in [0, 1] that a sample is disturbed (the paper's alpha). The defaults of
+            both are this library's choice.
         std: Standard deviation of the relative noise, at least 0 (the paper's sigma).
 
     Returns:
