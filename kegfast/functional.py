@@ -218,7 +218,8 @@ def soft_target(
     if not 0 < temperature < float("inf"):
         raise ValueError(expected("temperature", "a finite number above 0", temperature))
     teacher = teacher.detach()
-    known = student.dtype == torch.float32 and ("soft_target_forward", student.device.type) in _KERNELS
+    dtypes = (torch.float32, torch.bfloat16, torch.float16) if student.is_cuda else (torch.float32,)
+    known = student.dtype in dtypes and ("soft_target_forward", student.device.type) in _KERNELS
     fused = known and native.use_native()
     return (_fused_soft_target if fused else reference.soft_target)(student, teacher, temperature)
 

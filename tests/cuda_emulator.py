@@ -74,6 +74,17 @@ class Tucker2Call(ctypes.Structure):
     )
 
 
+class SoftTargetCall(ctypes.Structure):
+    """tests/emulator/harness.h's SoftTargetCall."""
+
+    _fields_ = (
+        [(name, ctypes.c_void_p) for name in ("student", "teacher", "loss", "gradient")]
+        + [(name, ctypes.c_int64) for name in ("student_stride", "teacher_stride")]
+        + [("temperature", ctypes.c_double)]
+        + [(name, ctypes.c_int) for name in ("batch", "classes", "dtype", "descending")]
+    )
+
+
 class View(NamedTuple):
     """A factor as the kernels see it: torch has no negative strides."""
 
@@ -98,7 +109,7 @@ class Emulator:
 
     def __init__(self, library: Path):
         self.library = ctypes.CDLL(str(library))
-        for name in ("diversity_error", "tucker2_error", "broken_error"):
+        for name in ("diversity_error", "tucker2_error", "soft_target_error", "broken_error"):
             getattr(self.library, name).restype = ctypes.c_char_p
 
     def call(self, name: str, errors: str, *arguments: object) -> None:
@@ -168,6 +179,20 @@ class Emulator:
         )  # fmt: skip
         self.call("emulate_tucker2", "tucker2_error", ctypes.byref(call))
         return y, t1, t2, call
+
+    def soft_target(self, student, teacher, temperature, order, want_gradient=True):
+        """Loss and gradient (or None); both start as NaN."""
+        loss = torch.full((), float("nan"), dtype=student.dtype)
+        gradient = None
+        if want_gradient:
+            gradient = torch.full(student.shape, float("nan"), dtype=student.dtype)
+        call = SoftTargetCall(
+            *(pointer(t) for t in (student, teacher, loss, gradient)),
+            student.stride(0), teacher.stride(0), temperature, *student.shape,
+            DTYPES.index(student.dtype), ORDERS.index(order),
+        )  # fmt: skip
+        self.call("emulate_soft_target", "soft_target_error", ctypes.byref(call))
+        return loss, gradient
 
 
 @functools.cache

@@ -15,13 +15,15 @@ import kegfast
 
 ROOT = Path(__file__).parents[1]
 TORCH = Path(importlib.util.find_spec("torch").origin).parent
-SOURCES = ("diversity", "tucker2")
+SOURCES = ("diversity", "soft_target", "tucker2")
 ARCHITECTURES = ("sm_80", "sm_90")
 # What a kernel may take for as many blocks a multiprocessor (65536 registers) as its design counts on:
 # 4 x 256 threads -> 64, 2 x 256 or 4 x 128 -> 128, 2 x 128 -> 255.
 REGISTERS = {
     "DiversitySort": 128,
     "SumSorted": 128,
+    "SoftTarget.* 16, 24>": 128,
+    "SoftTarget.* 8, 16>": 84,
     "Tucker2Fused.* 4>": 128,
     "Tucker2Fused": 255,
     "Tucker2Stage": 128,
@@ -168,6 +170,15 @@ def test_diversity_loads_16_bytes_and_sorts_in_registers(compiled):
         assert re.search(r"ld\.global(\.nc)?\.v4", body), name
 
 
+def test_soft_target_moves_16_bytes_and_reduces_by_shuffles(compiled):
+    for name, body in bodies(compiled, "soft_target", "SoftTarget"):
+        assert re.search(r"ld\.global(\.nc)?\.v4", body), name
+        assert re.search(r"st\.global\.v4", body), name
+        assert "shfl.sync.bfly" in body, name
+        assert "ex2.approx" in body, name
+        assert "ld.local" not in body, name
+
+
 def test_nothing_is_atomic(compiled):
     for source in SOURCES:
         for name, body in compiled[source].ptx.items():
@@ -194,7 +205,7 @@ def test_every_function_of_torch_that_is_called_exists(compiled):
 LOAD = """
 import sys, torch, kegfast
 torch.ops.load_library(sys.argv[1])
-for name in ("diversity_forward", "tucker2", "tucker2_forward", "tucker2_backward", "tucker2_as"):
+for name in ("diversity_forward", "soft_target_forward", "tucker2", "tucker2_forward", "tucker2_backward", "tucker2_as"):
     assert torch._C._dispatch_has_kernel_for_dispatch_key(f"kegfast::{name}", "CUDA"), name
 torch.ops.kegfast.cuda_allow_tf32(False)
 """

@@ -14,7 +14,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 TORCH = Path(importlib.util.find_spec("torch").origin).parent
-SOURCES = ("diversity", "tucker2")
+SOURCES = ("diversity", "soft_target", "tucker2")
 
 pytestmark = [
     pytest.mark.skipif(shutil.which("g++") is None, reason="the emulator needs g++"),

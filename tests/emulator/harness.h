@@ -28,5 +28,17 @@ extern "C" int emulate_diversity(const float* noises, const void* samples, doubl
                                  int features, int metric, int noise_metric, int dtype, int64_t shared_limit,
                                  int descending);
 
+// dtype as above, of all four tensors; the gradient may be null.
+struct SoftTargetCall {
+  const void *student, *teacher;
+  void *loss, *gradient;
+  int64_t student_stride, teacher_stride;
+  double temperature;
+  int batch, classes, dtype, descending;
+};
+
+extern "C" const char* soft_target_error();
+extern "C" int emulate_soft_target(const SoftTargetCall* call);
+
 extern "C" const char* broken_error();
 extern "C" int emulate_past_the_end(float* out);

@@ -74,6 +74,20 @@ for (shape, r1, r2, k, kernel, padding, dilation), dtype, layout in itertools.pr
             else:
                 assert value.numel() == 0
 
+soft_tolerance = {torch.float32: 2e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}
+for dtype, classes in itertools.product(soft_tolerance, (10, 1001)):
+    student, teacher = torch.randn(classes, 6).to(dtype).T, torch.randn(6, 2, classes).to(dtype)[:, 1]
+    for want_gradient in (True, False):
+        loss, gradient = ops.soft_target_forward(student, teacher, 3.0, want_gradient)
+        exact = student.double(), teacher.double(), 3.0
+        check(loss, reference.soft_target(*exact), soft_tolerance[dtype], "soft_target", dtype)
+        assert loss.dtype == gradient.dtype == dtype
+        if want_gradient:
+            wanted = reference.soft_target_gradient(*exact)
+            check(gradient, wanted, soft_tolerance[dtype], "soft_target gradient", dtype)
+        else:
+            assert gradient.numel() == 0
+
 first, core, last = torch.randn(2, 4, 1, 1), torch.randn(3, 2, 3, 3), torch.randn(6, 3, 1, 1)
 
 
@@ -87,6 +101,10 @@ for bad in (
     lambda: tucker2(torch.randn(1, 4, 2, 2), padding=0),
     lambda: tucker2(torch.randn(1, 4, 5, 5), stride=0),
     lambda: tucker2(torch.randn(1, 4, 5, 5).double()),
+    lambda: ops.soft_target_forward(torch.randn(3, 4), torch.randn(3, 5), 1.0, True),
+    lambda: ops.soft_target_forward(torch.randn(3, 4), torch.randn(3, 4).half(), 1.0, True),
+    lambda: ops.soft_target_forward(torch.randn(3, 4), torch.randn(3, 4), 0.0, True),
+    lambda: ops.soft_target_forward(torch.randn(0, 4), torch.randn(0, 4), 1.0, True),
     lambda: ops.diversity_forward(torch.randn(4, 2), torch.randn(5, 3), 0, 0, True, True),
     lambda: ops.diversity_forward(torch.randn(4, 2), torch.randn(4, 3), 4, 0, True, True),
     lambda: ops.diversity_forward(torch.randn(4, 2), torch.randn(4, 3).double(), 0, 0, True, True),

@@ -72,8 +72,27 @@ int tucker2(int channels, int rank_in, int rank_out, int features, int kernel, i
 }
 
 template <class T>
+int soft_target(int batch, int classes, int dtype) {
+  const auto student = numbers<T>(size_t(batch) * classes), teacher = numbers<T>(size_t(batch) * classes);
+  std::vector<T> loss(1), gradient(student.size());
+  const SoftTargetCall call{student.data(),
+                            teacher.data(),
+                            loss.data(),
+                            gradient.data(),
+                            classes,
+                            classes,
+                            2.0,
+                            batch,
+                            classes,
+                            dtype,
+                            0};
+  return emulate_soft_target(&call);
+}
+
+template <class T>
 int all(int dtype) {
   int failures = 0;
+  for (int classes : {7, 256, 1001, 13000}) failures += soft_target<T>(3, classes, dtype);
   for (int metric = 0; metric < 4; ++metric) {
     for (int noise_metric = 0; noise_metric < 2; ++noise_metric) {
       failures += diversity<T>(33, 5, 11, metric, noise_metric, dtype) +
@@ -101,6 +120,8 @@ int main(int count, char**) {
   // Beyond one block's shared memory: the merged sort.
   const int failures =
       diversity<float>(4100, 1, 1, 0, 0, 0) + all<float>(0) + all<uint16_t>(1) + all<uint16_t>(2);
-  if (failures != 0) std::fprintf(stderr, "%d failed: %s %s\n", failures, diversity_error(), tucker2_error());
+  if (failures != 0)
+    std::fprintf(stderr, "%d failed: %s %s %s\n", failures, diversity_error(), tucker2_error(),
+                 soft_target_error());
   return failures != 0;
 }
