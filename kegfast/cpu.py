@@ -61,7 +61,7 @@ def autotune(model: torch.nn.Module, example_input: Tensor) -> dict[str, dict[Fo
     if native._C is None:
         return {}
     times: dict[Shape, dict[Form, float]] = {}
-    for layer, x in _calls(model, example_input):
+    for layer, x in layer_calls(model, example_input):
         geometry = layer.core.stride, layer.core.padding, layer.core.dilation
         shape = shape_of(x, layer.core.weight, layer.last.out_channels, geometry)
         if shape not in times and x.dtype == torch.float32:
@@ -75,7 +75,7 @@ def autotune(model: torch.nn.Module, example_input: Tensor) -> dict[str, dict[Fo
     return {name_of(shape): seconds for shape, seconds in times.items()}
 
 
-def _calls(model: torch.nn.Module, example_input: Tensor) -> list[tuple["TuckerConv2d", Tensor]]:
+def layer_calls(model: torch.nn.Module, example_input: Tensor) -> list[tuple["TuckerConv2d", Tensor]]:
     """Every Tucker-2 layer with its input, in one forward pass in evaluation mode."""
     from kegfast.nn import TuckerConv2d
 
@@ -156,10 +156,15 @@ def name_of(shape: Shape) -> str:
 # ---- the table
 
 
-def cache_path() -> Path:
-    """Where measured forms are kept: in $KEGFAST_CACHE, else in kegfast/ of the user's cache folder."""
+def cache_folder() -> Path:
+    """Where measured forms are kept: $KEGFAST_CACHE, else kegfast/ in the user's cache folder."""
     default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kegfast"
-    return Path(os.environ.get("KEGFAST_CACHE") or default) / f"cpu-{_processor()}.json"
+    return Path(os.environ.get("KEGFAST_CACHE") or default)
+
+
+def cache_path() -> Path:
+    """This machine's file in it."""
+    return cache_folder() / f"cpu-{_processor()}.json"
 
 
 def _processor() -> str:

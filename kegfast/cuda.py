@@ -1,4 +1,10 @@
-"""Which form a Tucker-2 layer takes on a CUDA device: measured where `autotune` has run, else calculated."""
+"""Which form a Tucker-2 layer takes on a CUDA device: the fastest measured one, else torch's convolutions.
+
+A form is only taken where it was measured on this card and not slower than torch's own three convolutions,
+both called one by one and as a CUDA graph. `autotune` measures a model's layers; with
+`torch.backends.cudnn.benchmark` a shape is also measured when it is first called. What was measured is kept
+in a file and read by later processes.
+"""
 
 import json
 import logging
@@ -10,176 +16,258 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from kegfast import reference
+from kegfast import cpu, native, reference
 from kegfast.check import expected
 from kegfast.files import write_json
+from kegfast.version import __version__
 
 Form = Literal["fused", "stages", "convolutions"]
 Geometry = tuple[tuple[int, int], tuple[int, int], tuple[int, int]]  # stride, padding, dilation
+Times = dict[str, dict[str, float]]  # form -> {"eager": ms, "graph": ms}
 FORMS: dict[Form, int | None] = {"fused": 1, "stages": 2, "convolutions": None}
-"""The forms by their number in `torch.ops.kegfast.tucker2_as`."""
+"""The forms by their number in `torch.ops.kegfast.tucker2_as`; None stands for torch's convolutions."""
 
 _log = logging.getLogger(__name__)
-_measured: dict[str, Form] = {}
+_PACKAGED = Path(__file__).with_name("cuda_table.json")
+_measured: dict[str, Form] | None = None  # None: no file was read yet
+_chosen: dict[tuple[object, ...], int | None] = {}  # of the calls seen since the table last changed
 _tf32: bool | None = None
 
 
-def takes(x: Tensor, first: Tensor, core: Tensor, last: Tensor, geometry: Geometry) -> bool:
-    """Whether the compiled operator takes this call on x's CUDA device; else torch's convolutions do."""
-    if torch.compiler.is_compiling():  # the shapes may be symbols; the operator chooses by itself
-        return True
-    _follow_tf32()
-    if _measured:
-        form = _measured.get(_key(x, first, core, last, geometry))
-        if form is not None:
-            return form != "convolutions"
-    return expected_gain(x, first, core, last, geometry) >= 1
-
-
-def _follow_tf32() -> None:
-    """Tells the library whether float32 may be rounded to TF32, as torch's convolutions are told."""
-    global _tf32
-    if torch.backends.cudnn.allow_tf32 != _tf32:
-        _tf32 = torch.backends.cudnn.allow_tf32
-        torch.ops.kegfast.cuda_allow_tf32(_tf32)
-
-
-def expected_gain(
+def form(
     x: Tensor,  # (N, C, H, W)
     first: Tensor,  # (R1, C, 1, 1)
     core: Tensor,  # (R2, R1, kh, kw)
     last: Tensor,  # (K, R2, 1, 1)
     geometry: Geometry,
-) -> float:
-    """Time of three convolutions over time of the fused kernel, by bytes and multiply-adds alone.
+    training: bool,
+) -> int | None:
+    """What takes this call on x's device: a number for `tucker2_as`, 0 where the operator shall choose.
 
-    Calculated for an H200 (4.8 TB/s; 990 TFLOP/s in 16 bits, of which mma.sync reaches 60 %), not
-    measured. Launches, of which the fused form saves at least one, are left out.
+    None stands for torch's convolutions. `kegfast.backend("native")` insists on the compiled operator.
     """
-    multiply_adds_a_byte = (990e12 if x.dtype != torch.float32 else 495e12) / 2 / 4.8e12
-    n, c, h, w = x.shape
-    r2, r1, kh, kw = core.shape
-    sizes = zip((h, w), (kh, kw), *geometry, strict=True)
-    out_h, out_w = ((size + 2 * p - d * (k - 1) - 1) // s + 1 for size, k, s, p, d in sizes)
-    pixels, out, bytes_ = n * h * w, n * out_h * out_w, x.element_size()
-    k = last.shape[0]
-    stages = (
-        (pixels * (c + r1), pixels * c * r1),
-        (pixels * r1 + out * r2, out * r1 * r2 * kh * kw),
-        (out * (r2 + k), out * r2 * k),
-    )
-    apart = sum(max(moved * bytes_, work / multiply_adds_a_byte) for moved, work in stages)
-    work = sum(work for _, work in stages)
-    return apart / max((pixels * c + out * k) * bytes_, work / (0.6 * multiply_adds_a_byte))
+    if native._backend == "native":
+        _follow_tf32()
+        return 0
+    if torch.compiler.is_compiling():  # the shapes may be symbols; inductor fuses convolutions by itself
+        return None
+    tf32 = _follow_tf32()
+    key = (
+        x.shape, x.dtype, x.stride(1) == 1, x.device.index, first.shape, core.shape, core.stride(1) == 1,
+        last.shape, geometry, training, tf32,
+    )  # fmt: skip
+    try:
+        return _chosen[key]
+    except KeyError:
+        name = _key(x, first, core, last, geometry, training)
+        taken = table().get(name)
+        if taken is None and torch.backends.cudnn.benchmark and not torch.cuda.is_current_stream_capturing():
+            times = _measure_forms(x, first, core, last, geometry, training)
+            taken = _keep({name: times})[name]
+        if taken is not None or not torch.backends.cudnn.benchmark:
+            _chosen[key] = FORMS[taken or "convolutions"]
+        return FORMS[taken or "convolutions"]
 
 
-def _key(x: Tensor, first: Tensor, core: Tensor, last: Tensor, geometry: Geometry) -> str:
-    layout = "nhwc" if x.stride(1) == 1 else "nchw"
-    name = torch.cuda.get_device_name(x.device)
+def _follow_tf32() -> bool:
+    """Tells the library whether float32 may be rounded to TF32, as torch's convolutions are told."""
+    global _tf32
+    allowed = torch.backends.cudnn.allow_tf32
+    if allowed != _tf32:
+        torch.ops.kegfast.cuda_allow_tf32(allowed)
+        _tf32 = allowed
+    return allowed
+
+
+def _key(
+    x: Tensor, first: Tensor, core: Tensor, last: Tensor, geometry: Geometry, training: bool
+) -> str:  # what a time depends on, beside versions
+    layouts = " ".join("nhwc" if t.stride(1) == 1 else "nchw" for t in (x, core))
     shapes = " ".join("x".join(map(str, t.shape)) for t in (x, first, core, last))
-    return f"{name} | {x.dtype} {layout} | {shapes} | {geometry}"
+    precision = f"{x.dtype}{' tf32' * (x.dtype == torch.float32 and torch.backends.cudnn.allow_tf32)}"
+    use = "training" if training else "inference"
+    return f"{torch.cuda.get_device_name(x.device)} | {precision} {layouts} | {shapes} | {geometry} | {use}"
 
 
-def autotune(model: torch.nn.Module, example_input: Tensor) -> dict[str, dict[Form, float]]:
+def autotune(model: torch.nn.Module, example_input: Tensor, training: bool = False) -> dict[str, Times]:
     """Measures every form of the model's Tucker-2 layers on its device; later calls take the fastest.
 
+    A form has to be at least as fast as torch's convolutions both eagerly and as a CUDA graph. The choice
+    is kept in `cache_path()` for later processes.
+
     Args:
-        model: a module with `kegfast.nn.TuckerConv2d` layers, on a CUDA device, in evaluation mode.
+        model: a module with `kegfast.nn.TuckerConv2d` layers, on a CUDA device.
         example_input: what the model is called with, of the batch size to tune for.
+        training: measure a forward and a backward pass, else inference alone (default).
 
     Returns:
-        Per layer shape, milliseconds per form (medians, interleaved).
+        Per layer shape and form, milliseconds a call (medians, interleaved): "eager" and "graph".
 
     Raises:
         ValueError: where example_input is not on a CUDA device.
     """
-    if not example_input.is_cuda:
-        raise ValueError(expected("example_input", "on a CUDA device", example_input))
+    if not (isinstance(example_input, Tensor) and example_input.is_cuda):
+        raise ValueError(expected("example_input", "a tensor on a CUDA device", example_input))
     _follow_tf32()
-    times = {}
-    with torch.inference_mode():
-        for key, arguments in _calls(model, example_input):
-            if key not in times:
-                times[key] = measure({form: _runner(form, arguments) for form in FORMS})
-                _measured[key] = min(times[key], key=times[key].__getitem__)
-                _log.info("%s: %s", key, times[key])
+    times: dict[str, Times] = {}
+    for arguments in _calls(model, example_input):
+        key = _key(*arguments, training)
+        if key not in times:
+            times[key] = _measure_forms(*arguments, training)
+    _keep(times)
     return times
 
 
-def _calls(model: torch.nn.Module, example_input: Tensor) -> Iterator[tuple[str, tuple]]:
-    """The arguments of every Tucker-2 convolution in one forward pass."""
-    from kegfast.nn import TuckerConv2d
+def fastest(times: Times) -> Form:
+    """The form with the shortest graph among those never slower than torch's convolutions."""
+    floor = times["convolutions"]
+    fit = [f for f, ms in times.items() if all(ms[way] <= floor[way] for way in floor)]
+    return min(fit, key=lambda f: times[f]["graph"])
 
-    found = []
 
-    def record(layer, inputs, _):
+def _calls(model: torch.nn.Module, example_input: Tensor) -> Iterator[tuple]:
+    """(x, first, core, last, geometry) of every Tucker-2 convolution in one forward pass."""
+    for layer, x in cpu.layer_calls(model, example_input):
         weights = layer.first.weight, layer.core.weight, layer.last.weight
-        geometry = layer.core.stride, layer.core.padding, layer.core.dilation
-        arguments = (inputs[0], *weights, layer.last.bias, geometry, layer.activation)
-        found.append((_key(inputs[0], *weights, geometry), arguments))
-
-    layers = [module for module in model.modules() if isinstance(module, TuckerConv2d)]
-    hooks = [layer.register_forward_hook(record) for layer in layers]
-    try:
-        model(example_input)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    yield from found
+        yield x, *weights, (layer.core.stride, layer.core.padding, layer.core.dilation)
 
 
-def _runner(form: Form, arguments: tuple) -> Callable[[], Tensor]:
-    x, first, core, last, bias, geometry, activation = arguments
-    number = FORMS[form]
-    if number is None:
-        return lambda: reference.tucker_conv2d(x, first, core, last, bias, *geometry, activation)
+def _measure_forms(
+    x: Tensor, first: Tensor, core: Tensor, last: Tensor, geometry: Geometry, training: bool
+) -> Times:
+    tensors = [t.detach().clone(memory_format=torch.preserve_format) for t in (x, first, core, last)]
     ints = [n for pair in geometry for n in pair]
-    call = torch.ops.kegfast.tucker2_as
-    return lambda: call(x, first, core, last, bias, *ints, activation == "relu", number)
+    ops = torch.ops.kegfast
+
+    def forward(name: Form) -> Tensor:
+        number = FORMS[name]
+        if number is None:
+            return reference.tucker_conv2d(*tensors, None, *geometry, None)
+        if training:
+            return ops.tucker2_forward(*tensors, None, *ints, False, True)[0]
+        return ops.tucker2_as(*tensors, None, *ints, False, number)
+
+    def step(name: Form) -> Callable[[], object]:
+        if not training:
+            return lambda: forward(name)
+        return lambda: torch.autograd.grad(forward(name), tensors, grad)
+
+    with torch.inference_mode(False), torch.set_grad_enabled(training):
+        if training:
+            tensors = [t.clone().requires_grad_() for t in tensors]
+            grad = torch.ones_like(reference.tucker_conv2d(*tensors, None, *geometry, None))
+        names = [name for name in FORMS if name != "stages" or not training]
+        return measure({name: step(name) for name in names})
 
 
-def measure(
-    runners: dict[str, Callable[[], object]], rounds: int = 15, repeats: int = 20
-) -> dict[str, float]:
-    """Milliseconds per call: medians over interleaved rounds of CUDA-graph replays, `repeats` calls each."""
-    graphs = {}
+def measure(runners: dict[str, Callable[[], object]], rounds: int = 9, turn_ms: float = 2) -> Times:
+    """Milliseconds per call: medians over interleaved rounds, each of about `turn_ms` and one call at least.
+
+    "eager": calls one after another; "graph": the replay of a CUDA graph of as many calls.
+    """
+    turns: dict[tuple[str, str], Callable[[], object]] = {}
+    repeats: dict[str, int] = {}
     for name, run in runners.items():
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            run()
-        torch.cuda.current_stream().wait_stream(stream)
-        graphs[name] = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graphs[name]):
-            for _ in range(repeats):
+            for _ in range(3):
                 run()
-    samples: dict[str, list[float]] = {name: [] for name in runners}
+        torch.cuda.current_stream().wait_stream(stream)
+        repeats[name] = count = max(1, min(50, round(turn_ms / _elapsed(run))))
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            for _ in range(count):
+                run()
+        turns[name, "eager"] = lambda run=run, count=count: [run() for _ in range(count)]
+        turns[name, "graph"] = graph.replay
+    samples: dict[tuple[str, str], list[float]] = {turn: [] for turn in turns}
     for _ in range(rounds):
-        for name, graph in graphs.items():
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            graph.replay()
-            end.record()
-            end.synchronize()
-            samples[name].append(start.elapsed_time(end) / repeats)
-    return {name: statistics.median(values) for name, values in samples.items()}
+        for turn, body in turns.items():
+            samples[turn].append(_elapsed(body) / repeats[turn[0]])
+    return {
+        name: {way: statistics.median(samples[name, way]) for way in ("eager", "graph")} for name in runners
+    }
+
+
+def _elapsed(body: Callable[[], object]) -> float:  # milliseconds on the current stream
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    body()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end)
+
+
+# ---- the table
+
+
+def cache_path() -> Path:
+    """This user's file."""
+    return cpu.cache_folder() / "cuda.json"
+
+
+def table() -> dict[str, Form]:
+    """What is known of this machine and these versions: shape -> form."""
+    global _measured
+    if _measured is None:
+        _measured = {}
+        for path in (_PACKAGED, cache_path()):
+            if path.exists():
+                try:
+                    load_table(path)
+                except (ValueError, OSError) as error:
+                    _log.warning("%s is left aside: %s", path, error)
+    return _measured
+
+
+def _keep(times: dict[str, Times]) -> dict[str, Form]:
+    """Enters what was measured, here and in the user's file; the forms."""
+    found = {key: fastest(ms) for key, ms in times.items()}
+    for key, ms in times.items():
+        _log.info("%s: %s of %s", key, found[key], ms)
+    known = table()
+    known.update(found)
+    _chosen.clear()
+    try:
+        path = cache_path()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        others = _read(path) if path.exists() else {}
+        write_json(path, {"versions": _versions(), "forms": {**others, **known}})
+    except (OSError, ValueError) as error:
+        _log.warning("measured forms are not kept: %s", error)
+    return found
+
+
+def _versions() -> dict[str, object]:
+    return {"kegfast": __version__, "torch": torch.__version__, "cudnn": torch.backends.cudnn.version()}
 
 
 def save_table(path: str | Path) -> None:
-    """Writes what `autotune` has measured in this process as JSON."""
-    write_json(path, _measured)
+    """Writes `table()` as JSON, with the versions that it holds for."""
+    write_json(path, {"versions": _versions(), "forms": table()})
 
 
 def load_table(path: str | Path) -> None:
-    """Adds the entries of a file written by `save_table`.
+    """Adds the entries of a file written by `save_table`, if it was written under the same versions.
 
     Raises:
         ValueError: for a file that holds anything else.
     """
+    table().update(_read(Path(path)))
+    _chosen.clear()
+
+
+def _read(path: Path) -> dict[str, Form]:
+    wrong = ValueError(expected("path", "a table written by save_table", path))
     try:
-        table = json.loads(Path(path).read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(expected("path", "a table written by save_table", path)) from error
-    if not isinstance(table, dict) or not all(form in FORMS for form in table.values()):
-        raise ValueError(expected("path", "a table written by save_table", path))
-    _measured.update(table)
+        content = json.loads(path.read_text())
+    except ValueError as error:
+        raise wrong from error
+    forms = content.get("forms") if isinstance(content, dict) else None
+    if not isinstance(forms, dict) or not all(isinstance(f, str) and f in FORMS for f in forms.values()):
+        raise wrong
+    if content.get("versions") != _versions():
+        _log.info("%s was measured under %s and is left aside", path, content.get("versions"))
+        return {}
+    return forms

@@ -173,17 +173,18 @@ def tucker_conv2d(
     """
     geometry = _check_tucker2(x, first, core, last, bias, stride, padding, dilation, activation)
     x, first, core, last, bias = _autocast(x, first, core, last, bias)
-    if not _fuses(x, core) or (x.is_cuda and not cuda.takes(x, first, core, last, geometry)):
-        tuning.note_unfused()
-        return reference.tucker_conv2d(x, first, core, last, bias, *geometry, activation)
-    ints = [n for pair in geometry for n in pair]
     weights = (x, first, core, last, bias)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in weights):
+    training = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in weights)
+    form = _form(*weights[:4], geometry, training) if _fuses(x, core) else None
+    if form is None:
+        tuning.note_unfused()
+        return reference.tucker_conv2d(*weights, *geometry, activation)
+    ints = [n for pair in geometry for n in pair]
+    if training:
         keep = not recompute and any(t.requires_grad for t in (first, core, last))
         return torch.ops.kegfast.tucker2_forward(*weights, *ints, activation == "relu", keep)[0]
-    if x.is_cpu and not torch.compiler.is_compiling() and not cpu.takes(x, core, last.shape[0], geometry):
-        tuning.note_unfused()
-        return reference.tucker_conv2d(x, first, core, last, bias, *geometry, activation)
+    if form:
+        return torch.ops.kegfast.tucker2_as(*weights, *ints, activation == "relu", form)
     return torch.ops.kegfast.tucker2(*weights, None, *ints, activation == "relu")
 
 
@@ -295,16 +296,33 @@ def _fuses(x: Tensor, core: Tensor) -> bool:
     )
 
 
+def _form(
+    x: Tensor,
+    first: Tensor,
+    core: Tensor,
+    last: Tensor,
+    geometry: tuple[tuple[int, int], ...],
+    training: bool,
+) -> int | None:
+    """What takes the call: a number for `tucker2_as` (CUDA), 0 the operator's own choice, None torch."""
+    if x.is_cuda:
+        return cuda.form(x, first, core, last, geometry, training)
+    asked = not training and not torch.compiler.is_compiling()
+    return None if asked and not cpu.takes(x, core, last.shape[0], geometry) else 0
+
+
 def fuses_inference(x: Tensor) -> bool:
-    """Whether a call outside autograd may go straight to `torch.ops.kegfast.tucker2`.
+    """Whether a call outside autograd may go straight to `torch.ops.kegfast`.
 
     Only what is cheap to ask: the operator refuses the rest, and `tucker_conv2d` then decides.
     """
+    if not isinstance(x, Tensor):
+        return False
+    device = "cpu" if x.is_cpu else "cuda"
     return (
-        isinstance(x, Tensor)
-        and x.is_cpu  # packed factors are the CPU's
+        (x.is_cpu or (x.is_cuda and ("tucker2", "cuda") in _KERNELS))
         and x.dim() == 4
         and x.dtype is not torch.float64
         and native.use_native()
-        and not torch.is_autocast_enabled("cpu")
+        and not torch.is_autocast_enabled(device)
     )

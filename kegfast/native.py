@@ -66,12 +66,18 @@ def use_native() -> bool:
     return True
 
 
+def insists() -> bool:
+    """Whether `backend("native")` is in force: no faster rival is taken."""
+    return _backend == "native"
+
+
 class backend:
     """Chooses how operators run; a setter, or a context manager that restores what was.
 
     Args:
-        name: "auto" takes compiled kernels where they exist (default), "native" insists on them,
-            "reference" runs the plain torch definitions of `kegfast.reference`.
+        name: "auto" takes compiled kernels where they exist (default), "native" insists on them (on CUDA
+            also where torch's own convolutions are faster or nothing was measured), "reference" runs
+            the plain torch definitions of `kegfast.reference`.
 
     Raises:
         ValueError: for another name.

@@ -1,11 +1,12 @@
 """Modules: drop-in layers and losses over `kegfast.functional`."""
 
+from itertools import chain
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from kegfast import cpu, functional
+from kegfast import cpu, cuda, functional
 from kegfast.check import expected
 from kegfast.packed import PackedFactors, PreparedCall, Weights
 
@@ -168,6 +169,8 @@ class TuckerConv2d(nn.Module):
         if not functional.fuses_inference(x):
             return self._forward_checked(x)
         stride, padding, dilation, activation = options
+        if x.is_cuda:
+            return self._forward_cuda(x, weights, options)
         if not cpu.takes(x, weights[1], weights[2].shape[0], (stride, padding, dilation)):
             return self._forward_checked(x)
         packed = self._packed(*weights[:3], stride, dilation, functional.reads_channels_last(x))
@@ -178,6 +181,19 @@ class TuckerConv2d(nn.Module):
             return self._forward_checked(x)  # says what is wrong with the arguments
         self._prepared.learn(x, y, weights, options, packed, arguments)
         return y
+
+    def _forward_cuda(self, x: Tensor, weights: Weights, options: tuple) -> Tensor:
+        """The measured form, straight; torch's convolutions where they are faster."""
+        *geometry, activation = options
+        if all(w.dtype is x.dtype for w in weights[:3]):
+            form = cuda.form(x, *weights[:3], tuple(geometry), False)
+            if form is not None:
+                arguments = *chain.from_iterable(geometry), activation is not None, form
+                try:
+                    return torch.ops.kegfast.tucker2_as.default(x, *weights, *arguments)
+                except RuntimeError:
+                    pass  # below, what is wrong with the arguments
+        return self._forward_checked(x)
 
     def to_sequential(self) -> nn.Sequential:
         """The three convolutions (sharing these parameters), for quantisation or other tools."""
