@@ -17,6 +17,7 @@ ORDERS = ("ascending", "descending")
 FORMS = ("automatic", "fused", "stages")
 H200_SHARED = 227 * 1024
 A100_SHARED = 163 * 1024
+PANEL = 64 << 20  # bytes of each matrix over pairs
 
 
 def compile_emulator(folder: Path, *flags: str, program: Path | None = None) -> Path:
@@ -74,6 +75,19 @@ class Tucker2Call(ctypes.Structure):
     )
 
 
+class DiversityCall(ctypes.Structure):
+    """tests/emulator/harness.h's DiversityCall."""
+
+    _fields_ = (
+        [(n, ctypes.c_void_p) for n in ("noises", "samples", "exponent", "noise_gradient", "sample_gradient")]
+        + [(name, ctypes.c_int) for name in ("batch", "noise_size", "features", "metric", "noise_metric")]
+        + [(name, ctypes.c_int) for name in ("dtype", "descending")]
+        + [(name, ctypes.c_int64) for name in ("shared_bytes", "panel_bytes")]
+        + [(name, ctypes.c_int) for name in ("dry", "launches")]
+        + [("workspace", ctypes.c_int64)]
+    )
+
+
 class SoftTargetCall(ctypes.Structure):
     """tests/emulator/harness.h's SoftTargetCall."""
 
@@ -117,37 +131,32 @@ class Emulator:
             raise RuntimeError(getattr(self.library, errors)().decode())
 
     def diversity(
-        self,
-        noises,
-        samples,
-        metric,
-        noise_metric,
-        order,
-        noise_grad=True,
-        sample_grad=True,
-        shared=H200_SHARED,
-    ):
+        self, noises, samples, metric, noise_metric, order,
+        noise_grad=True, sample_grad=True, shared=H200_SHARED, panel=PANEL,
+    ):  # fmt: skip
         """Exponent, noise gradient, sample gradient; the outputs start as NaN."""
         exponent = torch.full((), float("nan"), dtype=torch.float64)
         noise_gradient = torch.full(noises.shape, float("nan")) if noise_grad else None
         sample_gradient = torch.full(samples.shape, float("nan")) if sample_grad else None
-        self.call(
-            "emulate_diversity",
-            "diversity_error",
-            pointer(noises),
-            pointer(samples),
-            pointer(exponent),
-            pointer(noise_gradient),
-            pointer(sample_gradient),
-            *noises.shape,
-            samples.shape[1],
-            METRICS.index(metric),
-            NOISE_METRICS.index(noise_metric),
-            DTYPES.index(samples.dtype),
-            ctypes.c_int64(shared),
-            ORDERS.index(order),
-        )
-        return exponent, noise_gradient, sample_gradient
+        outputs = exponent, noise_gradient, sample_gradient
+        call = DiversityCall(
+            *(pointer(t) for t in (noises, samples, *outputs)), *noises.shape, samples.shape[1],
+            METRICS.index(metric), NOISE_METRICS.index(noise_metric), DTYPES.index(samples.dtype),
+            ORDERS.index(order), shared, panel,
+        )  # fmt: skip
+        self.call("emulate_diversity", "diversity_error", ctypes.byref(call))
+        return outputs
+
+    def diversity_plan(self, batch, features, metric, noise_metric, dtype=torch.float32, noise_grad=True):
+        """The call that training on these sizes would make: workspace and launches, nothing computed."""
+        somewhere = ctypes.c_void_p(256)  # never read
+        call = DiversityCall(
+            *[somewhere] * 3, somewhere if noise_grad else None, somewhere, batch, 10, features,
+            METRICS.index(metric), NOISE_METRICS.index(noise_metric), DTYPES.index(dtype), 0,
+            H200_SHARED, PANEL, True,
+        )  # fmt: skip
+        self.call("emulate_diversity", "diversity_error", ctypes.byref(call))
+        return call
 
     def tucker2(
         self, x, first, core, last, bias, stride, padding, dilation, relu, order,

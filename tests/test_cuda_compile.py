@@ -21,6 +21,7 @@ ARCHITECTURES = ("sm_80", "sm_90")
 # 4 x 256 threads -> 64, 2 x 256 or 4 x 128 -> 128, 2 x 128 -> 255.
 REGISTERS = {
     "DiversitySort": 128,
+    "Distances": 128,
     "SumSorted": 128,
     "SoftTarget.* 16, 24>": 128,
     "SoftTarget.* 8, 16>": 84,
@@ -168,6 +169,7 @@ def test_diversity_loads_16_bytes_and_sorts_in_registers(compiled):
         assert "ld.local" not in body, name
     for name, body in bodies(compiled, "diversity", "DiversityMoments"):
         assert re.search(r"ld\.global(\.nc)?\.v4", body), name
+        assert "cp.async.cg.shared.global" in body, name
 
 
 def test_soft_target_moves_16_bytes_and_reduces_by_shuffles(compiled):

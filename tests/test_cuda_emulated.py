@@ -49,7 +49,7 @@ def draw(batch, noise_size, features, dtype, seed=0):
 # Batches for the pair kernel and for the sort, each with a partial last tile.
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("batch", "noise_size", "features"), [(5, 1, 3), (33, 10, 37), (70, 3, 19)])
+@pytest.mark.parametrize(("batch", "noise_size", "features"), [(5, 1, 3), (33, 10, 40), (70, 3, 19)])
 @pytest.mark.parametrize("noise_metric", NOISE_METRICS)
 @pytest.mark.parametrize("metric", METRICS)
 def test_diversity(device, metric, noise_metric, batch, noise_size, features, dtype, order):
@@ -57,6 +57,38 @@ def test_diversity(device, metric, noise_metric, batch, noise_size, features, dt
     got = device.diversity(noises, samples, metric, noise_metric, order)
     for value, want in zip(got, definition(noises, samples, metric, noise_metric), strict=True):
         assert error(value, want) < 1e-6
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("noise_metric", NOISE_METRICS)
+@pytest.mark.parametrize("metric", METRICS)
+def test_diversity_in_panels_and_without_room_for_the_samples(device, metric, noise_metric, order):
+    """Pairs 32 rows at a time; 16 KB of shared memory, in which no block's samples fit."""
+    noises, samples = draw(75, 3, 34, torch.float32)
+    want = definition(noises, samples, metric, noise_metric)
+    options = (
+        {"panel": 1} if metric == "l1" and noise_metric == "sqeuclidean" else {"panel": 1, "shared": 16384}
+    )
+    got = device.diversity(noises, samples, metric, noise_metric, order, **options)
+    for value, wanted in zip(got, want, strict=True):
+        assert error(value, wanted) < 1e-6
+
+
+@pytest.mark.parametrize("noise_grad", [False, True])
+@pytest.mark.parametrize("noise_metric", NOISE_METRICS)
+@pytest.mark.parametrize("metric", METRICS)
+def test_diversity_workspace_stays_small_at_any_batch(device, metric, noise_metric, noise_grad):
+    """Whatever batch fits itself: never B x B, and no copy of the samples."""
+    for batch, features in ((1024, 3072), (4096, 3072), (16384, 3072), (131072, 256), (1 << 20, 16)):
+        call = device.diversity_plan(batch, features, metric, noise_metric, noise_grad=noise_grad)
+        assert call.workspace < 700e6
+        sorts = metric == "l1" and noise_metric == "sqeuclidean"
+        if not sorts and batch <= 4096:
+            assert call.workspace < 3 * 64 * 2**20 + 2**22
+    if noise_metric == "sqeuclidean" and not noise_grad:
+        assert device.diversity_plan(4096, 3072, metric, noise_metric, noise_grad=False).workspace < (
+            210e6 if metric == "euclidean" else 4e6
+        )
 
 
 @pytest.mark.parametrize("order", ORDERS)

@@ -6,7 +6,7 @@
 // ...], read off the same row.
 //
 // The gradient to the noises, which training never asks for, goes through the B x B matrix of sample
-// distances.
+// distances, a panel of rows at a time.
 //
 // Bounds (calculated, not yet measured on a device): all of these move B nz or B^2 floats and are
 // launch-bound below B = 4096, but for Distances, 3 B^2 D operations: 0.15 ms at B = 1024, D = 3072.
@@ -32,6 +32,13 @@ KEGFAST_DEVICE Float4 left_factor(const Float4& row, bool first) {
 
 KEGFAST_DEVICE float dot(const Float4& a, const Float4& b) {
   return fmaf(a.x, b.x, fmaf(a.y, b.y, fmaf(a.z, b.z, a.w * b.w)));
+}
+
+// A sample's number; on rows of norm 1 where `inverse` (their inverse norms, cosine) is given.
+template <class T>
+KEGFAST_DEVICE float sample_at(const T* samples, const float* inverse, int row, int feature, int features) {
+  const float x = to_float(samples[int64_t(row) * features + feature]);
+  return inverse == nullptr ? x : x * inverse[row];
 }
 
 struct NoiseTable {
@@ -71,21 +78,29 @@ struct NoiseTable {
   }
 };
 
-// w_ij for every pair, for the kernels that take any weights.
+// Rows first .. first + count of a matrix over all pairs: a panel, so that no B x B memory is needed.
+struct Panel {
+  int first, count;
+};
+
+// w_ij of a panel, for the kernels that take any weights.
 struct PairWeights {
   static constexpr int kThreads = 256, kBlocksPerSm = 4;
   struct Params {
     const float* noises;  // [batch, noise_size]
-    float* weights;       // [batch, batch]
+    float* weights;       // [panel, batch]
     int batch, noise_size;
+    Panel panel;
     bool root;  // the norm instead of the mean square
   };
-  static int blocks(const Params& p) { return int((int64_t(p.batch) * p.batch + kThreads - 1) / kThreads); }
+  static int64_t blocks(const Params& p) {
+    return (int64_t(p.panel.count) * p.batch + kThreads - 1) / kThreads;
+  }
 
   KEGFAST_DEVICE static void run(const Params& p) {
     const int64_t pair = int64_t(block().x) * kThreads + thread();
-    if (pair >= int64_t(p.batch) * p.batch) return;
-    const float* zi = p.noises + pair / p.batch * p.noise_size;
+    if (pair >= int64_t(p.panel.count) * p.batch) return;
+    const float* zi = p.noises + (p.panel.first + pair / p.batch) * p.noise_size;
     const float* zj = p.noises + pair % p.batch * p.noise_size;
     float sum = 0;
     for (int k = 0; k < p.noise_size; ++k) {
@@ -98,15 +113,16 @@ struct PairWeights {
 
 enum class Difference { absolute, square };
 
-// Sum over features of |x_i - x_j| or (x_i - x_j)^2, times `scale`, for every pair; 32 x 32 pairs a block.
+// Sum over features of |x_i - x_j| or (x_i - x_j)^2, times `scale`, for a panel's pairs; 32 x 32 a block.
 template <class T, Difference kDifference>
 struct Distances {
   static constexpr int kThreads = 256, kBlocksPerSm = 2, kTile = 32, kStride = kTile + 1, kPairs = 4;
   struct Params {
     const T* samples;      // [batch, features]
-    const float* inverse;  // [batch] inverse norms where the rows are normalised (cosine), else null
-    float* distances;      // [batch, batch]
+    const float* inverse;  // [batch] inverse norms (cosine), else null
+    float* distances;      // [panel, batch]
     int batch, features;
+    Panel panel;
     float scale;
   };
   // A zero row has the cosine 0 with every other, |0 - unit|^2 is 1 short of that.
@@ -120,14 +136,14 @@ struct Distances {
       const int row = first_row + i / kTile, feature = first_feature + i % kTile;
       const bool inside = row < p.batch && feature < p.features;
       tile[i / kTile * kStride + i % kTile] =
-          inside ? to_float(p.samples[int64_t(row) * p.features + feature]) : 0;
+          inside ? sample_at(p.samples, p.inverse, row, feature, p.features) : 0;
     }
   }
 
   KEGFAST_DEVICE static void run(const Params& p) {
     float* xi = reinterpret_cast<float*>(shared());
     float* xj = xi + kTile * kStride;
-    const int first_i = block().y * kTile, first_j = block().x * kTile;
+    const int first_i = p.panel.first + block().y * kTile, first_j = block().x * kTile;
     const int i = thread() / (kTile / kPairs), j = thread() % (kTile / kPairs);
     float total[kPairs] = {};
     for (int feature = 0; feature < p.features; feature += kTile) {
@@ -151,7 +167,7 @@ struct Distances {
     for (int q = 0; q < kPairs; ++q) {
       const int row = first_i + i, column = first_j + j + q * (kTile / kPairs);
       if (row < p.batch && column < p.batch) {
-        p.distances[int64_t(row) * p.batch + column] =
+        p.distances[int64_t(row - p.panel.first) * p.batch + column] =
             (total[q] + zero_row(p, row) + zero_row(p, column)) * p.scale;
       }
     }
@@ -163,21 +179,23 @@ struct NoiseGradient {
   static constexpr int kThreads = 256, kBlocksPerSm = 4;
   struct Params {
     const float* noises;     // [batch, noise_size]
-    const float* distances;  // [batch, batch]
-    const float* weights;    // [batch, batch], for the norm only, else null
+    const float* distances;  // [panel, batch]
+    const float* weights;    // [panel, batch], for the norm only, else null
     float* gradient;         // [batch, noise_size]
     int batch, noise_size;
+    Panel panel;
     double coefficient;
   };
-  static int blocks(const Params& p) {
-    return (p.batch * p.noise_size + kThreads / kWarp - 1) / (kThreads / kWarp);
+  static int64_t blocks(const Params& p) {
+    return (int64_t(p.panel.count) * p.noise_size + kThreads / kWarp - 1) / (kThreads / kWarp);
   }
 
   KEGFAST_DEVICE static void run(const Params& p) {
-    const int out = block().x * (kThreads / kWarp) + warp();  // a warp per element
-    if (out >= p.batch * p.noise_size) return;
-    const int i = out / p.noise_size, k = out % p.noise_size;
-    const float zi = p.noises[out];
+    const int64_t out = int64_t(block().x) * (kThreads / kWarp) + warp();  // a warp per element
+    if (out >= int64_t(p.panel.count) * p.noise_size) return;
+    const int i = int(out / p.noise_size), k = int(out % p.noise_size);
+    const int64_t at = int64_t(p.panel.first) * p.noise_size + out;
+    const float zi = p.noises[at];
     double sum = 0;
     for (int j = lane(); j < p.batch; j += kWarp) {
       const int64_t pair = int64_t(i) * p.batch + j;
@@ -187,7 +205,7 @@ struct NoiseGradient {
     }
     for (int mask = kWarp / 2; mask > 0; mask /= 2) sum += shuffle_xor(sum, mask);
     const double scale = p.weights != nullptr ? 2.0 : 4.0 / p.noise_size;
-    if (lane() == 0) p.gradient[out] = float(p.coefficient * scale * sum);
+    if (lane() == 0) p.gradient[at] = float(p.coefficient * scale * sum);
   }
 };
 

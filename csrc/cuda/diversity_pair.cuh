@@ -16,15 +16,17 @@ struct DiversityPairs {
   static constexpr int kThreads = 256, kBlocksPerSm = 4, kTile = 32, kRows = kTile / (kThreads / kWarp);
   struct Params {
     const T* samples;      // [batch, features]
-    const float* weights;  // [batch, batch]
+    const float* inverse;  // [batch] inverse norms (cosine), else null
+    const float* weights;  // [panel, batch]
     float* gradient;       // [batch, features], or null
     double* partial;  // [blocks]: sum_ij w_ij |x_i - x_j| or its square, of the block's rows i and features
     int batch, features;
+    Panel panel;           // of rows i, of whole tiles but for the last
     float gradient_scale;  // times G
   };
   static constexpr size_t kShared = 2 * kTile * kTile * sizeof(float);
   static int blocks_x(const Params& p) { return (p.features + kTile - 1) / kTile; }
-  static int blocks_y(const Params& p) { return (p.batch + kTile - 1) / kTile; }
+  static int blocks_y(const Params& p) { return (p.panel.count + kTile - 1) / kTile; }
 
   KEGFAST_DEVICE static float slope(float delta, float weight) {
     if constexpr (kDifference == Difference::square) return weight * delta;
@@ -34,14 +36,15 @@ struct DiversityPairs {
   KEGFAST_DEVICE static void run(const Params& p) {
     float* tile = reinterpret_cast<float*>(shared());  // [j, feature]
     float* weights = tile + kTile * kTile;             // [i, j]
-    const int feature = block().x * kTile + lane(), first_row = block().y * kTile + warp() * kRows;
+    const int feature = block().x * kTile + lane(),
+              first_row = p.panel.first + block().y * kTile + warp() * kRows;
     const bool inside = feature < p.features;
     float x[kRows], g[kRows] = {};
     bool all_finite = true;
     KEGFAST_UNROLL
     for (int r = 0; r < kRows; ++r) {
       const int row = first_row + r;
-      x[r] = inside && row < p.batch ? to_float(p.samples[int64_t(row) * p.features + feature]) : 0;
+      x[r] = inside && row < p.batch ? sample_at(p.samples, p.inverse, row, feature, p.features) : 0;
       all_finite &= finite(x[r]);
     }
     for (int first_j = 0; first_j < p.batch; first_j += kTile) {
@@ -50,9 +53,9 @@ struct DiversityPairs {
       for (int r = 0; r < kRows; ++r) {
         const int j = first_j + warp() * kRows + r, i = first_row + r, column = first_j + lane();
         tile[(warp() * kRows + r) * kTile + lane()] =
-            inside && j < p.batch ? to_float(p.samples[int64_t(j) * p.features + feature]) : 0;
+            inside && j < p.batch ? sample_at(p.samples, p.inverse, j, feature, p.features) : 0;
         weights[(warp() * kRows + r) * kTile + lane()] =
-            i < p.batch && column < p.batch ? p.weights[int64_t(i) * p.batch + column] : 0;
+            i < p.batch && column < p.batch ? p.weights[int64_t(i - p.panel.first) * p.batch + column] : 0;
       }
       barrier();
       KEGFAST_UNROLL
@@ -62,7 +65,8 @@ struct DiversityPairs {
         for (int r = 0; r < kRows; ++r) g[r] += slope(x[r] - xj, weights[(warp() * kRows + r) * kTile + j]);
       }
     }
-    const float centre = inside ? to_float(p.samples[feature]) : 0;  // sum_i G_i = 0: any shift will do
+    const float centre = inside ? sample_at(p.samples, p.inverse, 0, feature, p.features)
+                                : 0;  // sum_i G_i = 0: any shift will do
     double sum = all_finite ? 0 : quiet_nan();
     KEGFAST_UNROLL
     for (int r = 0; r < kRows; ++r) {
@@ -83,12 +87,12 @@ struct DiversityPairs {
 struct Reweigh {
   static constexpr int kThreads = 256, kBlocksPerSm = 4;
   struct Params {
-    const float* weights;  // [batch, batch]
-    float* distances;      // [batch, batch] squares in, norms out
-    float* quotients;      // [batch, batch]
+    const float* weights;  // [panel, batch]
+    float* distances;      // [panel, batch] squares in, norms out
+    float* quotients;      // [panel, batch]
     int64_t pairs;
   };
-  static int blocks(const Params& p) { return int((p.pairs + kThreads - 1) / kThreads); }
+  static int64_t blocks(const Params& p) { return (p.pairs + kThreads - 1) / kThreads; }
 
   KEGFAST_DEVICE static void run(const Params& p) {
     const int64_t pair = int64_t(block().x) * kThreads + thread();

@@ -29,7 +29,8 @@ struct DiversityProblem {
   int batch, noise_size, features;
   Metric metric;
   NoiseMetric noise_metric;
-  size_t shared_limit;  // bytes of shared memory that a block of this device may ask for
+  size_t shared_limit;                      // bytes of shared memory that a block of this device may ask for
+  int64_t panel_bytes = int64_t(64) << 20;  // of each matrix over pairs, or 32 of its rows
 };
 
 // Up to here the pair kernel does less work than the sort (calculated; not yet measured on a device).
@@ -117,126 +118,147 @@ int merge_by(const Problem& p, const T* samples, const float* table, double* par
   return p.features;
 }
 
-template <Difference kDifference, class Problem, class T, class Launch>
-int pairs_by(const Problem& p, const T* samples, const float* weights, double* partial, double gradient_scale,
-             Launch&& launch) {
-  using Kernel = DiversityPairs<T, kDifference>;
-  const typename Kernel::Params q{samples, weights,    p.sample_gradient,    partial,
-                                  p.batch, p.features, float(gradient_scale)};
-  launch(Kernel{}, q, Kernel::blocks_x(q), Kernel::blocks_y(q), Kernel::kShared);
-  return Kernel::blocks_x(q) * Kernel::blocks_y(q);
-}
+// The pairs' matrices, a panel of rows at a time.
+struct PanelSpace {
+  float *weights, *distances, *quotients;  // [rows, batch], or null
+  int rows;
 
-template <Difference kDifference, class Problem, class T, class Launch>
-void distances_by(const Problem& p, const T* samples, const float* inverse, float* distances, double scale,
-                  Launch&& launch) {
-  using Kernel = Distances<T, kDifference>;
-  const int tiles = (p.batch + Kernel::kTile - 1) / Kernel::kTile;
-  launch(Kernel{}, typename Kernel::Params{samples, inverse, distances, p.batch, p.features, float(scale)},
-         tiles, tiles, Kernel::kShared);
+  static PanelSpace take(Arena& arena, int64_t bytes, int64_t batch, bool weights, bool distances,
+                         bool quotients) {
+    const int64_t fit = larger<int64_t>(32, bytes / int64_t(sizeof(float)) / batch / 32 * 32);
+    const int rows = int(smaller(batch, fit));
+    const auto matrix = [&](bool wanted) { return wanted ? arena.take<float>(rows * batch) : nullptr; };
+    float* const w = matrix(weights);
+    float* const d = matrix(distances);
+    return {w, d, matrix(quotients), rows};
+  }
+};
+
+// One panel of pairs: `samples` with `inverse` norms (cosine) or null; partial sums are appended.
+template <Difference kDifference, class Problem, class Launch>
+void run_panel(const Problem& p, const PanelSpace& space, Panel panel, const float* inverse, double mean,
+               double unit, double* partial, int& partials, Launch&& launch) {
+  using T = std::remove_const_t<std::remove_pointer_t<decltype(p.samples)>>;
+  const bool root = p.noise_metric == NoiseMetric::euclidean, euclidean = p.metric == Metric::euclidean;
+  if (space.weights != nullptr) {
+    const PairWeights::Params q{p.noises, space.weights, p.batch, p.noise_size, panel, root};
+    launch(PairWeights{}, q, PairWeights::blocks(q), 1, size_t(0));
+  }
+  if (space.distances != nullptr) {
+    using Kernel = Distances<T, kDifference>;
+    const typename Kernel::Params q{p.samples,  inverse, space.distances, p.batch,
+                                    p.features, panel,   float(unit)};
+    const auto tiles = [](int count) { return (count + Kernel::kTile - 1) / Kernel::kTile; };
+    launch(Kernel{}, q, tiles(p.batch), tiles(panel.count), Kernel::kShared);
+  }
+  if (euclidean) {
+    const Reweigh::Params q{space.weights, space.distances, space.quotients, int64_t(panel.count) * p.batch};
+    launch(Reweigh{}, q, Reweigh::blocks(q), 1, size_t(0));
+  }
+  if (space.weights != nullptr) {
+    using Kernel = DiversityPairs<T, kDifference>;
+    const double slope = euclidean ? 2 * mean : (kDifference == Difference::square ? 4 : 2) * mean * unit;
+    const typename Kernel::Params q{p.samples,
+                                    inverse,
+                                    euclidean ? space.quotients : space.weights,
+                                    p.sample_gradient,
+                                    partial + partials,
+                                    p.batch,
+                                    p.features,
+                                    panel,
+                                    float(slope)};
+    launch(Kernel{}, q, Kernel::blocks_x(q), Kernel::blocks_y(q), Kernel::kShared);
+    partials += Kernel::blocks_x(q) * Kernel::blocks_y(q);
+  }
+  if (p.noise_gradient != nullptr) {
+    const NoiseGradient::Params q{p.noises,
+                                  space.distances,
+                                  root ? space.weights : nullptr,
+                                  p.noise_gradient,
+                                  p.batch,
+                                  p.noise_size,
+                                  panel,
+                                  mean};
+    launch(NoiseGradient{}, q, NoiseGradient::blocks(q), 1, size_t(0));
+  }
 }
 
 // Value and gradients on a workspace of as many bytes as the call returns; a null workspace only asks for
 // that number.
 template <class Sample, class Launch>
 size_t diversity(const DiversityProblem<Sample>& p, char* workspace, Launch&& launch) {
-  const int64_t batch = p.batch, elements = batch * p.features;
   const bool cosine = p.metric == Metric::cosine, euclidean = p.metric == Metric::euclidean,
              l1 = p.metric == Metric::l1;
   const bool root = p.noise_metric == NoiseMetric::euclidean;
-  const bool sorts = l1 && !root && batch > kPairBatch;
+  const bool sorts = l1 && !root && p.batch > kPairBatch;
   const bool merges = sorts && sort_features<Sort<Sample, 16>>(p) == 0;
-  const bool moments = !root && (cosine || p.metric == Metric::sqeuclidean);
-  const bool pairs = !sorts && !moments;
-  const double mean = -1.0 / (double(batch) * double(batch));
+  const bool low_rank = !root && (cosine || p.metric == Metric::sqeuclidean);
+  const bool pairs = !sorts && !low_rank;
+  const double mean = -1.0 / (double(p.batch) * double(p.batch));
   const double unit =
       cosine ? 0.5 : (euclidean ? 1.0 : 1.0 / p.features);  // a distance in terms of what the kernels sum
+  const int columns = table_columns(p.noise_size);
+  const bool by_rows = cosine && p.sample_gradient != nullptr;
 
   Arena arena(workspace);
-  float* table = arena.take<float>(pairs ? 0 : batch * table_columns(p.noise_size));
-  float* weights = arena.take<float>(pairs ? batch * batch : 0);
-  float* distances = arena.take<float>(p.noise_gradient != nullptr || euclidean ? batch * batch : 0);
-  float* quotients = arena.take<float>(euclidean ? batch * batch : 0);
-  float* rows = arena.take<float>(cosine ? elements : 0);
-  float* inverse = arena.take<float>(cosine ? batch : 0);
-  double* partial = arena.take<double>((int64_t(p.features) + 31) / 32 * ((batch + 31) / 32) + p.features);
-  const MergeSpace space = merges ? MergeSpace::take(arena, p.batch, p.features) : MergeSpace{};
+  float* table = arena.take<float>(pairs ? 0 : int64_t(p.batch) * columns);
+  float* inverse = cosine ? arena.take<float>(p.batch) : nullptr;
+  float* moments = by_rows && low_rank ? arena.take<float>(int64_t(columns) * p.features + 1) : nullptr;
+  const bool panels = pairs || p.noise_gradient != nullptr;
+  const PanelSpace panel_space = panels
+                                     ? PanelSpace::take(arena, p.panel_bytes, p.batch, pairs,
+                                                        p.noise_gradient != nullptr || euclidean, euclidean)
+                                     : PanelSpace{};
+  double* partial = arena.take<double>((int64_t(p.features) + 31) / 32 * ((p.batch + 31) / 32) + p.features);
+  const MergeSpace merge_space = merges ? MergeSpace::take(arena, p.batch, p.features) : MergeSpace{};
   if (workspace == nullptr) return arena.used();
 
   if (!pairs) {
     const NoiseTable::Params q{p.noises, table, p.batch, p.noise_size};
     launch(NoiseTable{}, q, NoiseTable::blocks(q), 1, NoiseTable::shared_bytes(q));
-  } else {
-    const PairWeights::Params q{p.noises, weights, p.batch, p.noise_size, root};
-    launch(PairWeights{}, q, PairWeights::blocks(q), 1, size_t(0));
+  }
+  if (cosine) {
+    const typename RowNorms<Sample>::Params q{p.samples, inverse, p.batch, p.features};
+    launch(RowNorms<Sample>{}, q, p.batch, 1, RowNorms<Sample>::kShared);
   }
 
   int partials = 0;
-  const auto value = [&](auto* samples) {
-    if (p.noise_gradient != nullptr || euclidean) {
-      if (l1) {
-        distances_by<Difference::absolute>(p, samples, nullptr, distances, unit, launch);
-      } else {
-        distances_by<Difference::square>(p, samples, cosine ? inverse : nullptr, distances, unit, launch);
-      }
-    }
-    if (euclidean) {
-      const Reweigh::Params q{weights, distances, quotients, batch * batch};
-      launch(Reweigh{}, q, Reweigh::blocks(q), 1, size_t(0));
-    }
-    using T = std::remove_const_t<std::remove_pointer_t<decltype(samples)>>;
-    if (merges) {
-      partials = merge_by(p, samples, table, partial, mean * unit, space, launch);
-    } else if (sorts) {
-      if constexpr (std::is_same_v<T, Sample>) {
-        partials = sort_by<Sort<T, 1>>(p, samples, table, partial, mean * unit, launch);
-        if (partials == 0) partials = sort_by<Sort<T, 4>>(p, samples, table, partial, mean * unit, launch);
-        if (partials == 0) partials = sort_by<Sort<T, 16>>(p, samples, table, partial, mean * unit, launch);
-      }
-    } else if (moments) {
-      using Kernel = DiversityMoments<T>;
-      const typename Kernel::Params q{
-          samples, table,      p.sample_gradient,           partial,
-          p.batch, p.features, table_columns(p.noise_size), float(4 * mean * unit)};
-      partials = Kernel::blocks(q);
-      launch(Kernel{}, q, partials, 1, Kernel::shared_bytes(q));
-    } else if (l1) {
-      partials = pairs_by<Difference::absolute>(p, samples, weights, partial, 2 * mean * unit, launch);
-    } else if (euclidean) {
-      partials = pairs_by<Difference::square>(p, samples, quotients, partial, 2 * mean, launch);
+  if (merges) {
+    partials = merge_by(p, p.samples, table, partial, mean * unit, merge_space, launch);
+  } else if (sorts) {
+    partials = sort_by<Sort<Sample, 1>>(p, p.samples, table, partial, mean * unit, launch);
+    if (partials == 0) partials = sort_by<Sort<Sample, 4>>(p, p.samples, table, partial, mean * unit, launch);
+    if (partials == 0)
+      partials = sort_by<Sort<Sample, 16>>(p, p.samples, table, partial, mean * unit, launch);
+  } else if (low_rank) {
+    using Kernel = DiversityMoments<Sample>;
+    typename Kernel::Params q{p.samples, inverse,
+                              table,     cosine ? nullptr : p.sample_gradient,
+                              moments,   partial,
+                              p.batch,   p.features,
+                              columns,   float(4 * mean * unit),
+                              true};
+    q.resident = Kernel::shared_bytes(q) <= p.shared_limit;
+    partials = Kernel::blocks(q);
+    launch(Kernel{}, q, partials, 1, Kernel::shared_bytes(q));
+  }
+  for (int first = 0; panels && first < p.batch; first += panel_space.rows) {
+    const Panel panel{first, smaller(panel_space.rows, p.batch - first)};
+    if (l1) {
+      run_panel<Difference::absolute>(p, panel_space, panel, inverse, mean, unit, partial, partials, launch);
     } else {
-      partials = pairs_by<Difference::square>(p, samples, weights, partial, 4 * mean * unit, launch);
+      run_panel<Difference::square>(p, panel_space, panel, inverse, mean, unit, partial, partials, launch);
     }
-  };
-  if (cosine) {
-    const typename Normalise<Sample>::Params q{p.samples, rows, inverse, p.batch, p.features};
-    launch(Normalise<Sample>{}, q, p.batch, 1, Normalise<Sample>::kShared);
-    value(static_cast<const float*>(rows));
-    if (p.sample_gradient != nullptr) {
-      launch(Project{}, Project::Params{rows, inverse, p.sample_gradient, p.batch, p.features}, p.batch, 1,
-             Project::kShared);
-    }
-  } else {
-    value(p.samples);
   }
-
-  if (p.noise_gradient != nullptr) {
-    const NoiseGradient::Params q{
-        p.noises, distances, root ? weights : nullptr, p.noise_gradient, p.batch, p.noise_size, mean};
-    launch(NoiseGradient{}, q, NoiseGradient::blocks(q), 1, size_t(0));
+  if (by_rows) {
+    const typename RowGradients<Sample>::Params q{p.samples,  inverse,           table,
+                                                  moments,    p.sample_gradient, p.batch,
+                                                  p.features, columns,           float(4 * mean * unit)};
+    launch(RowGradients<Sample>{}, q, p.batch, 1, RowGradients<Sample>::kShared);
   }
-  const Finish::Params q{partial,
-                         p.noises,
-                         cosine ? inverse : nullptr,
-                         p.exponent,
-                         p.noise_gradient,
-                         p.sample_gradient,
-                         partials,
-                         p.batch,
-                         p.noise_size,
-                         p.features,
-                         root,
-                         mean * unit};
+  const Finish::Params q{partial,          p.noises,          inverse,  p.exponent,
+                         p.noise_gradient, p.sample_gradient, partials, p.batch,
+                         p.noise_size,     p.features,        root,     mean * unit};
   launch(Finish{}, q, 1, 1, Finish::kShared);
   return arena.used();
 }

@@ -21,12 +21,21 @@ struct Tucker2Call {
 extern "C" const char* tucker2_error();
 extern "C" int emulate_tucker2(Tucker2Call* call);
 
-// dtype: 0 float, 1 bfloat16, 2 half, of the samples; the noises are float.
+// dtype: 0 float, 1 bfloat16, 2 half, of the samples; the noises are float. Gradients may be null.
+struct DiversityCall {
+  const float* noises;
+  const void* samples;
+  double* exponent;
+  float *noise_gradient, *sample_gradient;
+  int batch, noise_size, features, metric, noise_metric, dtype, descending;
+  int64_t shared_bytes, panel_bytes;
+  int dry;            // only the plan
+  int launches;       // out: kernels run
+  int64_t workspace;  // out: bytes
+};
+
 extern "C" const char* diversity_error();
-extern "C" int emulate_diversity(const float* noises, const void* samples, double* exponent,
-                                 float* noise_gradient, float* sample_gradient, int batch, int noise_size,
-                                 int features, int metric, int noise_metric, int dtype, int64_t shared_limit,
-                                 int descending);
+extern "C" int emulate_diversity(DiversityCall* call);
 
 // dtype as above, of all four tensors; the gradient may be null.
 struct SoftTargetCall {

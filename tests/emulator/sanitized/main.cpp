@@ -31,9 +31,13 @@ int diversity(int batch, int noise_size, int features, int metric, int noise_met
   const auto samples = numbers<T>(size_t(batch) * features);
   std::vector<float> noise_gradient(noises.size()), sample_gradient(samples.size());
   double exponent = 0;
-  return emulate_diversity(noises.data(), samples.data(), &exponent, noise_gradient.data(),
-                           sample_gradient.data(), batch, noise_size, features, metric, noise_metric, dtype,
-                           kShared, 0);
+  DiversityCall call{};
+  call.noises = noises.data(), call.samples = samples.data(), call.exponent = &exponent;
+  call.noise_gradient = noise_gradient.data(), call.sample_gradient = sample_gradient.data();
+  call.batch = batch, call.noise_size = noise_size, call.features = features;
+  call.metric = metric, call.noise_metric = noise_metric, call.dtype = dtype;
+  call.shared_bytes = kShared, call.panel_bytes = 4 * 64 * batch;
+  return emulate_diversity(&call);
 }
 
 template <class T>
