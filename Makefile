@@ -3,9 +3,11 @@ TORCH := torch==2.13.0
 PYTHON := $(shell python3 -c "import importlib.util as u, sys; \
   print(sys.executable if u.find_spec('torch') else '.venv/bin/python')")
 STAMPS := build/stamps
+SANITIZER := PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer
+BENCH_SECONDS := 200
 NATIVE := setup.py CMakeLists.txt $(wildcard cmake/*) $(shell find csrc -type f)
 
-.PHONY: venv build demo test test-cuda bench bench-diversity bench-tucker2 bench-cuda fmt lint clean
+.PHONY: venv build demo test test-cuda sanitize-cuda bench bench-diversity bench-tucker2 bench-cuda fmt lint clean
 .DEFAULT_GOAL := build
 
 venv: $(STAMPS)/venv
@@ -34,10 +36,17 @@ test: $(STAMPS)/dev
 test-cuda: $(STAMPS)/dev
 	$(PYTHON) -m pytest tests/test_cuda.py
 
+sanitize-cuda: $(STAMPS)/dev
+	$(SANITIZER) --tool memcheck --error-exitcode 1 $(PYTHON) -m pytest -x tests/test_cuda.py -k sanitized
+	$(SANITIZER) --tool racecheck --error-exitcode 1 $(PYTHON) -m pytest -x tests/test_cuda.py -k sanitized
+
 bench: bench-diversity bench-tucker2
 
-bench-diversity bench-tucker2 bench-cuda: bench-%: $(STAMPS)/dev
+bench-diversity bench-tucker2: bench-%: $(STAMPS)/dev
 	$(PYTHON) -m benchmarks.bench_$*
+
+bench-cuda: $(STAMPS)/dev
+	$(PYTHON) -m benchmarks.bench_cuda --seconds $(BENCH_SECONDS)
 
 fmt: $(STAMPS)/dev
 	$(PYTHON) -m ruff check --fix . && $(PYTHON) -m ruff format .

@@ -9,7 +9,7 @@ in a file and read by later processes.
 import json
 import logging
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Literal
 
@@ -160,10 +160,16 @@ def _measure_forms(
         return measure({name: step(name) for name in names})
 
 
-def measure(runners: dict[str, Callable[[], object]], rounds: int = 9, turn_ms: float = 2) -> Times:
+def measure(
+    runners: Mapping[str, Callable[[], object]],
+    rounds: int = 9,
+    turn_ms: float = 2,
+    graphs: Collection[str] | None = None,
+) -> Times:
     """Milliseconds per call: medians over interleaved rounds, each of about `turn_ms` and one call at least.
 
-    "eager": calls one after another; "graph": the replay of a CUDA graph of as many calls.
+    "eager": calls one after another; "graph": the replay of a CUDA graph of as many calls, for those named
+    in `graphs` (default all).
     """
     turns: dict[tuple[str, str], Callable[[], object]] = {}
     repeats: dict[str, int] = {}
@@ -175,19 +181,21 @@ def measure(runners: dict[str, Callable[[], object]], rounds: int = 9, turn_ms: 
                 run()
         torch.cuda.current_stream().wait_stream(stream)
         repeats[name] = count = max(1, min(50, round(turn_ms / _elapsed(run))))
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            for _ in range(count):
-                run()
         turns[name, "eager"] = lambda run=run, count=count: [run() for _ in range(count)]
-        turns[name, "graph"] = graph.replay
+        if graphs is None or name in graphs:
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                for _ in range(count):
+                    run()
+            turns[name, "graph"] = graph.replay
     samples: dict[tuple[str, str], list[float]] = {turn: [] for turn in turns}
     for _ in range(rounds):
         for turn, body in turns.items():
             samples[turn].append(_elapsed(body) / repeats[turn[0]])
-    return {
-        name: {way: statistics.median(samples[name, way]) for way in ("eager", "graph")} for name in runners
-    }
+    times: Times = {name: {} for name in runners}
+    for (name, way), values in samples.items():
+        times[name][way] = statistics.median(values)
+    return times
 
 
 def _elapsed(body: Callable[[], object]) -> float:  # milliseconds on the current stream

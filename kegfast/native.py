@@ -66,11 +66,6 @@ def use_native() -> bool:
     return True
 
 
-def insists() -> bool:
-    """Whether `backend("native")` is in force: no faster rival is taken."""
-    return _backend == "native"
-
-
 class backend:
     """Chooses how operators run; a setter, or a context manager that restores what was.
 

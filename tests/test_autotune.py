@@ -32,7 +32,7 @@ def network() -> nn.Sequential:
 
 def choose(model: nn.Module, x: torch.Tensor, form: cpu.Form) -> None:
     """As if `form` had been measured to be the fastest everywhere."""
-    for layer, z in cpu._calls(model, x):
+    for layer, z in cpu.layer_calls(model, x):
         geometry = layer.core.stride, layer.core.padding, layer.core.dilation
         shape = cpu.shape_of(z, layer.core.weight, layer.last.out_channels, geometry)
         cpu.table()[shape] = form

@@ -1,7 +1,6 @@
 """The CUDA operators on a real device: values, gradients, opcheck, graphs, streams, devices.
 
-For races and stray accesses, with each of the tools memcheck, racecheck and initcheck:
-`compute-sanitizer --tool memcheck python -m pytest tests/test_cuda.py -k sanitized`
+For races and stray accesses `make sanitize-cuda` runs the tests named so under compute-sanitizer.
 """
 
 import pytest
@@ -29,12 +28,15 @@ CASES = [  # (N, C, H, W), ranks, K, kernel, stride, padding, dilation
 
 
 @pytest.fixture(autouse=True)
-def seeded():
+def native(monkeypatch, tmp_path):
+    """The kernels themselves, measured or not; exact float32; a table of its own."""
     torch.manual_seed(0)
-    before = torch.backends.cudnn.allow_tf32
-    torch.backends.cudnn.allow_tf32 = False
-    yield
-    torch.backends.cudnn.allow_tf32 = before
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    monkeypatch.setenv("KEGFAST_CACHE", str(tmp_path))
+    monkeypatch.setattr(cuda, "_measured", None)
+    monkeypatch.setattr(cuda, "_chosen", {})
+    with kegfast.backend("native"):
+        yield
 
 
 def error(got, want):
@@ -173,7 +175,8 @@ def test_graph_capture(dtype):
 
     def run():
         exponent, _, gradient = torch.ops.kegfast.diversity_forward(noises, samples, 0, 0, False, True)
-        return exponent, gradient, functional.tucker_conv2d(*tensors, *geometry)
+        loss, slope = torch.ops.kegfast.soft_target_forward(samples[:100], samples[100:200], 4.0, True)
+        return exponent, gradient, loss, slope, functional.tucker_conv2d(*tensors, *geometry)
 
     with torch.no_grad():
         graph, outputs = captured(run)
@@ -213,12 +216,61 @@ def test_compile_without_a_graph_break():
     assert error(compiled(*tensors, *geometry), exact_tucker2(tensors, geometry)) < 2e-6
 
 
-def test_autotune_takes_the_fastest():
-    layer = kegfast.nn.TuckerConv2d(64, 64, 3, rank=(16, 16), padding=1).cuda().bfloat16().eval()
+@pytest.mark.parametrize("training", [False, True])
+def test_autotune_takes_the_fastest(training):
+    layer = kegfast.nn.TuckerConv2d(64, 64, 3, rank=(16, 16), padding=1).cuda().bfloat16()
+    layer = layer.to(memory_format=torch.channels_last)
     x = torch.randn(8, 64, 56, 56, device="cuda", dtype=torch.bfloat16)
-    (times,) = cuda.autotune(layer, x).values()
-    assert set(times) == set(cuda.FORMS)
-    assert all(ms > 0 for ms in times.values())
+    x = x.contiguous(memory_format=torch.channels_last)
+    with kegfast.backend("auto"), torch.set_grad_enabled(training):
+        weights = layer.first.weight, layer.core.weight, layer.last.weight
+        choice = x, *weights, ((1, 1), (1, 1), (1, 1)), training
+        assert cuda.form(*choice) is None
+        (times,) = cuda.autotune(layer, x, training=training).values()
+        assert set(times) <= set(cuda.FORMS)
+        assert all(ms > 0 for ways in times.values() for ms in ways.values())
+        assert cuda.form(*choice) == cuda.FORMS[cuda.fastest(times)]
+        assert error(layer(x), exact_tucker2((x, *weights, layer.last.bias), choice[4])) < 8e-3
+    assert cuda.cache_path().exists()
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_tucker2_is_one_launch(keep):
+    tensors, _ = tucker2(CASES[4], torch.bfloat16)
+    tensors[2] = tensors[2].detach().contiguous(memory_format=torch.channels_last)
+    with (
+        torch.no_grad(),
+        torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile,
+    ):
+        torch.ops.kegfast.tucker2_forward(*tensors, 1, 1, 1, 1, 1, 1, True, keep)
+        torch.cuda.synchronize()
+    kernels = [e.name for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+    assert len(kernels) == 1
+    assert "Tucker2Fused" in kernels[0]
+
+
+SOFT_TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("batch", "classes"), [(1, 2), (300, 10), (64, 1000), (7, 1001), (3, 10000), (5, 100000)]
+)
+def test_soft_target(batch, classes, dtype):
+    student, teacher = (3 * torch.randn(batch, classes, device="cuda").to(dtype) for _ in range(2))
+    student.requires_grad_()
+    loss = functional.soft_target(student, teacher, 4.0)
+    (gradient,) = torch.autograd.grad(loss, student)
+    exact = student.detach().double(), teacher.double(), 4.0
+    assert loss.dtype == gradient.dtype == dtype
+    assert error(loss, reference.soft_target(*exact)) < SOFT_TOLERANCE[dtype]
+    assert error(gradient, reference.soft_target_gradient(*exact)) < SOFT_TOLERANCE[dtype]
+
+
+def test_opcheck_soft_target():
+    student, teacher = (torch.randn(9, 33, device="cuda") for _ in range(2))
+    arguments = (student.requires_grad_(), teacher, 2.0, True)
+    torch.library.opcheck(torch.ops.kegfast.soft_target_forward.default, arguments)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -229,6 +281,9 @@ def test_sanitized(dtype):
         for metric in range(4):
             for noise_metric in range(2):
                 torch.ops.kegfast.diversity_forward(noises, samples, metric, noise_metric, True, True)
+    for classes in (10, 1001, 13000):
+        logits = [torch.randn(3, classes, device="cuda").to(dtype).requires_grad_() for _ in range(2)]
+        functional.soft_target(*logits).backward()
     for case in (*CASES[:4], CASES[6]):
         for layout in (torch.channels_last, torch.contiguous_format):
             tensors, geometry = tucker2(case, dtype, layout)

@@ -26,12 +26,12 @@ template <class T>
 struct DiversityMoments {
   static constexpr int kThreads = 256, kBlocksPerSm = 4, kWarps = kThreads / kWarp, kGroups = 3;
   struct Params {
-    const T* samples;      // [batch, features]
-    const float* inverse;  // [batch] inverse norms (cosine), else null
-    const float* table;    // [batch, columns] of NoiseTable
-    float* gradient;       // [batch, features], or null
-    float* moments;        // [columns, features] and A, for RowGradients, or null; the first row holds means
-    double* partial;       // [blocks]: S of the block's features
+    const T* samples;       // [batch, features]
+    const double* inverse;  // [batch] inverse norms (cosine), else null
+    const float* table;     // [batch, columns] of NoiseTable
+    float* gradient;        // [batch, features], or null
+    float* moments;         // [columns, features] and A, for RowGradients, or null; the first row holds means
+    double* partial;        // [blocks]: S of the block's features
     int batch, features, columns;
     float gradient_scale;
     bool resident;  // whether the block's samples fit in shared memory
@@ -87,7 +87,7 @@ struct DiversityMoments {
     const auto sample = [&](int i) {
       if (!p.resident) return sample_at(p.samples, p.inverse, i, feature, p.features);
       const float x = to_float(tile[i * kWarp + lane()]);
-      return p.inverse == nullptr ? x : x * p.inverse[i];
+      return p.inverse == nullptr ? x : float(x * p.inverse[i]);
     };
     const float shift = sample(0);
     float sum = 0;
@@ -173,7 +173,7 @@ struct RowNorms {
   static constexpr int kThreads = 256, kBlocksPerSm = 4;
   struct Params {
     const T* samples;  // [batch, features]
-    float* inverse;    // [batch]
+    double* inverse;   // [batch]
     int batch, features;
   };
   static constexpr size_t kShared = kThreads / kWarp * sizeof(double);
@@ -186,7 +186,7 @@ struct RowNorms {
       sum += v * v;
     }
     sum = block_sum<kThreads>(sum, reinterpret_cast<double*>(shared()));
-    if (thread() == 0) p.inverse[block().x] = sum == 0 ? 0 : float(1 / sqrt(sum));
+    if (thread() == 0) p.inverse[block().x] = sum == 0 ? 0 : 1 / sqrt(sum);
   }
 };
 
@@ -196,11 +196,11 @@ template <class T>
 struct RowGradients {
   static constexpr int kThreads = 256, kBlocksPerSm = 4;
   struct Params {
-    const T* samples;      // [batch, features]
-    const float* inverse;  // [batch]
-    const float* table;    // [batch, columns] of NoiseTable
-    const float* moments;  // [columns, features] and A of DiversityMoments, or null
-    float* gradient;       // [batch, features]
+    const T* samples;       // [batch, features]
+    const double* inverse;  // [batch]
+    const float* table;     // [batch, columns] of NoiseTable
+    const float* moments;   // [columns, features] and A of DiversityMoments, or null
+    float* gradient;        // [batch, features]
     int batch, features, columns;
     float gradient_scale;
   };
@@ -216,7 +216,7 @@ struct RowGradients {
   KEGFAST_DEVICE static void run(const Params& p) {
     double* scratch = reinterpret_cast<double*>(shared());
     const int i = block().x;
-    const float inverse = p.inverse[i];
+    const double inverse = p.inverse[i];
     const T* x = p.samples + int64_t(i) * p.features;
     float* gradient = p.gradient + int64_t(i) * p.features;
     const float* row = p.table + int64_t(i) * p.columns;
@@ -224,16 +224,16 @@ struct RowGradients {
         p.moments == nullptr ? 0 : p.batch * row[1] + p.moments[int64_t(p.columns) * p.features];
     double sum = 0;
     for (int d = thread(); d < p.features; d += kThreads) {
-      const float unit = to_float(x[d]) * inverse;
+      const float unit = float(to_float(x[d]) * inverse);
       if (p.moments != nullptr) gradient[d] = slope(p, d, unit, row, diagonal);
       sum += double(unit) * gradient[d];
     }
     sum = block_sum<kThreads>(sum, scratch);
     if (thread() == 0) scratch[kThreads / kWarp] = sum;
     barrier();
-    const float along = float(scratch[kThreads / kWarp]);
+    const double along = scratch[kThreads / kWarp];
     for (int d = thread(); d < p.features; d += kThreads)
-      gradient[d] = (gradient[d] - to_float(x[d]) * inverse * along) * inverse;
+      gradient[d] = float((gradient[d] - to_float(x[d]) * inverse * along) * inverse);
   }
 };
 

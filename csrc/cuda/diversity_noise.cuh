@@ -36,9 +36,9 @@ KEGFAST_DEVICE float dot(const Float4& a, const Float4& b) {
 
 // A sample's number; on rows of norm 1 where `inverse` (their inverse norms, cosine) is given.
 template <class T>
-KEGFAST_DEVICE float sample_at(const T* samples, const float* inverse, int row, int feature, int features) {
+KEGFAST_DEVICE float sample_at(const T* samples, const double* inverse, int row, int feature, int features) {
   const float x = to_float(samples[int64_t(row) * features + feature]);
-  return inverse == nullptr ? x : x * inverse[row];
+  return inverse == nullptr ? x : float(x * inverse[row]);
 }
 
 struct NoiseTable {
@@ -118,9 +118,9 @@ template <class T, Difference kDifference>
 struct Distances {
   static constexpr int kThreads = 256, kBlocksPerSm = 2, kTile = 32, kStride = kTile + 1, kPairs = 4;
   struct Params {
-    const T* samples;      // [batch, features]
-    const float* inverse;  // [batch] inverse norms (cosine), else null
-    float* distances;      // [panel, batch]
+    const T* samples;       // [batch, features]
+    const double* inverse;  // [batch] inverse norms (cosine), else null
+    float* distances;       // [panel, batch]
     int batch, features;
     Panel panel;
     float scale;
@@ -216,7 +216,7 @@ struct Finish {
   struct Params {
     const double* partial;   // [partials]
     const float* noises;     // [batch, noise_size]
-    const float* inverse;    // [batch] inverse norms (cosine), else null
+    const double* inverse;   // [batch] inverse norms (cosine), else null
     double* exponent;        // []
     float* noise_gradient;   // [batch, noise_size], or null
     float* sample_gradient;  // [batch, features], or null

@@ -15,10 +15,10 @@ template <class T, Difference kDifference>
 struct DiversityPairs {
   static constexpr int kThreads = 256, kBlocksPerSm = 4, kTile = 32, kRows = kTile / (kThreads / kWarp);
   struct Params {
-    const T* samples;      // [batch, features]
-    const float* inverse;  // [batch] inverse norms (cosine), else null
-    const float* weights;  // [panel, batch]
-    float* gradient;       // [batch, features], or null
+    const T* samples;       // [batch, features]
+    const double* inverse;  // [batch] inverse norms (cosine), else null
+    const float* weights;   // [panel, batch]
+    float* gradient;        // [batch, features], or null
     double* partial;  // [blocks]: sum_ij w_ij |x_i - x_j| or its square, of the block's rows i and features
     int batch, features;
     Panel panel;           // of rows i, of whole tiles but for the last

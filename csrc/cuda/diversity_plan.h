@@ -136,7 +136,7 @@ struct PanelSpace {
 
 // One panel of pairs: `samples` with `inverse` norms (cosine) or null; partial sums are appended.
 template <Difference kDifference, class Problem, class Launch>
-void run_panel(const Problem& p, const PanelSpace& space, Panel panel, const float* inverse, double mean,
+void run_panel(const Problem& p, const PanelSpace& space, Panel panel, const double* inverse, double mean,
                double unit, double* partial, int& partials, Launch&& launch) {
   using T = std::remove_const_t<std::remove_pointer_t<decltype(p.samples)>>;
   const bool root = p.noise_metric == NoiseMetric::euclidean, euclidean = p.metric == Metric::euclidean;
@@ -202,7 +202,7 @@ size_t diversity(const DiversityProblem<Sample>& p, char* workspace, Launch&& la
 
   Arena arena(workspace);
   float* table = arena.take<float>(pairs ? 0 : int64_t(p.batch) * columns);
-  float* inverse = cosine ? arena.take<float>(p.batch) : nullptr;
+  double* inverse = cosine ? arena.take<double>(p.batch) : nullptr;
   float* moments = by_rows && low_rank ? arena.take<float>(int64_t(columns) * p.features + 1) : nullptr;
   const bool panels = pairs || p.noise_gradient != nullptr;
   const PanelSpace panel_space = panels
