@@ -37,7 +37,16 @@ STABLE_TORCH_LIBRARY(kegfast, m) {
       "stride_w,"
       " int padding_h, int padding_w, int dilation_h, int dilation_w, bool relu, bool keep)"
       " -> (Tensor y, Tensor t1, Tensor t2)");
-  // Gradients of x, first, core, last at stride 1 (float32; empty where not needed).
+  // On CPUs: gradients of x (in its type), first, core, last and bias (float32), empty where not needed. y: where
+  // it is not above 0 the gradient is nothing (ReLU), or none. t1, t2: kept, of R1 and R2 channels.
+  m.def(
+      "tucker2_gradients(Tensor gradient, Tensor? y, Tensor x, Tensor t1, Tensor t2, Tensor first, Tensor "
+      "core, "
+      "Tensor last, int stride_h, int stride_w, int padding_h, int padding_w, int dilation_h, int "
+      "dilation_w, "
+      "bool need_x, bool need_first, bool need_core, bool need_last, bool need_bias)"
+      " -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+  // On CUDA devices: gradients of x, first, core, last at stride 1 (float32; empty where not needed).
   m.def(
       "tucker2_backward(Tensor gradient, Tensor x, Tensor t1, Tensor t2, Tensor first, Tensor core, Tensor "
       "last,"

@@ -6,7 +6,7 @@
 //
 // Gradients, with g = dL/dy: dz2 = last^T g, dz1 = core^T * dz2, dx = first^T dz1: the same operator with
 // transposed factors, whose two intermediates are what the weight gradients need:
-//   dlast = sum g t2^T,  dcore = sum dz2 (window of t1)^T,  dfirst = sum dz1 x^T,  sums over images and
+//   dbias = sum g,  dlast = sum g t2^T,  dcore = sum dz2 (window of t1)^T,  dfirst = sum dz1 x^T,  sums over images and
 //   pixels.
 #pragma once
 
@@ -22,11 +22,19 @@ namespace kegfast {
 enum class Tucker2Form : int { automatic, direct, winograd };
 enum class Tucker2Type : int { float32, bfloat16, float16 };
 
+// The core of a strided convolution run backwards: output pixel u takes tap i of input pixel (u + padding - i) /
+// stride where that divides. Phases of the output are convolutions of their own, whose taps are the core's combs.
+struct Tucker2Upsampling {
+  bool on;
+  int64_t stride_h, stride_w, padding_h, padding_w;  // of the forward pass
+};
+
 struct Tucker2Params {
   int64_t images, channels, rank_in, rank_out, features;  // N, C, R1, R2, K
   int64_t height, width, out_height, out_width;           // H, W, P, Q
   int64_t kernel_h, kernel_w, stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w;
-  bool channels_last;  // of x and y alike: pixels of contiguous channels, or planes
+  Tucker2Upsampling up;  // then stride is 1 and padding what the phases need of zeros around t1
+  bool channels_last;    // of x and y alike: pixels of contiguous channels, or planes
   bool relu;
   bool winograd;     // whether the core may run as F(2x2, 3x3)
   Tucker2Form form;  // chosen by measurement
@@ -38,8 +46,10 @@ struct Tucker2Params {
   const float* packed;                         // the factors as tucker2_pack laid them out
   const float* bias;                           // (K), or null
   void* y;                                     // (N, K, P, Q) dense, or null: stop at t2
-  float* t1;  // in words: (N, H + 2 ph, W + 2 pw, R1) with its zero border, or null: do not keep
-  float* t2;  // (N, P, Q, R2), or null: do not keep
+  float* t1;           // in words: (N, H + 2 ph, W + 2 pw, R1) with its zero border, or null: do not keep
+  float* t2;           // (N, P, Q, R2), or null: do not keep
+  const char* soon;    // what a later stage reads of the first image, or null,
+  int64_t soon_bytes;  // and the next image so many bytes on
 };
 
 // A factor as its kernel sees it: rows (outputs) x inputs x taps, any strides; a transposed factor is another
@@ -77,13 +87,20 @@ int64_t prepared_work(const Tucker2Prepared& call);  // multiply-adds
 void forget_prepared(Tucker2Prepared* call);
 
 struct Tucker2GradParams {
-  Tucker2Params forward;  // x, t1, t2 as saved, type float32
-  const float* grad;      // g (N, K, P, Q), dense
+  Tucker2Params forward;  // geometry; x and t1, t2 as saved
+  Tucker2Type kept;       // of t1 and t2
+  const void *grad, *y;   // g (N, K, P, Q), dense, of x's type; y in the same layout, or null: no ReLU
   bool grad_channels_last;
-  const float* dz2;  // (N, P + 2 border_h, Q + 2 border_w, R2): the border that the transposed core needed
-  int64_t border_h, border_w;
-  const float* dz1;            // (N, H, W, R1)
-  float *first, *core, *last;  // sums to add to: (C, R1), (kh, kw, R1, R2), (K, R2); null: not needed
+  void* dx;  // (N, C, H, W) dense in g's layout, of x's type; null: not needed
+  // Sums to add to, null: not needed. core: per segment of the window (R2, length); last: (R2, K) or, where g
+  // is planes, (K, R2); first: (R1, C) or, where x is planes, (C, R1).
+  float *first, *core, *last, *bias;
+
+  // Filled by tucker2_gradient_plan: the operator run backwards, and where a thread keeps what.
+  Tucker2Params back;
+  Tucker2Plan plan;
+  int64_t group;  // images at a time
+  int64_t grad_at, x_at, t1_at, t2_at, dz2_at, dz1_at, dx_at, scratch_floats;
 };
 
 // Knobs and news for `kegfast.tuning()` and `kegfast.last_kernel()`.
@@ -115,10 +132,11 @@ KEGFAST_EACH_ISA(KEGFAST_DECLARE)
 KEGFAST_EACH_BF16_ISA(KEGFAST_DECLARE)
 #undef KEGFAST_DECLARE
 
-#define KEGFAST_DECLARE(isa)                                                             \
-  namespace isa {                                                                        \
-  /* Adds the weight gradients of images begin <= n < end. */                            \
-  void tucker2_weight_gradients(const Tucker2GradParams& p, int64_t begin, int64_t end); \
+#define KEGFAST_DECLARE(isa)                                                                      \
+  namespace isa {                                                                                 \
+  void tucker2_gradient_plan(Tucker2GradParams& g, int64_t threads);                              \
+  /* dx and the sums of images begin <= n < end. */                                               \
+  void tucker2_gradients(const Tucker2GradParams& g, int64_t begin, int64_t end, float* scratch); \
   }
 KEGFAST_EACH_ISA(KEGFAST_DECLARE)
 #undef KEGFAST_DECLARE

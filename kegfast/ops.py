@@ -42,11 +42,6 @@ def _kept_rank(x: Tensor, rank: int) -> int:
     return rank + rank % 2 if x.device.type == "cpu" and x.dtype == torch.bfloat16 else rank
 
 
-def _computed_dtype(x: Tensor) -> torch.dtype:
-    """What the backward pass computes with."""
-    return x.dtype if x.device.type == "cuda" else torch.float32
-
-
 def _tucker2_fake(x, first, core, last, bias, packed, sh, sw, ph, pw, dh, dw, relu):
     size = tucker2_output_size(x.shape[2], x.shape[3], core, (sh, sw), (ph, pw), (dh, dw))
     return _empty_image(x, (x.shape[0], last.shape[0], *size))
@@ -70,6 +65,17 @@ def _tucker2_backward_fake(
     grad_x = _empty_image(gradient, x.shape) if need_x else nothing
     needs = zip((first, core, last), (need_first, need_core, need_last), strict=True)
     return grad_x, *(w.new_empty(w.shape) if need else w.new_empty(0) for w, need in needs)
+
+
+def _tucker2_gradients_fake(
+    gradient, y, x, t1, t2, first, core, last, sh, sw, ph, pw, dh, dw, *needs
+):  # fmt: skip
+    need_x, *need_weights, need_bias = needs
+    grad_x = _empty_image(gradient, x.shape) if need_x else x.new_empty(0)
+    weights = zip((first, core, last), need_weights, strict=True)
+    wide = {"dtype": torch.float32}
+    grads = [w.new_empty(w.shape if need else 0, **wide) for w, need in weights]
+    return grad_x, *grads, x.new_empty(last.shape[0] if need_bias else 0, **wide)
 
 
 def _tucker2_save(ctx, inputs, output):
@@ -107,23 +113,29 @@ def _tucker2_backward(ctx, grad, _t1, _t2):
 
 def _tucker2_gradients(ctx, grad):
     x, first, core, last, t1, t2, y = ctx.saved_tensors
-    if ctx.relu:
-        grad = torch.ops.aten.threshold_backward(grad, y, 0)
     *needs, need_bias = ctx.needs_input_grad[:5]
-    bias = grad.sum((0, 2, 3)) if ctx.has_bias and need_bias else None
+    need_bias = need_bias and ctx.has_bias
     geometry = (*ctx.stride, *ctx.padding, *ctx.dilation)
     if t1.numel() == 0 and any(needs[1:]):  # recompute
         _, t1, t2 = torch.ops.kegfast.tucker2_forward(x, first, core, last, None, *geometry, False, True)
-    if t1.numel():
-        t1, t2 = t1[..., : core.shape[1]], t2[..., : core.shape[0]]
-    if _runs_backwards(core, ctx.stride, ctx.padding, ctx.dilation):
-        tensors = [t.to(_computed_dtype(x)) for t in (grad, x, t1, t2, first, core, last)]
-        grads = torch.ops.kegfast.tucker2_backward(*tensors, *geometry[2:], *needs)
-        weights = (x, first, core, last)
-        grads = [g.to(w.dtype) if need else None for g, w, need in zip(grads, weights, needs, strict=True)]
+    if t1.numel() and t1.shape[3] + t2.shape[3] != core.shape[0] + core.shape[1]:  # ranks made even
+        t1, t2 = t1[..., : core.shape[1]].contiguous(), t2[..., : core.shape[0]].contiguous()
+    weights = (x, first, core, last)
+    fits = _runs_backwards(core, ctx.stride, ctx.padding, ctx.dilation)
+    if x.is_cpu and (fits or ctx.dilation == (1, 1)):
+        grads = torch.ops.kegfast.tucker2_gradients(
+            grad, y, x, t1, t2, first, core, last, *geometry, *needs, need_bias
+        )
+        every = zip(grads, (*weights, x), (*needs, need_bias), strict=True)
+        return [g.to(w.dtype) if need else None for g, w, need in every]
+    if ctx.relu:
+        grad = torch.ops.aten.threshold_backward(grad, y, 0)
+    if x.is_cuda and fits:
+        grads = torch.ops.kegfast.tucker2_backward(grad, x, t1, t2, *weights[1:], *geometry[2:], *needs)
+        grads = [g if need else None for g, need in zip(grads, needs, strict=True)]
     else:
         grads = _unfused_gradients(ctx, grad, x, t1, t2, first, core, last, needs)
-    return [*grads, bias]
+    return [*grads, grad.sum((0, 2, 3)) if need_bias else None]
 
 
 def _runs_backwards(core: Tensor, stride: Pair, padding: Pair, dilation: Pair) -> bool:
@@ -189,14 +201,20 @@ def _register_tucker2() -> None:
         forward = tucker2_flops(x, first, core, last, gradient)
         return forward + (forward if any(needs[1:]) else 0)
 
+    def gradients_formula(gradient, y, x, t1, t2, first, core, last, *args, **kwargs) -> int:
+        forward = tucker2_flops(x, first, core, last, gradient)
+        return forward + (forward if any(args[7:10]) else 0)
+
     ops = torch.ops.kegfast
     register_fake("kegfast::tucker2", _tucker2_fake)
     register_fake("kegfast::tucker2_forward", _tucker2_forward_fake)
     register_fake("kegfast::tucker2_backward", _tucker2_backward_fake)
+    register_fake("kegfast::tucker2_gradients", _tucker2_gradients_fake)
     register_autograd("kegfast::tucker2_forward", _tucker2_backward, setup_context=_tucker2_save)
     register_flop_formula(ops.tucker2)(tucker2_formula)
     register_flop_formula(ops.tucker2_forward)(forward_formula)
     register_flop_formula(ops.tucker2_backward)(backward_formula)
+    register_flop_formula(ops.tucker2_gradients)(gradients_formula)
 
 
 if native._C is not None:

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 import kegfast
 from kegfast import reference
@@ -141,9 +142,53 @@ def test_recomputed_gradients_are_the_kept_ones(name: str) -> None:
         assert torch.equal(kept, recomputed)
 
 
-def test_relu_gradients() -> None:
-    tensors, rest = make(GEOMETRIES["3x3"], torch.float32)
+STRIDED = GEOMETRIES | {
+    "strided": (3, 20, 15, 13, 9, 18, 24, (3, 3), 2, 1, 1),
+    "strided unevenly": (2, 8, 17, 14, 4, 6, 7, (5, 3), (2, 3), (2, 1), 1),
+    "strided, small images": (21, 16, 8, 8, 16, 32, 20, (3, 3), 2, 1, 1),
+}
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("name", ["3x3", "winograd, odd sizes", "padding beyond kernel", *list(STRIDED)[-3:]])
+def test_relu_gradients(name: str, channels_last: bool) -> None:
+    tensors, rest = make(STRIDED[name], torch.float32)
+    if channels_last:
+        tensors[0] = tensors[0].contiguous(memory_format=torch.channels_last)
     check_gradients(tensors, rest, 1e-5, "relu")
+
+
+@needs_native
+@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
+@pytest.mark.parametrize("name", list(STRIDED)[-3:])
+def test_strided_gradients_of_every_instruction_set(name: str, isa: str) -> None:
+    compiled = kegfast.build_info()["isa_compiled"]
+    if isa not in compiled or compiled.index(isa) > compiled.index(kegfast.build_info()["isa_detected"]):
+        pytest.skip(f"this machine cannot run {isa}")
+    with kegfast.cpu_isa(isa):
+        check_gradients(*make(STRIDED[name], torch.float32), 1e-5)
+
+
+@needs_native
+def test_a_frozen_layer_costs_no_weight_gradient() -> None:
+    tensors, rest = make(GEOMETRIES["3x3"], torch.float32)
+    x = tensors[0].requires_grad_()
+    with FlopCounterMode(display=False) as counter:
+        y = tucker_conv2d(x, *tensors[1:], *rest)
+        forward = counter.get_total_flops()
+        y.sum().backward()
+    assert counter.get_total_flops() == 2 * forward
+
+
+@needs_native
+@pytest.mark.parametrize("stride", [1, 2])
+def test_gradients_run_inside_the_operator(stride: int) -> None:
+    tensors, rest = make((2, 8, 9, 9, 4, 4, 8, (3, 3), stride, 1, 1), torch.float32)
+    leaves = [t.requires_grad_() for t in tensors]
+    with FlopCounterMode(display=False) as counter:
+        tucker_conv2d(*leaves, *rest, "relu").sum().backward()
+    names = {str(op) for op in counter.get_flop_counts()["Global"]}
+    assert names == {"kegfast.tucker2_forward", "kegfast.tucker2_gradients"}
 
 
 @pytest.mark.parametrize("wanted", range(5))

@@ -46,3 +46,25 @@ def test_error_is_that_of_torch_convolutions(name: str, channels_last: bool, isa
         with kegfast.cpu_isa(isa):
             error = relative_error(tucker_conv2d(*tensors, *rest, activation), want)
         assert want.norm() == 0 or error <= max(1.5 * theirs, UNIT_ROUNDOFF), (error, theirs)
+
+
+@pytest.mark.parametrize("isa", levels())
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("name", ["3x3", "rank 2", "odd channels, odd rank", "strided", "wide", "dilated"])
+def test_gradient_errors_are_those_of_torch_convolutions(name: str, channels_last: bool, isa: str) -> None:
+    tensors, rest = make(SHAPES[name], torch.bfloat16)
+    if channels_last:
+        tensors[0] = tensors[0].contiguous(memory_format=torch.channels_last)
+
+    def gradients(function, dtype: torch.dtype) -> list[torch.Tensor]:
+        leaves = [t.detach().to(dtype).requires_grad_() for t in tensors]
+        y = function(*leaves, *rest, None)
+        seed = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).bfloat16()
+        return torch.autograd.grad(y, leaves, seed.to(dtype))
+
+    wants = gradients(reference.tucker_conv2d, torch.float64)
+    theirs = gradients(reference.tucker_conv2d, torch.bfloat16)
+    with kegfast.cpu_isa(isa):
+        ours = gradients(tucker_conv2d, torch.bfloat16)
+    for got, their, want in zip(ours, theirs, wants, strict=True):
+        assert relative_error(got, want) <= max(1.5 * relative_error(their, want), UNIT_ROUNDOFF)

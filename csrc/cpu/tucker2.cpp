@@ -196,7 +196,6 @@ void forget_prepared(Tucker2Prepared* call) {
 STABLE_TORCH_LIBRARY_IMPL(kegfast, CPU, m) {
   m.impl("tucker2", TORCH_BOX(&kegfast::tucker2));
   m.impl("tucker2_forward", TORCH_BOX(&kegfast::tucker2_forward));
-  m.impl("tucker2_backward", TORCH_BOX(&kegfast::tucker2_backward));
   m.impl("tucker2_prepare", TORCH_BOX(&kegfast::tucker2_prepare));
   m.impl("tucker2_pack", TORCH_BOX(&kegfast::tucker2_pack));
 }

@@ -1,9 +1,12 @@
-// tucker2's gradients on the CPU: the operator itself with transposed factors, then sums over pixels.
+// tucker2's gradients on the CPU: checks, allocation, threads over images, the sum of what they found.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
 #include <cstring>
+#include <optional>
+#include <tuple>
+#include <vector>
 
 #include "check.h"
 #include "cpu/tucker2_call.h"
@@ -11,45 +14,52 @@
 namespace kegfast {
 namespace {
 
+bool dense_channels_last(const Tensor& x) {
+  const int64_t c = x.size(1), h = x.size(2), w = x.size(3);
+  return reads_channels_last(x) && x.stride(3) == c && x.stride(2) == w * c && x.stride(0) == h * w * c;
+}
+
 // Both layouts of the gradient kernels are dense.
 Tensor dense(const Tensor& x) {
-  const int64_t c = x.size(1), h = x.size(2), w = x.size(3);
-  if (reads_channels_last(x) && x.stride(3) == c && x.stride(2) == w * c && x.stride(0) == h * w * c)
-    return x;
-  return torch::stable::contiguous(x);
+  return dense_channels_last(x) ? x : torch::stable::contiguous(x);
 }
 
-// The same factor run backwards: outputs and inputs change places, taps reverse. float32 only.
-Tucker2Factor transposed(const Tensor& weight) {
+// The same factor run backwards: outputs and inputs change places, taps reverse unless the core upsamples.
+Tucker2Factor transposed(const Tensor& weight, bool reverse) {
   const Tucker2Factor w = factor(weight);
+  Tucker2Factor t{w.data, w.type, w.input, w.row, w.tap_h, w.tap_w, w.inputs, w.outputs};
+  if (!reverse) return t;
   const int64_t last_tap = (weight.size(2) - 1) * w.tap_h + (weight.size(3) - 1) * w.tap_w;
-  return {weight.const_data_ptr<float>() + last_tap,
-          w.type,
-          w.input,
-          w.row,
-          -w.tap_h,
-          -w.tap_w,
-          w.inputs,
-          w.outputs};
+  t.data = static_cast<const char*>(w.data) + last_tap * static_cast<int64_t>(weight.element_size());
+  t.tap_h = -w.tap_h, t.tap_w = -w.tap_w;
+  return t;
 }
 
-// sums[from] over the threads' copies, laid out as the weight: to[i * outer + j] = sum of from[j * inner +
-// i], per tap.
-void reduce(const float* sums, int64_t copies, int64_t copy_floats, int64_t taps, int64_t inner,
-            int64_t outer,
-            const Tensor& to) {   // sums (taps, outer, inner) -> to (inner, outer, taps)
-  constexpr int64_t kBlock = 16;  // lines written at a time
+// How a sum over the threads' copies lies in memory: element (o, i, tap h, tap w) of the weight.
+struct Sums {
+  const float* data;
+  int64_t copies, copy_floats;
+  int64_t output, input, tap_h, tap_w;  // steps
+};
+
+void reduce(const Sums& sums, const Tensor& to) {  // (O, I, kh, kw)
+  constexpr int64_t kBlock = 16;                   // lines of either side at a time
   float* const out = to.mutable_data_ptr<float>();
-  for (int64_t begin = 0; begin < inner; begin += kBlock) {
-    const int64_t end = std::min(begin + kBlock, inner);
-    for (int64_t j = 0; j < outer; ++j)
-      for (int64_t t = 0; t < taps; ++t)
-        for (int64_t i = begin; i < end; ++i) {
-          float sum = 0;
-          for (int64_t c = 0; c < copies; ++c) sum += sums[c * copy_floats + (t * outer + j) * inner + i];
-          out[(i * outer + j) * taps + t] = sum;
-        }
-  }
+  const int64_t outputs = to.size(0), inputs = to.size(1), taps_h = to.size(2), taps_w = to.size(3);
+  const int64_t taps = taps_h * taps_w;
+  for (int64_t from_o = 0; from_o < outputs; from_o += kBlock)
+    for (int64_t from_i = 0; from_i < inputs; from_i += kBlock)
+      for (int64_t tap = 0; tap < taps; ++tap) {
+        const float* const at = sums.data + tap / taps_w * sums.tap_h + tap % taps_w * sums.tap_w;
+        const int64_t end_o = std::min(from_o + kBlock, outputs), end_i = std::min(from_i + kBlock, inputs);
+        for (int64_t o = from_o; o < end_o; ++o)
+          for (int64_t i = from_i; i < end_i; ++i) {
+            const float* const from = at + o * sums.output + i * sums.input;
+            float sum = from[0];
+            for (int64_t c = 1; c < sums.copies; ++c) sum += from[c * sums.copy_floats];
+            out[(o * inputs + i) * taps + tap] = sum;
+          }
+      }
 }
 
 Tensor like_weight(const Tensor& w, bool needed) {
@@ -57,91 +67,111 @@ Tensor like_weight(const Tensor& w, bool needed) {
   return empty(w.size(0), w.size(1), w.size(2), w.size(3), false, ScalarType::Float);
 }
 
-}  // namespace
+using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> tucker2_backward(
-    const Tensor& gradient, const Tensor& input, const Tensor& t1, const Tensor& t2, const Tensor& first,
-    const Tensor& core, const Tensor& last, int64_t padding_h, int64_t padding_w, int64_t dilation_h,
-    int64_t dilation_w, bool need_x, bool need_first, bool need_core, bool need_last) {
-  const int64_t border_h = (core.size(2) - 1) * dilation_h - padding_h;
-  const int64_t border_w = (core.size(3) - 1) * dilation_w - padding_w;
-  KEGFAST_CHECK(border_h >= 0 && border_w >= 0, "padding", "at most dilation * (kernel - 1)", padding_h);
-  for (const Tensor* t : {&gradient, &input, &t1, &t2, &first, &core, &last})
-    KEGFAST_CHECK(t->scalar_type() == ScalarType::Float && t->is_cpu(), "arguments",
-                  "float32 tensors on the CPU", static_cast<int>(t->scalar_type()));
-  const Tensor x = readable(input), grad = dense(gradient);
-  const int64_t n = x.size(0), h = x.size(2), w = x.size(3), r1 = core.size(1), r2 = core.size(0);
-
-  // The same operator with transposed factors; its intermediates are dz2 (with its border) and dz1.
-  Tucker2Params back{};
-  back = geometry(n, grad.size(1), grad.size(2), grad.size(3), core, x.size(1),
-                  {1, 1, border_h, border_w, dilation_h, dilation_w});
-  std::swap(back.rank_in, back.rank_out);
-  KEGFAST_CHECK(back.out_height == h && back.out_width == w, "gradient", "the size that x gives at stride 1",
-                back.out_height);
-  set_input(back, grad);
-  Tensor grad_x = need_x ? empty(n, x.size(1), h, w, back.channels_last, ScalarType::Float) : empty_flat(0);
-  back.y = need_x ? grad_x.mutable_data_ptr() : nullptr;
-  std::optional<Tensor> dz2, dz1;
-  if (need_core) {
-    dz2 = empty_flat(n * (back.height + 2 * border_h) * (back.width + 2 * border_w) * r2);
-    back.t1 = dz2->mutable_data_ptr<float>();
+Gradients tucker2_gradients(const Tensor& gradient, const std::optional<Tensor>& output, const Tensor& input,
+                            const Tensor& t1, const Tensor& t2, const Tensor& first, const Tensor& core,
+                            const Tensor& last, int64_t stride_h, int64_t stride_w, int64_t padding_h,
+                            int64_t padding_w, int64_t dilation_h, int64_t dilation_w, bool need_x,
+                            bool need_first, bool need_core, bool need_last, bool need_bias) {
+  const ScalarType type = input.scalar_type();
+  KEGFAST_CHECK(gradient.is_cpu() && gradient.scalar_type() == type && core.scalar_type() == type,
+                "arguments", "CPU tensors of x's type", static_cast<int>(core.scalar_type()));
+  const Tensor x = dense(input);
+  Tensor grad = dense(gradient);
+  std::optional<Tensor> y;
+  if (output) {
+    y = dense(*output);
+    if (dense_channels_last(*y) != dense_channels_last(grad))
+      y = torch::stable::contiguous(*y), grad = torch::stable::contiguous(grad);
   }
-  if (need_first) {
-    dz1 = empty_flat(n * h * w * r1);
-    back.t2 = dz1->mutable_data_ptr<float>();
-  }
-  std::tuple<Tensor, Tensor, Tensor, Tensor> grads{
-      grad_x, like_weight(first, need_first), like_weight(core, need_core), like_weight(last, need_last)};
-  auto& [dx, dfirst, dcore, dlast] = grads;
-  const int64_t threads = n ? threads_for(multiply_adds(back), n * h) : 1;
-  if (n && (need_x || need_first || need_core)) {
-    const Tucker2Plan plan = KEGFAST_SELECT(tucker2_plan)(back, threads);
-    const Tensor packed = empty_flat(plan.packed_floats);
-    KEGFAST_SELECT(tucker2_pack)
-    (back, plan, transposed(last), transposed(core), transposed(first), false,
-     packed.mutable_data_ptr<float>());
-    back.packed = packed.const_data_ptr<float>();
-    run_rows(back, plan, threads);
-  }
-  if (!(need_first || need_core || need_last)) return grads;
-
   Tucker2GradParams g{};
-  g.forward =
-      geometry(n, x.size(1), h, w, core, last.size(0), {1, 1, padding_h, padding_w, dilation_h, dilation_w});
-  set_input(g.forward, x);
-  g.forward.t1 = t1.mutable_data_ptr<float>();
-  g.forward.t2 = t2.mutable_data_ptr<float>();
-  g.grad = grad.const_data_ptr<float>();
-  g.grad_channels_last = back.channels_last;
-  g.dz2 = back.t1, g.border_h = border_h, g.border_w = border_w;
-  g.dz1 = back.t2;
-  const int64_t parts = std::max<int64_t>(1, std::min(threads, n));
-  const int64_t first_floats = need_first ? first.numel() : 0, core_floats = need_core ? core.numel() : 0;
-  const int64_t copy_floats = first_floats + core_floats + (need_last ? last.numel() : 0);
+  Tucker2Params& p = g.forward;
+  p = geometry(x.size(0), x.size(1), x.size(2), x.size(3), core, last.size(0),
+               {stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w});
+  KEGFAST_CHECK(grad.size(2) == p.out_height && grad.size(3) == p.out_width, "gradient", "of y's size",
+                grad.size(2));
+  const bool fits = stride_h * stride_w == 1 && (p.kernel_h - 1) * dilation_h >= padding_h &&
+                    (p.kernel_w - 1) * dilation_w >= padding_w;
+  KEGFAST_CHECK(fits || dilation_h * dilation_w == 1, "dilation", "1 where the core has a stride",
+                dilation_h);
+  set_input(p, x);
+  if (need_first || need_core || need_last) {
+    KEGFAST_CHECK(t1.size(3) == p.rank_in && t2.size(3) == p.rank_out, "t1 and t2",
+                  "the kept intermediates, without what made their ranks even", t1.size(3));
+    g.kept = type_of(t1);
+    p.t1 = static_cast<float*>(t1.mutable_data_ptr());
+    p.t2 = static_cast<float*>(t2.mutable_data_ptr());
+  }
+  g.grad = grad.const_data_ptr();
+  g.y = y ? y->const_data_ptr() : nullptr;
+  g.grad_channels_last = dense_channels_last(grad);
+
+  Gradients grads{need_x ? empty(p.images, p.channels, p.height, p.width, g.grad_channels_last, type)
+                         : empty_flat(0, type),
+                  like_weight(first, need_first), like_weight(core, need_core), like_weight(last, need_last),
+                  empty_flat(need_bias ? p.features : 0)};
+  auto& [dx, dfirst, dcore, dlast, dbias] = grads;
+  if (need_x) g.dx = dx.mutable_data_ptr();
+  const int64_t first_floats = dfirst.numel(), core_floats = dcore.numel(), last_floats = dlast.numel();
+  const int64_t copy_floats = first_floats + core_floats + last_floats + dbias.numel();
+  const int64_t parts = std::max<int64_t>(1, std::min(threads_for(2 * multiply_adds(p), p.images), p.images));
   const Tensor sums = empty_flat(parts * copy_floats);
   float* const base = sums.mutable_data_ptr<float>();
   std::memset(base, 0, static_cast<size_t>(parts * copy_floats) * sizeof(float));
-  const auto kernel = KEGFAST_SELECT(tucker2_weight_gradients);
-  const auto part = [&](int64_t i) {
-    Tucker2GradParams mine = g;
-    float* copy = base + i * copy_floats;
-    if (need_first) mine.first = copy;
-    if (need_core) mine.core = copy + first_floats;
-    if (need_last) mine.last = copy + first_floats + core_floats;
-    kernel(mine, n * i / parts, n * (i + 1) / parts);
+  const auto point = [&](int64_t part) {
+    float* const copy = base + part * copy_floats;
+    g.first = need_first ? copy : nullptr;
+    g.core = need_core ? copy + first_floats : nullptr;
+    g.last = need_last ? copy + first_floats + core_floats : nullptr;
+    g.bias = need_bias ? copy + first_floats + core_floats + last_floats : nullptr;
+    return g;
   };
-  if (parts == 1)
-    part(0);
-  else
-    torch::stable::parallel_for(0, parts, 1, [&](int64_t from, int64_t to) {
-      for (int64_t i = from; i < to; ++i) part(i);
+  point(0);
+  if (p.images > 0) {
+    KEGFAST_SELECT(tucker2_gradient_plan)(g, parts);
+    const Tensor packed = empty_flat(g.plan.packed_floats);
+    const bool reverse = !g.back.up.on;
+    if (need_x || need_first || need_core) KEGFAST_SELECT(tucker2_pack)
+    (g.back, g.plan, transposed(last, false), transposed(core, reverse), transposed(first, false), false,
+     packed.mutable_data_ptr<float>());
+    g.back.packed = packed.const_data_ptr<float>();
+    const auto kernel = KEGFAST_SELECT(tucker2_gradients);
+    std::vector<Tucker2GradParams> mine;
+    for (int64_t i = 0; i < parts; ++i) mine.push_back(point(i));
+    run_parts(parts, [&](int64_t i) {
+      kernel(mine[i], p.images * i / parts, p.images * (i + 1) / parts, scratch(g.scratch_floats));
     });
-  if (need_first) reduce(base, parts, copy_floats, 1, r1, x.size(1), dfirst);
-  if (need_core) reduce(base + first_floats, parts, copy_floats, core.size(2) * core.size(3), r2, r1, dcore);
-  if (need_last)
-    reduce(base + first_floats + core_floats, parts, copy_floats, r2 * last.size(0), 1, 1, dlast);
+  }
+  const int64_t k = p.features, c = p.channels, r1 = p.rank_in, r2 = p.rank_out;
+  const float* at = base;
+  if (need_first) {
+    const bool wide = p.channels_last;
+    reduce({at, parts, copy_floats, wide ? c : 1, wide ? 1 : r1, 0, 0}, dfirst);
+  }
+  at += first_floats;
+  if (need_core) {
+    const int64_t row = dilation_w == 1 ? p.kernel_w * r1 : r1;  // a segment's length
+    const int64_t tap_h = dilation_w == 1 ? r2 * row : p.kernel_w * r2 * row;
+    reduce({at, parts, copy_floats, row, 1, tap_h, dilation_w == 1 ? r1 : r2 * row}, dcore);
+  }
+  at += core_floats;
+  if (need_last) {
+    const bool wide = g.grad_channels_last;
+    reduce({at, parts, copy_floats, wide ? 1 : r2, wide ? k : 1, 0, 0}, dlast);
+  }
+  at += last_floats;
+  for (int64_t i = 0; need_bias && i < k; ++i) {
+    float sum = 0;
+    for (int64_t copy = 0; copy < parts; ++copy) sum += at[copy * copy_floats + i];
+    dbias.mutable_data_ptr<float>()[i] = sum;
+  }
   return grads;
 }
 
+}  // namespace
 }  // namespace kegfast
+
+STABLE_TORCH_LIBRARY_IMPL(kegfast, CPU, m) {
+  m.impl("tucker2_gradients", TORCH_BOX(&kegfast::tucker2_gradients));
+}

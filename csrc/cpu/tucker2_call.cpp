@@ -55,21 +55,18 @@ class Scratch {
   int64_t held_ = 0;
 };
 
+// f(begin, end) over `parts` equal shares of `units`, each a multiple of `grain`.
+template <class F>
+void share_out(int64_t parts, int64_t units, int64_t grain, const F& f) {
+  run_parts(parts, [&](int64_t i) { f(units * i / parts * grain, units * (i + 1) / parts * grain); });
+}
+
+}  // namespace
+
 float* scratch(int64_t floats) {
   static thread_local Scratch memory;
   return memory.take(floats);
 }
-
-// f(begin, end) over `parts` equal shares of `units`, each a multiple of `grain`.
-template <class F>
-void share_out(int64_t parts, int64_t units, int64_t grain, const F& f) {
-  if (parts == 1) return f(0, units * grain);
-  torch::stable::parallel_for(0, parts, 1, [&](int64_t from, int64_t to) {
-    for (int64_t i = from; i < to; ++i) f(units * i / parts * grain, units * (i + 1) / parts * grain);
-  });
-}
-
-}  // namespace
 
 Tensor empty_strided(std::initializer_list<int64_t> sizes, std::initializer_list<int64_t> strides,
                      ScalarType type) {

@@ -2,12 +2,12 @@
 // threads.
 #pragma once
 
+#include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <initializer_list>
 #include <optional>
-#include <tuple>
 
 #include "tucker2.h"
 
@@ -48,9 +48,15 @@ int64_t multiply_adds(const Tucker2Params& p);
 int64_t threads_for(int64_t work, int64_t parts);  // 1 where a second thread costs more than it brings
 void run_rows(const Tucker2Params& p, const Tucker2Plan& plan, int64_t threads);  // all rows, on `threads`
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> tucker2_backward(
-    const Tensor& gradient, const Tensor& input, const Tensor& t1, const Tensor& t2, const Tensor& first,
-    const Tensor& core, const Tensor& last, int64_t padding_h, int64_t padding_w, int64_t dilation_h,
-    int64_t dilation_w, bool need_x, bool need_first, bool need_core, bool need_last);
+float* scratch(int64_t floats);  // memory that the calling thread keeps, so that no call pays for page faults
+
+// f(i) for every part, side by side.
+template <class F>
+void run_parts(int64_t parts, const F& f) {
+  if (parts == 1) return f(0);
+  torch::stable::parallel_for(0, parts, 1, [&](int64_t from, int64_t to) {
+    for (int64_t i = from; i < to; ++i) f(i);
+  });
+}
 
 }  // namespace kegfast

@@ -64,7 +64,10 @@ class Forward {
     for (int64_t row = first; row < last; row += plan_.band_rows) {
       const int64_t rows = smaller(plan_.band_rows, last - row);
       const int64_t pixels = count * rows * p_.out_width;
-      need_rows(row * p_.stride_h, (row + rows - 1) * p_.stride_h + (p_.kernel_h - 1) * p_.dilation_h + 1);
+      if (p_.up.on)
+        need_rows(0, padded_height(p_));
+      else
+        need_rows(row * p_.stride_h, (row + rows - 1) * p_.stride_h + (p_.kernel_h - 1) * p_.dilation_h + 1);
       float* t2 = p_.t2 ? p_.t2 + (image * p_.out_height + row) * p_.out_width * words(p_.rank_out)
                         : scratch_ + plan_.t2_at;
       look_ahead(row, rows, last);
@@ -190,6 +193,11 @@ class Forward {
     else if (p_.y && !p_.channels_last)
       ahead_.add(y + row * p_.out_width * size, band * size, plane * size, count_ * p_.features);
 
+    if (p_.soon) {
+      const int64_t bytes = count_ * p_.soon_bytes, from = bytes / 64 * row / last * 64,
+                    to = bytes / 64 * (row + rows) / last * 64;
+      ahead_.add(p_.soon + image_ * p_.soon_bytes + from, to - from, 0, 1);
+    }
     const bool next_image = row + rows >= last;
     const int64_t image = next_image ? image_ + count_ : image_;
     const int64_t begin = next_image ? 0 : clamp(have_end_ - p_.padding_h, 0, p_.height);
@@ -223,6 +231,7 @@ class Forward {
       return Winograd(p_, p_.packed + plan_.winograd_at, scratch_ + plan_.tiles_at, ahead).run(band);
     }
 #endif
+    if (p_.up.on) return core_phases(t2, ahead);
     const Window window = core_window(p_);
     Tile tile{};
     tile.segments = window_;
@@ -237,6 +246,42 @@ class Forward {
     const int64_t t2_row = p_.out_width * p_.rank_out;
     const Grid grid{count_, rows, p_.out_width, t1_image_, p_.stride_h * t1_row_, rows * t2_row, t2_row};
     sweep<A::row_major>(tile, grid, tile.a_step, p_.rank_out, core_group(p_));
+  }
+
+  // The upsampling core of one image: every phase fills its own comb of the output.
+  void core_phases(float* t2, Ahead* ahead) {
+    Tile tile{};
+    tile.segments = window_;
+    tile.segment_length = words(p_.rank_in);
+    tile.a = t1_;
+    tile.a_step = words(p_.rank_in);
+    tile.b = p_.packed + plan_.core_at;
+    tile.c_step = p_.up.stride_w * p_.rank_out;
+    tile.ahead = ahead;
+    Number* const out = reinterpret_cast<Number*>(t2);
+    const int64_t row = p_.out_width * p_.rank_out;
+    for (int64_t a = 0; a < p_.up.stride_h; ++a)
+      for (int64_t b = 0; b < p_.up.stride_w; ++b) {
+        const Comb h = comb_h(p_, a), w = comb_w(p_, b);
+        tile.c = out + h.first * row + w.first * p_.rank_out;
+        tile.segment_count = h.taps * w.taps;
+        const Grid grid{1, h.count, w.count, 0, t1_row_, 0, p_.up.stride_h * row};
+        if (tile.segment_count == 0) {
+          clear(tile, grid);
+          continue;
+        }
+        for (int64_t s = 0; s < tile.segment_count; ++s)
+          window_[s] = (p_.padding_h + h.source - s / w.taps) * t1_row_ +
+                       (p_.padding_w + w.source - s % w.taps) * tile.a_step;
+        if (h.count && w.count) sweep<A::row_major>(tile, grid, tile.a_step, p_.rank_out, core_group(p_));
+        tile.b += packed_floats(p_.rank_out, {tile.segment_count, tile.segment_length}, core_group(p_));
+      }
+  }
+
+  void clear(const Tile& tile, const Grid& grid) const {
+    for (int64_t r = 0; r < grid.rows; ++r)
+      for (int64_t i = 0; i < grid.pixels; ++i)
+        memset(tile.c + r * grid.c_row + i * tile.c_step, 0, p_.rank_out * sizeof(Number));
   }
 
   bool converts() const { return kPair == 1 && p_.type != Tucker2Type::float32; }

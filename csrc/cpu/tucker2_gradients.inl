@@ -1,5 +1,6 @@
 // Weight gradients of tucker2: sums of outer products over pixels, k-major GEMMs on the same tiles as the
-// forward pass.
+// forward pass. The tensor of ranks is broadcast and the wide one fills the vectors, which at rank 16 halves
+// the loads per FMA; planes can only be broadcast.
 #pragma once
 
 #include "cpu/tucker2_forward.inl"
@@ -20,7 +21,7 @@ template <A kA>
 void outer_products(const float* a, int64_t a_step, int64_t m, const float* b, int64_t b_step, int64_t n,
                     const RowPairs& rows, int64_t pixels, float* c) {
   const int64_t vectors = ceil_div(n, kLanes);
-  const Cut cut = best_cut(vectors, m, kChain, kMaxVectors);
+  const Cut cut = best_cut(vectors, m, rows.count * pixels, kMaxVectors);
   const auto& tiles = kTiles<kA, B::plain, Bias::per_lane, 1>.f;
   Tile tile{};
   tile.a_step = a_step;
@@ -46,88 +47,101 @@ void outer_products(const float* a, int64_t a_step, int64_t m, const float* b, i
   }
 }
 
-void outer_products(bool a_channels_last, const float* a, int64_t a_step, int64_t m, const float* b,
-                    int64_t n, const RowPairs& rows, int64_t pixels, float* c) {
-  if (a_channels_last)
-    outer_products<A::k_major>(a, a_step, m, b, n, n, rows, pixels, c);
-  else
-    outer_products<A::row_major>(a, a_step, m, b, n, n, rows, pixels, c);
-}
-
-// Calls f(rows) for chunks of the rows of images begin <= n < end.
-template <class Offsets, class F>
-void for_chunks(int64_t begin, int64_t end, int64_t height, int64_t width, const Offsets& offsets,
-                const F& f) {
-  const int64_t step = clamp(kChunkPixels / width, 1, kChunkPixels);
+// Calls f(rows, length) for chunks of about kChunkPixels pixels of `images` images whose pixels lie in a row,
+// `a_image` and `b_image` floats apart, `a_pixel` and `b_pixel` from one to the next.
+template <class F>
+void for_chunks(int64_t images, int64_t pixels, int64_t a_image, int64_t a_pixel, int64_t b_image,
+                int64_t b_pixel, const F& f) {
+  const int64_t together = clamp(kChunkPixels / pixels, 1, kChunkPixels);
   RowPairs rows;
-  for (int64_t row = begin * height; row < end * height; row += step) {
-    rows.count = smaller(step, end * height - row);
-    for (int64_t i = 0; i < rows.count; ++i)
-      offsets((row + i) / height, (row + i) % height, rows.a[i], rows.b[i]);
-    f(rows);
+  for (int64_t n = 0; n < images; n += together) {
+    rows.count = smaller(together, images - n);
+    for (int64_t from = 0; from < pixels; from += kChunkPixels) {
+      for (int64_t i = 0; i < rows.count; ++i) {
+        rows.a[i] = (n + i) * a_image + from * a_pixel;
+        rows.b[i] = (n + i) * b_image + from * b_pixel;
+      }
+      f(rows, smaller(kChunkPixels, pixels - from));
+    }
   }
 }
 
-void last_gradient(const Tucker2GradParams& g, int64_t begin, int64_t end) {
-  const Tucker2Params& p = g.forward;
-  const int64_t k = p.features, r2 = p.rank_out, q = p.out_width, plane = p.out_height * q;
-  const bool last = g.grad_channels_last;
-  for_chunks(
-      begin, end, p.out_height, q,
-      [&](int64_t n, int64_t row, int64_t& a, int64_t& b) {
-        a = n * k * plane + row * q * (last ? k : 1);
-        b = (n * p.out_height + row) * q * r2;
-      },
-      [&](const RowPairs& rows) {
-        outer_products(last, g.grad, last ? k : plane, k, p.t2, r2, rows, q, g.last);
-      });
+// Pixels of `ranks` contiguous numbers (t2, dz1) against images of `channels` channels (g, x), whose pixels lie
+// in a row: (ranks, channels) where channels are contiguous, else (channels, ranks).
+struct Image {
+  const float* data;
+  bool channels_last;
+  int64_t image, channel, pixel;  // steps
+};
+void factor_gradient(const float* ranked, int64_t ranks, const Image& x, int64_t channels, int64_t images,
+                     int64_t pixels, float* c) {
+  if (x.channels_last)
+    for_chunks(images, pixels, pixels * ranks, ranks, x.image, x.pixel, [&](const RowPairs& rows, int64_t n) {
+      outer_products<A::k_major>(ranked, ranks, ranks, x.data, x.pixel, channels, rows, n, c);
+    });
+  else
+    for_chunks(images, pixels, x.image, x.pixel, pixels * ranks, ranks, [&](const RowPairs& rows, int64_t n) {
+      outer_products<A::row_major>(x.data, x.channel, channels, ranked, ranks, ranks, rows, n, c);
+    });
 }
 
-void core_gradient(const Tucker2GradParams& g, int64_t begin, int64_t end) {
-  const Tucker2Params& p = g.forward;
+// dz2 with its border against the windows of t1: per segment (R2, length of the segment).
+void core_gradient(const Tucker2Params& p, const float* t1, const float* dz2, int64_t border_h,
+                   int64_t border_w, int64_t images, float* c) {
   const int64_t r1 = p.rank_in, r2 = p.rank_out;
-  const int64_t t1_row = padded_width(p) * r1, dz2_row = (p.out_width + 2 * g.border_w) * r2;
-  const int64_t dz2_height = p.out_height + 2 * g.border_h;
+  const int64_t t1_row = padded_width(p) * r1, dz2_row = (p.out_width + 2 * border_w) * r2;
+  const int64_t dz2_height = p.out_height + 2 * border_h, height = p.out_height;
   const Window window = core_window(p);
-  for_chunks(
-      begin, end, p.out_height, p.out_width,
-      [&](int64_t n, int64_t row, int64_t& a, int64_t& b) {
-        a = (n * padded_height(p) + row * p.stride_h) * t1_row;
-        b = (n * dz2_height + row + g.border_h) * dz2_row + g.border_w * r2;
-      },
-      [&](const RowPairs& rows) {
-        for (int64_t s = 0; s < window.segments; ++s) {
-          const int64_t i = p.dilation_w == 1 ? s : s / p.kernel_w,
-                        j = p.dilation_w == 1 ? 0 : s % p.kernel_w;
-          outer_products<A::k_major>(p.t1 + i * p.dilation_h * t1_row + j * p.dilation_w * r1,
-                                     p.stride_w * r1, window.length, g.dz2, r2, r2, rows, p.out_width,
-                                     g.core + s * window.length * r2);
-        }
-      });
+  const int64_t step = clamp(kChunkPixels / p.out_width, 1, kChunkPixels);
+  RowPairs rows;
+  for (int64_t row = 0; row < images * height; row += step) {
+    rows.count = smaller(step, images * height - row);
+    for (int64_t i = 0; i < rows.count; ++i) {
+      const int64_t n = (row + i) / height, r = (row + i) % height;
+      rows.a[i] = (n * dz2_height + r + border_h) * dz2_row + border_w * r2;
+      rows.b[i] = (n * padded_height(p) + r * p.stride_h) * t1_row;
+    }
+    for (int64_t s = 0; s < window.segments; ++s) {
+      const int64_t i = p.dilation_w == 1 ? s : s / p.kernel_w, j = p.dilation_w == 1 ? 0 : s % p.kernel_w;
+      outer_products<A::k_major>(dz2, r2, r2, t1 + i * p.dilation_h * t1_row + j * p.dilation_w * r1,
+                                 p.stride_w * r1, window.length, rows, p.out_width,
+                                 c + s * r2 * window.length);
+    }
+  }
 }
 
-void first_gradient(const Tucker2GradParams& g, int64_t begin, int64_t end) {
-  const Tucker2Params& p = g.forward;
-  for_chunks(
-      begin, end, p.height, p.width,
-      [&](int64_t n, int64_t row, int64_t& a, int64_t& b) {
-        a = n * p.x_image + row * p.x_row;
-        b = (n * p.height + row) * p.width * p.rank_in;
-      },
-      [&](const RowPairs& rows) {
-        outer_products(p.channels_last, static_cast<const float*>(p.x),
-                       p.channels_last ? p.x_pixel : p.x_channel, p.channels, g.dz1, p.rank_in, rows, p.width,
-                       g.first);
-      });
+// sums (K) += the pixels of g.
+void bias_gradient(const Image& g, int64_t channels, int64_t images, int64_t pixels, float* sums) {
+  for (int64_t n = 0; n < images; ++n) {
+    const float* const x = g.data + n * g.image;
+    if (g.channels_last) {
+      constexpr int kWide = 4;
+      for (int64_t c = 0; c < channels; c += kWide * kLanes) {
+        Floats sum[kWide] = {};
+        int width[kWide];
+        for (int v = 0; v < kWide; ++v)
+          width[v] = static_cast<int>(clamp(channels - c - v * kLanes, 0, kLanes));
+        for (int64_t i = 0; i < pixels; ++i)
+          for (int v = 0; v < kWide; ++v)
+            if (width[v]) sum[v] += load_first(x + i * g.pixel + c + v * kLanes, width[v]);
+        for (int v = 0; v < kWide; ++v)
+          for (int l = 0; l < width[v]; ++l) sums[c + v * kLanes + l] += sum[v][l];
+      }
+    } else {
+      for (int64_t c = 0; c < channels; ++c) {
+        const float* const plane = x + c * g.channel;
+        Floats sum[4] = {};
+        int64_t i = 0;
+        for (; i + 4 * kLanes <= pixels; i += 4 * kLanes)
+          for (int v = 0; v < 4; ++v) sum[v] += load_unaligned(plane + i + v * kLanes);
+        for (; i < pixels; i += kLanes)
+          sum[0] += load_first(plane + i, static_cast<int>(smaller(kLanes, pixels - i)));
+        const Floats total = sum[0] + sum[1] + (sum[2] + sum[3]);
+        for (int l = 0; l < kLanes; ++l) sums[c] += total[l];
+      }
+    }
+  }
 }
 
 }  // namespace
-
-void tucker2_weight_gradients(const Tucker2GradParams& g, int64_t begin, int64_t end) {
-  const FlushDenormals flush;
-  if (g.last) last_gradient(g, begin, end);
-  if (g.core) core_gradient(g, begin, end);
-  if (g.first) first_gradient(g, begin, end);
-}
-
 }  // namespace kegfast::KEGFAST_ISA

@@ -8,12 +8,34 @@
 
 namespace kegfast::KEGFAST_ISA {
 
+namespace {
+
+// A core run backwards with its taps in forward order, phase by phase.
+void pack_phases(const Tucker2Params& p, const Tucker2Factor& core, float* out) {
+  const int64_t bytes = core.type == Tucker2Type::float32 ? 4 : 2;
+  for (int64_t a = 0; a < p.up.stride_h; ++a)
+    for (int64_t b = 0; b < p.up.stride_w; ++b) {
+      const int64_t taps_h = comb_h(p, a).taps, taps_w = comb_w(p, b).taps;
+      if (taps_h * taps_w == 0) continue;
+      Tucker2Factor phase = core;
+      phase.data = static_cast<const char*>(core.data) + (a * core.tap_h + b * core.tap_w) * bytes;
+      phase.tap_h *= p.up.stride_h, phase.tap_w *= p.up.stride_w;
+      const Window window{taps_h * taps_w, words(p.rank_in)};
+      pack_factor(phase, p.rank_out, p.rank_in, taps_w, window, core_group(p), out);
+      out += packed_floats(p.rank_out, window, core_group(p));
+    }
+}
+
+}  // namespace
+
 void tucker2_pack(const Tucker2Params& p, const Tucker2Plan& plan, const Tucker2Factor& first,
                   const Tucker2Factor& core, const Tucker2Factor& last, bool all, float* packed) {
   packed[0] = packed_layout(p);
   const int64_t channels = words(p.channels) * kPair;
   pack_factor(first, p.rank_in, channels, 1, {1, words(p.channels)}, first_group(p), packed + plan.first_at);
-  if (all || !plan.winograd)
+  if (p.up.on)
+    pack_phases(p, core, packed + plan.core_at);
+  else if (all || !plan.winograd)
     pack_factor(core, p.rank_out, p.rank_in, p.kernel_w, core_window(p), core_group(p),
                 packed + plan.core_at);
 #if !defined(KEGFAST_PAIRS)

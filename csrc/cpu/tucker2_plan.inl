@@ -70,6 +70,33 @@ float packed_layout(const Tucker2Params& p) {
   return kLanes + 64 * p.channels_last + 128 * (p.dilation_w == 1) + 256 * kPair;
 }
 
+// One axis of one phase of an upsampling core: taps phase, phase + stride, ... make the output pixels first, first
+// + stride, ... from input pixels source, source + 1, ..., the taps running against them.
+struct Comb {
+  int64_t taps, first, count, source;
+};
+constexpr Comb comb(int64_t kernel, int64_t stride, int64_t padding, int64_t size, int64_t phase) {
+  const int64_t first = ((phase - padding) % stride + stride) % stride;
+  return {phase < kernel ? ceil_div(kernel - phase, stride) : 0, first,
+          first < size ? ceil_div(size - first, stride) : 0, (first + padding - phase) / stride};
+}
+constexpr Comb comb_h(const Tucker2Params& p, int64_t phase) {
+  return comb(p.kernel_h, p.up.stride_h, p.up.padding_h, p.out_height, phase);
+}
+constexpr Comb comb_w(const Tucker2Params& p, int64_t phase) {
+  return comb(p.kernel_w, p.up.stride_w, p.up.padding_w, p.out_width, phase);
+}
+
+int64_t core_floats(const Tucker2Params& p) {
+  if (!p.up.on) return packed_floats(p.rank_out, core_window(p), core_group(p));
+  int64_t floats = 0;
+  for (int64_t a = 0; a < p.up.stride_h; ++a)
+    for (int64_t b = 0; b < p.up.stride_w; ++b)
+      floats +=
+          packed_floats(p.rank_out, {comb_h(p, a).taps * comb_w(p, b).taps, words(p.rank_in)}, core_group(p));
+  return floats;
+}
+
 constexpr int64_t kNumberBytes = sizeof(Number);
 
 // Whether x is first copied, row by row, into what the tiles read: numbers of another type, or bfloat16 of
@@ -93,7 +120,7 @@ constexpr int64_t kWindowBytes = 256 << 10;    // of t1: stays in L2
 
 // Whether the core may run by Winograd at all: the transforms work on whole vectors of channels.
 bool winograd_fits(const Tucker2Params& p) {
-  return kPair == 1 && p.winograd && p.kernel_h == 3 && p.kernel_w == 3 && p.stride_h == 1 &&
+  return kPair == 1 && p.winograd && !p.up.on && p.kernel_h == 3 && p.kernel_w == 3 && p.stride_h == 1 &&
          p.stride_w == 1 && p.dilation_h == 1 && p.dilation_w == 1 && p.rank_in >= 32 && p.rank_out >= 32 &&
          p.rank_in % kLanes == 0 && p.rank_out % kLanes == 0 &&
          // oneDNN's convolutions of planes sum in smaller blocks: beyond these ranks our error would be 1.6
@@ -133,9 +160,10 @@ Tucker2Plan tucker2_plan(const Tucker2Params& p, int64_t threads) {
     const int64_t fit = larger(1, kWindowBytes / (4 * row * padded_height(p)));
     plan.group_images = clamp(pixels / image_pixels, 1, smaller(fit, ceil_div(p.images, threads)));
   }
+  if (p.up.on) plan.band_rows = p.out_height, plan.group_images = 1;
   const int64_t needed = (plan.band_rows - 1) * p.stride_h + halo;
   plan.t1_rows = smaller(padded_height(p), larger(needed, kWindowBytes / (4 * row)));
-  if (plan.group_images > 1) plan.t1_rows = padded_height(p);
+  if (plan.group_images > 1 || p.up.on) plan.t1_rows = padded_height(p);
 
   int64_t at = kHeader;
   auto take = [&at](int64_t floats) {
@@ -144,7 +172,7 @@ Tucker2Plan tucker2_plan(const Tucker2Params& p, int64_t threads) {
     return here;
   };
   plan.first_at = take(packed_floats(p.rank_in, {1, words(p.channels)}, first_group(p)));
-  plan.core_at = take(packed_floats(p.rank_out, core_window(p), core_group(p)));
+  plan.core_at = take(core_floats(p));
   plan.last_at = take(p.channels_last ? packed_floats(p.features, {1, words(p.rank_out)}, last_group(p))
                                       : p.features * words(p.rank_out));
   plan.winograd_at = take(winograd_fits(p) ? 16 * packed_floats(p.rank_out, {1, p.rank_in}, 1) : 0);
@@ -192,22 +220,32 @@ void put(float* packed, int64_t number, float value) {
 #endif
 }
 
-// `inputs` and `outputs` as the kernels count them: even where numbers come in pairs.
+// `inputs` and `outputs` as the kernels count them: even where numbers come in pairs. Training packs in every
+// step, so places are found once for all vectors, and each row of the factor is read from end to end.
 void pack_factor(const Tucker2Factor& w, int64_t outputs, int64_t inputs, int64_t taps_w, Window window,
                  int group, float* out) {
-  const int channels = kLanes / group;
-  const int64_t steps = ceil_div(window.length, group);
-  for (int64_t first = 0; first < outputs; first += channels)
-    for (int64_t s = 0; s < window.segments; ++s)
-      for (int64_t step = 0; step < steps; ++step, out += kLanes)
-        for (int k = 0; k < group * kPair; ++k) {
-          const int64_t number = step * group * kPair + k;
-          const Place from = place_of(w, inputs, taps_w, window, s, number);
-          const bool exists = number < window.length * kPair && from.exists;
-          const int64_t present = exists ? smaller(channels, w.outputs - first) : 0;
-          for (int c = 0; c < channels; ++c)
-            put(out, c * group * kPair + k, c < present ? element(w, from.at + (first + c) * w.row) : 0.0f);
-        }
+  constexpr int64_t kBlock = 256;
+  Place from[kBlock];
+  int64_t to[kBlock];  // in numbers, for the vector's first output
+  const int channels = kLanes / group, together = group * kPair;
+  const int64_t steps = ceil_div(window.length, group), numbers = steps * together;
+  for (int64_t s = 0; s < window.segments; ++s)
+    for (int64_t begin = 0; begin < numbers; begin += kBlock) {
+      const int64_t count = smaller(kBlock, numbers - begin);
+      for (int64_t i = 0; i < count; ++i) {
+        const int64_t k = begin + i;
+        from[i] = place_of(w, inputs, taps_w, window, s, k);
+        from[i].exists &= k < window.length * kPair;
+        to[i] = k / together * kLanes * kPair + k % together;
+      }
+      for (int64_t o = 0; o < round_up(outputs, channels); ++o) {
+        float* const vector = out + (o / channels * window.segments + s) * steps * kLanes;
+        const int64_t lane = o % channels * together;
+        for (int64_t i = 0; i < count; ++i)
+          put(vector, to[i] + lane,
+              o < w.outputs && from[i].exists ? element(w, from[i].at + o * w.row) : 0.0f);
+      }
+    }
 }
 
 constexpr int64_t kPadding = -1;  // no element of the factor, but a zero

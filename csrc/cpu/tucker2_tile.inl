@@ -42,7 +42,7 @@ class Ahead {
     const char* at;
     int64_t run, stride, runs;  // `runs` stretches of `run` bytes, `stride` apart
   };
-  Block blocks_[2];
+  Block blocks_[3];
   int count_ = 0, current_ = 0;
   int64_t offset_ = 0, lines_ = 0, per_step_ = 0;
 };
