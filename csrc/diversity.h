@@ -59,32 +59,34 @@ struct DiversityParams {
 // The kernels: `first` and `last` count tiles of diversity_lanes() features (of half as many for f64).
 // `values` receives each tile's share of S, NaN where the tile holds anything that is not finite. `workspace`
 // is 64-byte aligned.
-#define KEGFAST_DECLARE_DIVERSITY(isa)                                                                         \
-  namespace isa {                                                                                              \
-  int64_t diversity_lanes();                                                                                   \
-  int64_t diversity_workspace(int64_t batch); /* bytes */                                                      \
-  void diversity_l1_sort(const DiversityParams& p, int64_t first, int64_t last, void* workspace,               \
-                         double* values);                                                                      \
-  void diversity_l1_pairs(const DiversityParams& p, int64_t first, int64_t last, void* workspace,              \
-                          double* values);                                                                     \
-  void diversity_square_pairs(const DiversityParams& p, int64_t first, int64_t last, void* workspace,          \
-                              double* values);                                                                 \
-  void diversity_low_rank(const DiversityParams& p, int64_t first, int64_t last, void* workspace,              \
-                          double* values);                                                                     \
-  /* Adds sum_d |x_id - x_jd| (squared: its square) over the tiles to distances[i, j], i < j; [B, B] double. \
-   */ \
-  void diversity_distances(const DiversityParams& p, int64_t first, int64_t last, bool squared,                \
-                           void* workspace, double* distances);                                                \
+#define KEGFAST_DECLARE_DIVERSITY(isa)                                                                            \
+  namespace isa {                                                                                                 \
+  int64_t diversity_lanes();                                                                                      \
+  int64_t diversity_workspace(int64_t batch); /* bytes */                                                         \
+  void diversity_l1_sort(const DiversityParams& p, int64_t first, int64_t last, void* workspace,                  \
+                         double* values);                                                                         \
+  void diversity_l1_pairs(const DiversityParams& p, int64_t first, int64_t last, void* workspace,                 \
+                          double* values);                                                                        \
+  void diversity_square_pairs(const DiversityParams& p, int64_t first, int64_t last, void* workspace,             \
+                              double* values);                                                                    \
+  void diversity_low_rank(const DiversityParams& p, int64_t first, int64_t last, void* workspace,                 \
+                          double* values);                                                                        \
+  /* The largest magnitude of rows first..last; NaN where something is not finite. */                             \
+  double diversity_magnitude(const DiversityParams& p, int64_t first, int64_t last);                              \
+  /* distances[i, j] = sum_d |x_id - x_jd| (squared: of squares), i < j, for every `step`th group of rows i from\
+     `first` on; [B, B] double. `unit`: a power of two by which samples are divided so that no sum overflows. */ \
+  void diversity_distances(const DiversityParams& p, int64_t first, int64_t step, bool squared, double unit,      \
+                           double* distances);                                                                    \
   /* Mean squares, or with `root` norms, of the differences of the rows of z, [nz, B rounded up to 16]       \
-     transposed. Returns the largest sum of weights over a row. */ \
-  double diversity_weights(const float* z, int64_t batch, int64_t width, bool root, float* weights);           \
-  /* Turns weights into fixed point in place, as even multiples of `unit`; see DiversityParams::offsets. */    \
-  void diversity_fix_weights(float* weights, int64_t batch, double unit, int32_t* offsets);                    \
-  /* norms[i] = |x_i|^2, rows first..last. */                                                                  \
-  void diversity_square_norms(const DiversityParams& p, int64_t first, int64_t last, double* norms);           \
+     transposed. Returns the largest sum of weights over a row. */    \
+  double diversity_weights(const float* z, int64_t batch, int64_t width, bool root, float* weights);              \
+  /* Turns weights into fixed point in place, as even multiples of `unit`; see DiversityParams::offsets. */       \
+  void diversity_fix_weights(float* weights, int64_t batch, double unit, int32_t* offsets);                       \
+  /* norms[i] = |x_i|^2, rows first..last. */                                                                     \
+  void diversity_square_norms(const DiversityParams& p, int64_t first, int64_t last, double* norms);              \
   /* gradient_i = (gradient_i - (gradient_i . y_i) y_i) row_scale_i with y_i = row_scale_i x_i, rows         \
-   * first..last. */ \
-  void diversity_project(const DiversityParams& p, int64_t first, int64_t last);                               \
+   * first..last. */    \
+  void diversity_project(const DiversityParams& p, int64_t first, int64_t last);                                  \
   }
 KEGFAST_EACH_ISA(KEGFAST_DECLARE_DIVERSITY)
 #undef KEGFAST_DECLARE_DIVERSITY

@@ -1,4 +1,5 @@
 // Kernels of diversity, compiled once per instruction set: the entry points of csrc/diversity.h.
+#include "cpu/diversity_distances.inl"
 #include "cpu/diversity_low_rank.inl"
 #include "cpu/diversity_pairs.inl"
 #include "cpu/diversity_scan.inl"
@@ -73,19 +74,25 @@ void diversity_fix_weights(float* weights, int64_t batch, double unit, int32_t* 
   fix_weights(weights, batch, unit, offsets);
 }
 
-void diversity_distances(const DiversityParams& p, int64_t first, int64_t last, bool squared, void* workspace,
+double diversity_magnitude(const DiversityParams& p, int64_t first, int64_t last) {
+  return p.element == Element::f64 ? magnitude<double>(p, first, last) : magnitude<float>(p, first, last);
+}
+
+template <class T>
+static void distances_of(const DiversityParams& p, int64_t first, int64_t step, bool squared, double unit,
                          double* distances) {
-  if (p.element == Element::f64) {
-    if (squared)
-      distance_tiles<double, true>(p, first, last, workspace, distances);
-    else
-      distance_tiles<double, false>(p, first, last, workspace, distances);
-  } else {
-    if (squared)
-      distance_tiles<float, true>(p, first, last, workspace, distances);
-    else
-      distance_tiles<float, false>(p, first, last, workspace, distances);
-  }
+  if (squared)
+    distance_rows<T, true>(p, first, step, unit, distances);
+  else
+    distance_rows<T, false>(p, first, step, unit, distances);
+}
+
+void diversity_distances(const DiversityParams& p, int64_t first, int64_t step, bool squared, double unit,
+                         double* distances) {
+  if (p.element == Element::f64)
+    distances_of<double>(p, first, step, squared, unit, distances);
+  else
+    distances_of<float>(p, first, step, squared, unit, distances);
 }
 
 // Rows a vector at a time: f(feature, x) for every vector of row i.

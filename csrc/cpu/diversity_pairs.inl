@@ -246,27 +246,4 @@ inline void square_pair_tiles(const DiversityParams& p, int64_t first, int64_t l
   });
 }
 
-template <class T, bool squared>
-inline void distance_tiles(const DiversityParams& p, int64_t first, int64_t last, void* workspace,
-                           double* distances) {
-  constexpr int N = lanes<T>;
-  const int64_t B = p.batch, block = block_tiles(B);
-  T* x = static_cast<T*>(workspace);
-  for (int64_t tile = first; tile < last; ++tile) {
-    if ((tile - first) % block == 0) load_block<T>(p, tile * N, block < last - tile ? block : last - tile, x);
-    const Tile<T> t = examine_tile<T>(B, x + (tile - first) % block * B * N);
-    const double unit = !t.finite ? __builtin_nan("") : squared ? t.unit * t.unit : t.unit;
-    for (int64_t i = 0; i < B; ++i) {
-      const Vec<T> xi = load(t.x + i * N);
-      for (int64_t j = i + 1; j < B; ++j) {
-        const Vec<T> d = xi - load(t.x + j * N);
-        const Vec<T> term = squared ? d * d : vmax(d, -d);
-        T sum = 0;
-        for (int l = 0; l < N; ++l) sum += term[l];
-        distances[i * B + j] += sum * unit;
-      }
-    }
-  }
-}
-
 }  // namespace kegfast::KEGFAST_ISA

@@ -75,17 +75,20 @@ class Diversity {
 
   // d_ij, [B, B] in double, upper triangle.
   std::vector<double> distances() {
-    const int64_t B = p_.batch, parts = threads_for(tiles_, p_.batch * 16);
-    std::vector<std::vector<double>> shares(parts);
-    const bool squared = metric_ != Metric::l1;
-    in_parts(tiles_, parts, [&](int64_t part, int64_t first, int64_t last) {
-      shares[part].assign(B * B, 0.0);
-      KEGFAST_SELECT(diversity_distances)
-      (p_, first, last, squared, workspace(KEGFAST_SELECT(diversity_workspace)(B)), shares[part].data());
+    const int64_t B = p_.batch, parts = threads_for(B, p_.features * 16);
+    std::vector<double> largest(parts), d(B * B);
+    in_parts(B, parts, [&](int64_t part, int64_t first, int64_t last) {
+      largest[part] = KEGFAST_SELECT(diversity_magnitude)(p_, first, last);
     });
-    std::vector<double> d = std::move(shares[0]);
-    for (int64_t part = 1; part < parts; ++part)
-      for (int64_t i = 0; i < B * B; ++i) d[i] += shares[part][i];
+    double most = 0;
+    for (double value : largest) most = value <= most ? most : value;  // or NaN
+    if (std::isnan(most)) return std::vector<double>(B * B, most);
+    const double limit = wide_ ? 0x1p400 : 0x1p40;
+    const bool extreme = most > limit || most < 1 / limit;
+    const double unit = extreme && most > 0 ? std::ldexp(1.0, std::max(std::ilogb(most), -120)) : 1;
+    in_parts(parts, parts, [&](int64_t part, int64_t, int64_t) {
+      KEGFAST_SELECT(diversity_distances)(p_, part, parts, metric_ != Metric::l1, unit, d.data());
+    });
     for (int64_t i = 0; i < B; ++i)
       for (int64_t j = i + 1; j < B; ++j) {
         double& value = d[i * B + j];
@@ -249,25 +252,29 @@ class Diversity {
   std::vector<double> row_scale_;
 };
 
-// d exponent / d noises = -scale sum_j 2 d_ij dw_ij/dz_i.
+// d exponent / d noises_i = scale sum_j 2 d_ij dw_ij/dz_i = scale sum_j 2 f_ij (z_i - z_j).
 template <class T>
 void noise_gradient(const Noises& noises, NoiseMetric metric, const std::vector<double>& d, double scale,
                     T* out) {
   const int64_t B = noises.batch, nz = noises.width;
-  std::vector<double> row(nz);
-  for (int64_t i = 0; i < B; ++i) {
-    std::fill(row.begin(), row.end(), 0.0);
-    for (int64_t j = 0; j < B; ++j) {
-      if (i == j) continue;
-      const double w = noises.distance(i, j, metric);
-      if (w == 0) continue;  // coincident noises: no direction
-      const double slope = metric == NoiseMetric::euclidean ? 1 / w : 2.0 / static_cast<double>(nz);
-      const double factor = d[std::min(i, j) * B + std::max(i, j)] * slope;
-      for (int64_t k = 0; k < nz; ++k) row[k] += factor * (noises.row(i)[k] - noises.row(j)[k]);
+  const bool root = metric == NoiseMetric::euclidean;
+  const double slope = 2.0 / static_cast<double>(nz);  // of the mean square; that of the norm is 1 / w
+  std::vector<double> total(B), along(B * nz);
+  for (int64_t i = 0; i < B; ++i)
+    for (int64_t j = i + 1; j < B; ++j) {
+      const double w = root ? noises.distance(i, j, metric) : 0;
+      const double f = d[i * B + j] * (!root ? slope : w > 0 ? 1 / w : 0);  // coincident noises: no direction
+      total[i] += f;
+      total[j] += f;
+      for (int64_t k = 0; k < nz; ++k) {
+        along[i * nz + k] += f * noises.row(j)[k];
+        along[j * nz + k] += f * noises.row(i)[k];
+      }
     }
-    const double unit = metric == NoiseMetric::euclidean ? 1 : noises.unit;
-    for (int64_t k = 0; k < nz; ++k) out[i * nz + k] = static_cast<T>(2 * scale * unit * row[k]);
-  }
+  const double unit = 2 * scale * (root ? 1 : noises.unit);
+  for (int64_t i = 0; i < B; ++i)
+    for (int64_t k = 0; k < nz; ++k)
+      out[i * nz + k] = static_cast<T>(unit * (total[i] * noises.row(i)[k] - along[i * nz + k]));
 }
 
 }  // namespace kegfast

@@ -62,6 +62,13 @@ inline V vmax(V a, V b) {
   return a > b ? a : b;
 }
 
+inline Vec<float> vabs(Vec<float> v) {
+  return (Vec<float>)((Vec<uint32_t>)v & 0x7fffffffu);
+}
+inline Vec<double> vabs(Vec<double> v) {
+  return (Vec<double>)((Vec<uint64_t>)v & 0x7fffffffffffffffu);
+}
+
 inline Vec<float> vsqrt(Vec<float> v) {
 #if defined(__AVX512F__)
   return (Vec<float>)_mm512_sqrt_ps((__m512)v);
