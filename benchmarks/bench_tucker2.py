@@ -6,6 +6,7 @@ and all figures are ratios of medians of the same rounds.
 """
 
 import argparse
+import copy
 import importlib.util
 import math
 from collections.abc import Callable, Iterator
@@ -99,7 +100,7 @@ def tltorch_layer(layer: TuckerConv2d, shape: Shape, dtype: torch.dtype) -> nn.M
     rank = (*layer.core.weight.shape[:2], shape.kernel, shape.kernel)
     other = FactorizedConv(
         shape.channels, shape.features, shape.kernel, order=2, stride=shape.stride, padding=shape.padding,
-        factorization="tucker", implementation="factorized", rank=rank,
+        factorization="tucker", implementation="factorized", rank=rank, bias=True,
     )  # fmt: skip
     unit = torch.eye(shape.kernel)
     factors = layer.last.weight.flatten(1), layer.first.weight.flatten(1).T, unit, unit
@@ -132,7 +133,7 @@ def contenders(
         ("planes", planes),
         ("channels_last", planes.contiguous(memory_format=torch.channels_last)),
     ):
-        calls[f"kegfast {layout}"] = lambda x=x: layer(x)
+        calls[f"kegfast {layout}"] = lambda x=x, own=copy.deepcopy(layer): own(x)
         calls[f"sequential {layout}"] = lambda x=x: sequential(x)
         calls[f"dense {layout}"] = lambda x=x: dense(x)
         calls[f"prepacked {layout}"] = prepacked_chain(sequential, x, dtype)
@@ -204,7 +205,7 @@ def geometric_mean(values: list[float]) -> float:
 def measure(
     grid: list[Shape], batch: int, rounds: int, dtype: torch.dtype, training: bool, compiled: bool = False
 ) -> Iterator[dict[str, object]]:
-    """One record per configuration. Shares are of what torch's matrix product and a copy reach here."""
+    """One record per configuration. Shares are of this core's FMA rate and of a copy's bandwidth."""
     threads = torch.get_num_threads()
     peak, memory = threads * multiply_add_rate(), bandwidth()
     for shape in grid:

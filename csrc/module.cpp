@@ -27,12 +27,19 @@ py::dict build_info() {
   return info;
 }
 
-// Vector instructions a second over about a millisecond of nothing else.
-double vector_issue_rate() {
+// What `issue` counts, a second, over about a millisecond of nothing else.
+double rate_of(int64_t (*issue)(int64_t)) {
   const auto start = std::chrono::steady_clock::now();
-  const int64_t issued = KEGFAST_SELECT(issue_vectors)(1 << 20);
+  const int64_t issued = issue(1 << 20);
   return static_cast<double>(issued) /
          std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+}
+
+double vector_issue_rate() {
+  return rate_of(KEGFAST_SELECT(issue_vectors));
+}
+double multiply_add_rate() {
+  return rate_of(KEGFAST_SELECT(issue_multiply_adds));
 }
 
 // These are plain C functions: pybind11's own calls take longer than a small layer.
@@ -88,6 +95,7 @@ PYBIND11_MODULE(_C, m) {
       .value("sort", kegfast::L1Kernel::sort)
       .value("pairs", kegfast::L1Kernel::pairs);
   m.def("vector_issue_rate", &vector_issue_rate);
+  m.def("multiply_add_rate", &multiply_add_rate);
   m.def("force_l1_kernel", &kegfast::force_l1_kernel, py::arg("kernel"));
   m.def("tucker2_winograd", &kegfast::tucker2_winograd);
   m.def("set_tucker2_winograd", &kegfast::set_tucker2_winograd, py::arg("allowed"));

@@ -1,4 +1,5 @@
-// issue_vectors: runs 12 * rounds independent vector additions and returns their number.
+// issue_vectors: runs 12 * rounds independent vector additions and returns their number; issue_multiply_adds:
+// as many vector multiply-adds, the number of their float32 lanes.
 #pragma once
 
 #include <cstdint>
@@ -7,9 +8,10 @@
 
 namespace kegfast {
 
-#define KEGFAST_DECLARE_PEAK(isa)        \
-  namespace isa {                        \
-  int64_t issue_vectors(int64_t rounds); \
+#define KEGFAST_DECLARE_PEAK(isa)              \
+  namespace isa {                              \
+  int64_t issue_vectors(int64_t rounds);       \
+  int64_t issue_multiply_adds(int64_t rounds); \
   }
 KEGFAST_EACH_ISA(KEGFAST_DECLARE_PEAK)
 #undef KEGFAST_DECLARE_PEAK

@@ -2,16 +2,24 @@
 // L2, the core over it into a t2 band that stays in L1, the last factor from there into y. With transposed
 // factors it is also the gradient of x.
 //
-// What each version bought: fp32, batch 8, one core of Zen 5, on which the tile itself reaches 255 GFLOP/s.
+// What each version bought: fp32, batch 8, one core of Zen 5, on which the tile itself reaches 265 GFLOP/s.
 //   tiles of 14 pixels x 2 vectors over that banding     92 to 99 % of that from rank 16 up, buffers in cache
 //   accumulators of lane-packed tiles in registers       2.2 to 2.4x at rank 8: a fold that was not unrolled had
 //                                                        kept them on the stack
 //   Winograd F(2x2, 3x3) between the 1x1 factors         1.1x at rank 32, 1.35x at 64, 1.5x at 128, 1.35x at 256
 //   sums cut at 128                                      error 2.9e-7 instead of 6.7e-7 at rank 256
 //   asking for the next band's memory during the core    best rival / ours on the ResNet shapes 1.08 -> 1.21
-//   huge pages for fresh outputs of 32 MB and more       2.2x at 64@56, batch 64: 792 page faults for 12545
-//   non-temporal stores for outputs of 8 to 32 MB        0 to 15 %
-// Tried without gain: half-width stores instead of masked ones.
+//   what a store does chosen once a tile, not per store  a tile of 16 steps 190 -> 217 GFLOP/s, lane-packed ones
+//                                                        187 -> 222: 6 % over all shapes, 20 % at ranks to 16
+//   tiles of 4 vectors where a sum is short              (with the former)
+//   a line between the points of Winograd's tiles        5 to 12 % where they lay a power of two apart
+//   memory of large outputs kept between calls           128->128@28, ranks 16, batch 64: 15.1 -> 3.9 ms; page
+//                                                        faults had been 3/4 of it, when malloc gave its heap back
+//   asking for the next part of a factor beyond 256 KB   512@7, batch 1, factors out of cache: 550 -> 458 us at
+//                                                        rank 256; in cache they lose up to 8 % by it
+//   non-temporal stores for outputs from 8 MB on         0 to 15 %
+// Tried without gain: half-width stores instead of masked ones; a pixel's tiles for all outputs before the next
+// pixel's; 14 x 2 tiles whose sums are finished in place (GCC then spills a weight in the loop: 252 -> 185).
 #pragma once
 
 #include "cpu/tucker2_sweep.inl"

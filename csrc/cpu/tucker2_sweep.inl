@@ -81,6 +81,8 @@ void for_chains(const Tile& whole, int group, const F& f) {
     }
 }
 
+constexpr int64_t kFarBytes = 256 << 10;  // of a factor: beyond it, its next part is asked for early
+
 // C = A * packed factor over the grid; `whole` carries everything that is the same for all tiles.
 template <A kA>
 void sweep(const Tile& whole, const Grid& grid, int64_t a_pixel, int64_t outputs, int group) {
@@ -90,6 +92,7 @@ void sweep(const Tile& whole, const Grid& grid, int64_t a_pixel, int64_t outputs
   const int64_t length = smaller(whole.segment_count * whole.segment_length, kChain);
   const Cut cut = best_cut(vectors, grid.pixels, length, group > 1 ? 1 : kMaxVectors);
   const auto tiles = tiles_of<kA, Bias::per_lane>(group);
+  const bool far = vectors * vector_floats * 4 > kFarBytes;
   for (int64_t v = 0; v < vectors; v += cut.vectors) {
     const int width = static_cast<int>(smaller(cut.vectors, vectors - v));
     for_chains<kA>(whole, group, [&](Tile& tile, int64_t a_offset, int64_t b_offset) {
@@ -97,6 +100,13 @@ void sweep(const Tile& whole, const Grid& grid, int64_t a_pixel, int64_t outputs
       tile.b_vector = vector_floats;
       if (tile.bias) tile.bias += v * channels;
       tile.tail = static_cast<int>(smaller(channels, outputs - (v + width - 1) * channels));
+      const int64_t run = tile.segment_count * ceil_div(tile.segment_length, group) * kLanes;
+      const bool ends = b_offset + run >= vector_floats;
+      Ahead next_part;
+      if (far)
+        next_part.add(ends ? whole.b + (v + cut.vectors) * vector_floats : tile.b + run, run * 4,
+                      vector_floats * 4, width);
+      next_part.spread_over(grid.images * grid.rows * cut.tiles);
       for (int64_t n = 0; n < grid.images; ++n)
         for (int64_t r = 0; r < grid.rows; ++r) {
           int64_t done = 0;
@@ -105,6 +115,7 @@ void sweep(const Tile& whole, const Grid& grid, int64_t a_pixel, int64_t outputs
             tile.a = whole.a + a_offset + n * grid.a_image + r * grid.a_row + done * a_pixel;
             tile.c = whole.c + n * grid.c_image + r * grid.c_row + done * tile.c_step + v * channels;
             tiles[width][next - done](tile);
+            next_part.step();
             done = next;
           }
         }
