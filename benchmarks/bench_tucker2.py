@@ -133,7 +133,8 @@ def contenders(
         ("planes", planes),
         ("channels_last", planes.contiguous(memory_format=torch.channels_last)),
     ):
-        calls[f"kegfast {layout}"] = lambda x=x, own=copy.deepcopy(layer): own(x)
+        own = copy.deepcopy(layer)
+        calls[f"kegfast {layout}"] = lambda x=x, own=own: own(x)
         calls[f"sequential {layout}"] = lambda x=x: sequential(x)
         calls[f"dense {layout}"] = lambda x=x: dense(x)
         calls[f"prepacked {layout}"] = prepacked_chain(sequential, x, dtype)
