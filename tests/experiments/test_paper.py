@@ -274,3 +274,18 @@ def test_batchnorm_statistics_are_the_samples_own_or_the_teachers(tmp_path):
     assert torch.equal(norms[2], norms[0])
     assert not torch.equal(norms[1], norms[0])
     assert torch.equal(kept.layers3[0].conv1.core.weight, solved.layers3[0].conv1.core.weight)
+
+
+def test_factors_of_a_table_are_solved_for_ranks_by_budget_alone(tmp_path):
+    experiment, info = paper("pendigits"), data.describe("pendigits")
+    torch.manual_seed(0)
+    study = Study(experiment, info, None, experiment.build(), tmp_path, Config(**TINY))
+    assert [len(study.starts(1, ranks, "kegfast", 0)) for ranks in ("paper", "budget")] == [1, 2]
+
+
+def test_seconds_of_a_row_are_those_of_its_fastest_seed(table_paper, tmp_path):
+    options = {"seeds": [0, 1], "methods": ["gaussian"], "ranks": ["paper"], **TINY}
+    result = reproduce("pendigits", tmp_path, **options)
+    cells = result.study.ledger.cells
+    taken = [cells[cell_name(1, "paper", "gaussian", seed)]["seconds"] for seed in (0, 1)]
+    assert 0 < result.rows[0]["seconds"] == min(taken)
