@@ -177,6 +177,7 @@ TABLES: dict[str, tuple[str, str, Callable[[Any], str]]] = {
     "curve-mnist": ("compression_curve_mnist", "cells", curve),
     "mnist": ("reproduce_mnist", "rows", paper),
     "shuttle": ("reproduce_shuttle", "rows", paper),
+    "pendigits": ("reproduce_pendigits", "rows", paper),
     "soft_target": ("soft_target", "rows", soft_target),
     "training": ("training", "", training),
     "hinton": ("hinton", "results", hinton),
