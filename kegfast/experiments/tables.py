@@ -141,7 +141,12 @@ def _generators(page: Page, history: list[dict[str, float]], generators: Generat
     if len(generators.sample_shape) == 3:
         draw = torch.Generator().manual_seed(seed)
         grid, walk = _grid(generators, draw), _walk(generators, draw)
-        page.images({"a row per label, a column per noise vector": grid, "each label to the next": walk})
+        page.images(
+            {
+                "a row per label, a column per noise vector": grid,
+                "a latent walk from each label to the next, one noise vector a row": walk,
+            }
+        )
 
 
 def _grid(generators: Generators, generator: torch.Generator, columns: int = 8) -> Tensor:
@@ -175,18 +180,19 @@ def _samples(page: Page, study: Study, sources: Sources) -> None:
     """How the teacher sees each source: confidence, class balance; how far apart the samples are."""
     page.section("Samples", f"The teacher's view of {SHOWN} samples of each source.")
     classes = study.info.num_classes
-    shown, entries, counts = {}, [], {}
+    shown, entries, counts, sure = {}, [], {}, {}
     for method in METHODS:
         if method == "tucker-only" or not sources.has(method) or not _made(study, sources, method):
             continue
         samples = sources.draw(method, SHOWN)
         with torch.no_grad():
             probability = study.teacher(samples).softmax(1)
+        sure[method] = probability.amax(1)
         counts[method] = probability.argmax(1).bincount(minlength=classes) / len(samples)
         share = counts[method].clamp(min=1e-12)
         entries.append([
             method,
-            f"{probability.amax(1).mean():.3f}",
+            f"{sure[method].mean():.3f}",
             f"{(-(share * share.log()).sum()).exp():.1f} of {classes}",
             f"{torch.pdist(samples[:200].flatten(1)).mean():.1f}",
         ])  # fmt: skip
@@ -199,7 +205,14 @@ def _samples(page: Page, study: Study, sources: Sources) -> None:
         axes.set(xlabel="class", ylabel="share of the samples", ylim=(0, None))
         axes.legend()
 
+    def confidence(axes: Any) -> None:
+        for method, values in sure.items():
+            axes.plot(values.sort().values, torch.linspace(0, 1, len(values)), label=method)
+        axes.set(xlabel="the teacher's confidence", ylabel="share of the samples up to it")
+        axes.legend()
+
     page.chart(balance, "The classes that the teacher sees.")
+    page.chart(confidence, "How sure the teacher is of the samples.")
     if len(study.info.sample_shape) == 3:
         page.images(shown)
 

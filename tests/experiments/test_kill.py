@@ -34,7 +34,7 @@ def end(child):
 draw, home = random.Random(0), Path(sys.argv[1])
 assert end(start(home / "whole")) == 0
 codes = []
-while len(codes) < 40 and codes.count(-signal.SIGKILL) < 10 and 0 not in codes:
+while len(codes) < 40 and codes.count(-signal.SIGKILL) < 6 and 0 not in codes:
     before = newest(home / "parts")
     child = start(home / "parts")
     while newest(home / "parts") == before and os.waitpid(child, os.WNOHANG) == (0, 0):
