@@ -1,8 +1,8 @@
 """Losses with little data, and decision boundaries (Heo et al. 2019), on MNIST: `kegfast reproduce boundary`.
 
 A LeNet5 of half the width learns from a hundredth and a tenth of the training set, alone and by each loss
-from a LeNet5 that saw all of it. Two students of all data, by soft targets and by boundary samples, are
-compared by how alike their boundaries are to the teacher's.
+from a LeNet5 that saw all of it. Three students of all data, by labels, with soft targets and with boundary
+samples, are compared by how alike their boundaries are to the teacher's.
 """
 
 from collections.abc import Callable
