@@ -12,13 +12,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.add_model(parser)
     options.add_samples(parser)
     parser.add_argument(
-        "--rank", nargs="+", default=["evbmf"], metavar="RULE",
-        help="evbmf, energy=0.9, a share such as 0.5, ranks in,out such as 8,11, or PATTERN=RULE for "
-        "layers by name (default evbmf)",
+        "--rank", nargs="+", metavar="RULE",
+        help="evbmf, energy=0.9, a share such as 0.5, ranks in,out such as 8,11, or PATTERN=RULE for layers "
+        "by name (default evbmf); with --budget, PATTERN=RULE settles those layers, one rule limits all",
     )  # fmt: skip
     parser.add_argument(
-        "--budget", metavar="KIND=SHARE", help="params, flops, memory or latency to keep: params=0.4"
-    )
+        "--budget", metavar="KIND=SHARE",
+        help="params, flops, memory or latency to keep, over all layers that --rank leaves open: params=0.4",
+    )  # fmt: skip
     parser.add_argument("--include", nargs="+", metavar="PATTERN", help="only these layers: layers3.*.conv1")
     parser.add_argument("--exclude", nargs="+", metavar="PATTERN", help="not these layers")
     parser.add_argument(
@@ -33,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     out = default_out("compress") / "student.safetensors"
     parser.add_argument(
         "-o", "--out", type=Path, default=out, metavar="FILE",
-        help=f"the student; its report becomes a .json beside it (default {out})",
+        help=f"the student; its report becomes a .json and a .html beside it (default {out})",
     )  # fmt: skip
 
 
@@ -43,6 +44,7 @@ def run(args: argparse.Namespace) -> None:
 
     from kegfast import compression, training
     from kegfast.files import write_json
+    from kegfast.report import Page
 
     device = options.pick_device(args.device)
     described = args.data is not None or args.sample_shape is not None
@@ -65,11 +67,16 @@ def run(args: argparse.Namespace) -> None:
         results["accuracy"] = [training.evaluate(m, test) for m in (model, student)]
         print("test accuracy {:.2f} % before, {:.2f} % after".format(*results["accuracy"]))
     write_json(args.out.with_suffix(".json"), results)
+    page = Page(f"kegfast compress: {args.model or args.weights.name}", f"student in {args.out}")
+    report.add_to(page)
+    page.write(args.out.with_suffix(".html"))
     print(f"student in {args.out}")
 
 
-def parse_ranks(rules: list[str]) -> Any:
+def parse_ranks(rules: list[str] | None) -> Any:
     """What --rank says, as `kegfast.compress` takes it."""
+    if rules is None:
+        return None
     if len(rules) == 1 and ("=" not in rules[0] or rules[0].startswith("energy=")):
         return _rule(rules[0])
     pairs = [rule.partition("=") for rule in rules]

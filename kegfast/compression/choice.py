@@ -117,7 +117,7 @@ def keep_fastest(
         if losses[name] > 0 and not keep_small:
             student = _restore(student, sites[name], entry, "slower than the dense layer")
             del losses[name]
-    return _not_slower(student, teacher, sites, losses, example, report, 4 * seconds)
+    return _not_slower(student, teacher, sites, losses, example, report, 8 * seconds)
 
 
 def _decision(layer: nn.Module) -> str:

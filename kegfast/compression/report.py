@@ -1,12 +1,18 @@
 """What compression did to each layer, and why."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
 from kegfast.compression.ranks import Side
+
+if TYPE_CHECKING:  # matplotlib is slow to import, and most who compress draw nothing
+    from matplotlib.axes import Axes
+
+    from kegfast.report import Page
 
 Rank = tuple[Side, Side]
 
@@ -100,6 +106,27 @@ class CompressionReport:
         lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
         return "\n".join([*lines, "", *self._totals()]) + "\n"
 
+    def add_to(self, page: "Page") -> None:
+        """A section of a report.html: the totals, bars of every layer before and after, the table."""
+        page.section("Compression", "; ".join(self._totals()))
+        names = [layer.name or "(model)" for layer in self.layers]
+        height = 1.2 + 0.3 * len(names)
+        bars = {
+            "parameters": ([e.parameters_before for e in self.layers], [e.parameters for e in self.layers])
+        }
+        if self.flops_before:
+            flops = ([e.flops_before or 0 for e in self.layers], [e.flops or 0 for e in self.layers])
+            bars["FLOPs of one forward pass"] = flops
+        for what, (before, after) in bars.items():
+            draw = partial(_pairs_of_bars, names, before, after)
+            page.chart(draw, f"{what} of each layer", size=(7.2, height))
+        ranked = [layer for layer in self.layers if layer.rank is not None]
+        if ranked:
+            errors = partial(_bars, [e.name or "(model)" for e in ranked], [e.error for e in ranked])
+            caption = "||W - W'|| / ||W|| of each factored layer"
+            page.chart(errors, caption, size=(7.2, 1.2 + 0.3 * len(ranked)))
+        page.table(HEADINGS, list(self._rows()))
+
     def __rich__(self) -> Table:
         table = Table(title="; ".join(self._totals()), title_justify="left")
         for heading in HEADINGS:
@@ -147,6 +174,21 @@ HEADINGS = [
     "decision",
 ]
 NUMBERS = {"parameters", "FLOPs", "error"}
+
+
+def _pairs_of_bars(names: Sequence[str], before: Sequence[int], after: Sequence[int], axes: "Axes") -> None:
+    places = range(len(names))
+    axes.barh([p - 0.2 for p in places], before, height=0.36, label="before")
+    axes.barh([p + 0.2 for p in places], after, height=0.36, label="after")
+    axes.set_yticks(places, names)
+    axes.invert_yaxis()
+    axes.legend(frameon=False)
+
+
+def _bars(names: Sequence[str], values: Sequence[float], axes: "Axes") -> None:
+    axes.barh(range(len(names)), values, height=0.6)
+    axes.set_yticks(range(len(names)), names)
+    axes.invert_yaxis()
 
 
 def _rank(rank: Rank | None, before: Rank | None) -> str:

@@ -16,6 +16,7 @@ from kegfast import compress, densify, fuse
 from kegfast.compression.report import LayerReport
 from kegfast.models import LeNet5, ResNet14
 from kegfast.nn import TuckerConv2d, TuckerLinear
+from kegfast.report import Page
 
 X = torch.linspace(-1, 1, 2 * 3 * 16 * 16).reshape(2, 3, 16, 16)
 
@@ -241,8 +242,8 @@ def test_flops_of_layers_that_run_several_times(rank):
     assert measured["head"].latency["dense"] > 0
 
 
-def test_the_report_in_every_form():
-    _, report = compress(LeNet5(), 0.3, example_input=torch.zeros(1, 1, 32, 32))
+def test_the_report_in_every_form(tmp_path):
+    _, report = compress(LeNet5(), 0.3, example_input=torch.zeros(1, 1, 32, 32), measure=False)
     plain = json.loads(json.dumps(report.to_dict()))
     assert plain["ratio"] == pytest.approx(report.ratio)
     assert {layer["name"] for layer in plain["layers"]} == {"conv1", "conv2", "conv3", "fc1", "fc2"}
@@ -252,6 +253,13 @@ def test_the_report_in_every_form():
     console = Console(file=io.StringIO(), width=200)
     console.print(report)
     assert "conv3" in console.file.getvalue()
+    page = Page("report")
+    report.add_to(page)
+    page.write(tmp_path / "report.html")
+    text = (tmp_path / "report.html").read_text()
+    assert text.count("<svg") == 3  # parameters, FLOPs, errors
+    assert text.count("</tr>") == 1 + 5
+    assert f"{report.parameters:,} parameters" in text.replace("&gt;", ">")
     with pytest.raises(KeyError):
         report["conv9"]
     assert LayerReport("a", "Conv2d", (1,)).decision == "dense"
