@@ -12,6 +12,7 @@ from kegfast.compression import costs
 from kegfast.compression.budget import Option, Rank, Table, allocate, settled, tabulate
 from kegfast.compression.decompose import Metric, whiten
 from kegfast.compression.evidence import Evidence
+from kegfast.compression.norms import batch_statistics
 from kegfast.compression.ranks import RankRule, layer_rank, spectra
 from kegfast.compression.report import CompressionReport
 from kegfast.compression.surgery import Site
@@ -54,7 +55,7 @@ def plans(
     Returns:
         "sensitivity" (what an error does to the outputs), "relative sensitivity" (the same as a share of
         each layer's all), "error" (of the weight), "relative error", and "ratio" and "energy", one number
-        for all layers. Without metrics the plans are "relative error", "error", "ratio" and "energy".
+        for all layers. Without metrics there is "relative error" alone: nothing could tell plans apart.
 
     Raises:
         ValueError: the budget is below what the cheapest ranks cost.
@@ -88,8 +89,9 @@ def plans(
             f"budget[{kind!r}] must be at least {least / total:.4f} for this model, got {fraction}"
         )
     found = {way: allocate(own, fraction * total - spent) for way, own in tables.items()}
-    weights = {name: site.module.weight for name, (site, _, _) in priced.items()}
-    found |= _uniform_plans(weights, first, fraction * total - spent)
+    if evidence.metrics:
+        weights = {name: site.module.weight for name, (site, _, _) in priced.items()}
+        found |= _uniform_plans(weights, first, fraction * total - spent)
     return {way: {name: option.rank for name, option in options.items()} for way, options in found.items()}
 
 
@@ -113,18 +115,18 @@ def _tables(
     ways: dict[str, dict[str, Table]] = {}
     for name, (site, cost, dense) in priced.items():
         weight = site.module.weight
-        for way, metric in (("sensitivity", metrics.get(name)), ("error", None)):
-            if (metrics and way == "sensitivity") or way == "error":
-                if name in fixed:
-                    table, size = settled(fixed[name], _price_of(fixed[name], cost, dense)), 1.0
-                else:
-                    table = tabulate(weight, cost, dense, metric=metric, step=step)
-                    size = max(float(whiten(weight, metric).square().sum()), 1e-30)
-                    table = table.capped(limits[name]) if name in limits else table
+        for way, metric in {"sensitivity": metrics.get(name), "error": None}.items():
+            if way == "sensitivity" and not metrics:
+                continue
+            if name in fixed:
+                table, size = settled(fixed[name], _price_of(fixed[name], cost, dense)), 1.0
+            else:
+                table = tabulate(weight, cost, dense, metric=metric, step=step)
+                table = table.capped(limits[name]) if name in limits else table
+                size = max(float(whiten(weight, metric).square().sum()), 1e-30)
+            if metrics:
                 ways.setdefault(way, {})[name] = table
-                ways.setdefault(f"relative {way}", {})[name] = table.scaled(1 / size)
-    if not metrics:  # relative errors are comparable between layers, plain ones less so
-        ways = dict(reversed(ways.items()))
+            ways.setdefault(f"relative {way}", {})[name] = table.scaled(1 / size)
     return ways
 
 
@@ -159,7 +161,7 @@ def _uniform_plans(
 
 
 def choose(
-    found: Mapping[str, Plan], teacher: nn.Module, trial: Callable[[Plan], nn.Module], samples: Tensor | None
+    found: Mapping[str, Plan], teacher: nn.Module, trial: Callable[[Plan], nn.Module], evidence: Evidence
 ) -> tuple[str, dict[str, float]]:
     """The plan whose student's outputs are closest to the teacher's, and the distance of each.
 
@@ -167,24 +169,27 @@ def choose(
         found: plans by name.
         teacher: the original.
         trial: makes a plan's student.
-        samples: inputs; without any the first plan is taken.
+        evidence: the inputs; without any the first plan is taken.
     """
-    if samples is None:
+    if evidence.samples is None:
         return next(iter(found)), {}
-    outputs = _outputs(teacher, samples)
+    outputs = _outputs(teacher, evidence)
     distances: dict[str, float] = {}
     for way, plan in found.items():
         same = next((other for other in distances if found[other] == plan), None)
-        distances[way] = distances[same] if same else _distance(outputs, _outputs(trial(plan), samples))
+        distances[way] = distances[same] if same else _distance(outputs, _outputs(trial(plan), evidence))
         log.info("ranks by %s: outputs change by %.4f", way, distances[way])
     return min(distances, key=distances.__getitem__), distances
 
 
 @torch.no_grad()
-def _outputs(model: nn.Module, samples: Tensor) -> list[Tensor]:
-    """All outputs, in one tensor per place in what the model returns."""
+def _outputs(model: nn.Module, evidence: Evidence) -> list[Tensor]:
+    """All outputs, in one tensor per place in what the model returns; on noise by its own statistics."""
     with evaluation(model):
-        chunks = [tensors_of(model(chunk)) for chunk in samples.split(CHUNK)]
+        if evidence.probes:
+            with batch_statistics(model):
+                return [part.float() for part in tensors_of(model(evidence.samples))]
+        chunks = [tensors_of(model(chunk)) for chunk in evidence.samples.split(CHUNK)]
     return [torch.cat(parts).float() for parts in zip(*chunks, strict=True)]
 
 

@@ -120,7 +120,7 @@ def compress(
             sites, selected, budget, evidence, report, fixed=settled, limits=limits, step=round_to or 1
         )
         trial = partial(_trial, model, decompose, evidence)
-        way, report.plans = choose(found, model, trial, evidence.samples)
+        way, report.plans = choose(found, model, trial, evidence)
         wanted = found[way]
         _explain(report, wanted, settled, f"{way}, {evidence.source}")
     replaced = {site.name: site for site in selected if wanted.get(site.name) is not None}
@@ -201,7 +201,8 @@ def _trial(model: nn.Module, decompose: _Decomposer, evidence: Evidence, plan: P
     for site in survey(student):
         if plan.get(site.name) is not None:
             student = replace(student, site, build(site.module, decompose(site, plan[site.name])))
-    _adapt_norms(student, model, evidence)
+    if not evidence.probes:  # noise runs by its own statistics
+        _adapt_norms(student, model, evidence)
     return student
 
 

@@ -1,6 +1,8 @@
 """Factors of one weight: Tucker-2 by higher-order orthogonal iteration, an SVD for a matrix."""
 
 import warnings
+from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import tensorly
@@ -34,11 +36,17 @@ class Factors(NamedTuple):
         return Factors(*(None if part is None else part.to(like) for part in self))
 
 
-class Metric(NamedTuple):
+@dataclass(frozen=True)
+class Metric:
     """What an error of the weight costs: tr(output dW inputs dW^T), averaged over kernel taps."""
 
     inputs: Tensor  # (C, C) second moments of the layer's input channels
     output: Tensor  # (K, K) second moments of the loss's gradient in its output channels
+
+    @cached_property
+    def roots(self) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        """The square root of each and its inverse."""
+        return _root(self.inputs), _root(self.output)
 
 
 def factorize(
@@ -69,8 +77,9 @@ def factorize(
     if not bool(target.isfinite().all()):
         raise ValueError("weight must be finite, got NaN or infinite values")
     if metric is not None:
-        (_, inputs), (_, output) = (_root(part.to(target)) for part in metric)
-        return _unwhiten(factorize(whiten(target, metric), rank), inputs, output).to(weight)
+        (_, inputs), (_, output) = metric.roots
+        factors = factorize(whiten(target, metric), rank)
+        return _unwhiten(factors, inputs.to(target), output.to(target)).to(weight)
     matrix = weight[0, 0].numel() == 1
     if matrix and (in_rank is None or out_rank is None):
         factors = _low_rank(target, in_rank, out_rank)
@@ -137,6 +146,7 @@ def _project(weight: Tensor, bases: dict[int, Tensor]) -> Tensor:
 
 def _root(moments: Tensor) -> tuple[Tensor, Tensor]:  # (C, C) -> (C, C), (C, C)
     """The square root and its inverse of a positive semidefinite matrix, slightly damped."""
+    moments = moments.double() if moments.numel() <= DOUBLE_UNTIL else moments
     values, vectors = torch.linalg.eigh((moments + moments.T) / 2)
     floor = values.clamp_min(0).mean() * 1e-4
     values = values.clamp_min(floor if floor > 0 else 1.0)
@@ -149,8 +159,8 @@ def whiten(weight: Tensor, metric: Metric | None) -> Tensor:
     weight = weight.detach().to(dtype)
     if metric is None:
         return weight
-    (inputs, _), (output, _) = (_root(part.to(weight)) for part in metric)
-    return torch.einsum("ik,kc...,cj->ij...", output, weight, inputs)
+    (inputs, _), (output, _) = metric.roots
+    return torch.einsum("ik,kc...,cj->ij...", output.to(weight), weight, inputs.to(weight))
 
 
 def _unwhiten(factors: Factors, inputs: Tensor, output: Tensor) -> Factors:

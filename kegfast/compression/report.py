@@ -182,7 +182,7 @@ def _pairs_of_bars(names: Sequence[str], before: Sequence[int], after: Sequence[
     axes.barh([p + 0.2 for p in places], after, height=0.36, label="after")
     axes.set_yticks(places, names)
     axes.invert_yaxis()
-    axes.legend(frameon=False)
+    axes.legend(frameon=False, ncol=2, loc="lower left", bbox_to_anchor=(0, 1))
 
 
 def _bars(names: Sequence[str], values: Sequence[float], axes: "Axes") -> None:

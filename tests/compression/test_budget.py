@@ -14,6 +14,7 @@ from kegfast import compress, data
 from kegfast.compression.budget import allocate, tabulate
 from kegfast.compression.costs import parameters
 from kegfast.compression.decompose import factorize, relative_error
+from kegfast.compression.evidence import Evidence
 from kegfast.compression.matching import match_statistics
 from kegfast.compression.norms import batch_statistics, look_familiar, reestimate_norms
 from kegfast.compression.refit import refit
@@ -172,10 +173,10 @@ def test_the_plan_with_the_least_change_is_taken():
         return student
 
     found = {"far": {"off": 0.5}, "near": {"off": -0.1}, "same": {"off": 0.5}}
-    way, changes = choose(found, teacher, trial, torch.randn(10, 4))
+    way, changes = choose(found, teacher, trial, Evidence(samples=torch.randn(10, 4)))
     assert way == "near"
     assert changes["near"] < changes["far"] == changes["same"]
-    assert choose(found, teacher, trial, None) == ("far", {})
+    assert choose(found, teacher, trial, Evidence()) == ("far", {})
 
 
 def test_a_budget_of_latency_follows_the_clock(monkeypatch):
