@@ -1,9 +1,12 @@
 """Compressed models leave torch's eager mode: export, ONNX, compile."""
 
 import copy
+import shutil
+import zipfile
 
 import pytest
 import torch
+from torch import nn
 
 from kegfast import compress, fuse
 from kegfast.compression import export_onnx, unfuse
@@ -55,3 +58,38 @@ def test_unfuse_is_plain_layers(student):
     assert sum(isinstance(module, FactorChain) for module in plain.modules()) == 8
     assert plain.state_dict().keys() == student.state_dict().keys()
     torch.testing.assert_close(plain(X), student(X), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("make", [lambda student: student, fuse])
+def test_compile_of_the_whole_student_runs_as_one_graph(make, student):
+    whole = make(student)
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append([str(node.target) for node in graph.graph.nodes])
+        return graph
+
+    compiled = torch.compile(whole, fullgraph=True, backend=backend)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(X), whole(X))
+    assert len(graphs) == 1
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="AOTInductor needs a C++ compiler")
+@pytest.mark.timeout(600)
+def test_aot_inductor_keeps_the_operator(tmp_path):
+    """A package that runs without the model's code; the fused operator is called from it."""
+    from torch._inductor import aoti_compile_and_package, aoti_load_package
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(4, 8, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 5)).eval()
+    student, _ = compress(model, {"0": (2, 3), "3": (4, None)})
+    x = torch.randn(2, 4, 6, 6)
+    with torch.no_grad():
+        program = torch.export.export(student, (x,))
+        package = aoti_compile_and_package(program, package_path=str(tmp_path / "student.pt2"))
+        found = aoti_load_package(package)(x)
+        torch.testing.assert_close(found, student(x), rtol=1e-4, atol=1e-5)
+    with zipfile.ZipFile(package) as archive:
+        code = b"".join(archive.read(name) for name in archive.namelist() if name.endswith((".cpp", ".json")))
+    assert b"kegfast" in code
