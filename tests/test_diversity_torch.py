@@ -145,6 +145,21 @@ def test_opcheck(metric, dtype):
 
 
 @needs_native
+@pytest.mark.parametrize("log", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_the_loss_operator_is_the_exponent_operator_finished(log, dtype):
+    noises, samples = inputs(9, 7, 3, dtype, grad=False)
+    loss, *gradients = torch.ops.kegfast.diversity_loss(noises, samples, 0, 1, 2.0, log, True, True)
+    exponent, *plain = torch.ops.kegfast.diversity_forward(noises, samples, 0, 1, True, True)
+    torch.testing.assert_close(loss, diversity.finish(exponent, dtype, 2.0, log))
+    torch.testing.assert_close(gradients, [2 * g for g in plain])
+    arguments = (noises, samples, 0, 1, 2.0, log, True, True)
+    torch.library.opcheck(
+        torch.ops.kegfast.diversity_loss, arguments, test_utils=("test_schema", "test_faketensor")
+    )
+
+
+@needs_native
 def test_compile_without_a_graph_break():
     compiled = torch.compile(
         lambda z, x: diversity_loss(z, x.tanh(), metric="l1"), fullgraph=True, backend="aot_eager"
