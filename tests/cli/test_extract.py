@@ -1,7 +1,7 @@
 """extract from the command line."""
 
 import torch
-from cli_support import TRAIN, run
+from cli_support import TRAIN, last_line, run
 
 import kegfast
 from kegfast.files import read_tensors
@@ -19,3 +19,14 @@ def test_extract_writes_generators_that_load(home, capsys):
     g, h = (read_tensors(home / name / "generators.safetensors") for name in "gh")
     assert g[1] == h[1]
     assert all(torch.equal(g[0][name], h[0][name]) for name in g[0])
+
+
+def test_soft_labels_and_a_faithful_teacher(home, capsys):
+    assert run(TRAIN) == 0
+    options = "--model nets:Net --weights a/model.safetensors --recipe paper --steps 4 --batch-size 8"
+    assert run(f"extract --data mine.npz {options} --labels soft --faithful --generators 2 --out g") == 0
+    assert kegfast.Generators.load(home / "g/generators.safetensors").labels == "soft"
+    capsys.readouterr()
+    options = options.replace("paper", "kegfast")
+    assert run(f"extract --data mine.npz {options} --faithful --out h") == 2
+    assert "faithful must be False" in last_line(capsys)
