@@ -8,6 +8,12 @@ import torch
 from cuda_summary import pytest_terminal_summary  # noqa: F401  (a hook)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory) -> None:
+    """No measurement of this machine's user decides what runs here, and none of ours is kept."""
+    os.environ.setdefault("KEGFAST_CACHE", str(tmp_path_factory.mktemp("cache")))
+
+
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """The folder of real data and published weights beside the repository."""
