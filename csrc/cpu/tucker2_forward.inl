@@ -13,8 +13,8 @@
 //                                                        187 -> 222: 6 % over all shapes, 20 % at ranks to 16
 //   tiles of 4 vectors where a sum is short              (with the former)
 //   a line between the points of Winograd's tiles        5 to 12 % where they lay a power of two apart
-//   memory of large outputs kept between calls           128->128@28, ranks 16, batch 64: 15.1 -> 3.9 ms; page
-//                                                        faults had been 3/4 of it, when malloc gave its heap back
+//   memory of large outputs kept between calls           128->128@28, ranks 16, batch 64: 15.1 -> 4.5 ms; page
+//                                                        faults had been two thirds of it, as malloc gave its heap back
 //   asking for the next part of a factor beyond 256 KB   512@7, batch 1, factors out of cache: 550 -> 458 us at
 //                                                        rank 256; in cache they lose up to 8 % by it
 //   non-temporal stores for outputs from 8 MB on         0 to 15 %
