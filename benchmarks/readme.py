@@ -178,6 +178,7 @@ TABLES: dict[str, tuple[str, str, Callable[[Any], str]]] = {
     "mnist": ("reproduce_mnist", "rows", paper),
     "shuttle": ("reproduce_shuttle", "rows", paper),
     "pendigits": ("reproduce_pendigits", "rows", paper),
+    "letter": ("reproduce_letter", "rows", paper),
     "soft_target": ("soft_target", "rows", soft_target),
     "training": ("training", "", training),
     "hinton": ("hinton", "results", hinton),
