@@ -1,5 +1,13 @@
 #include "cpu/isa.h"
 
+#if defined(KEGFAST_HAS_AMX)
+#include <cpuid.h>
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+#endif
+
 #include <atomic>
 #include <cstdlib>
 #include <iterator>
@@ -12,6 +20,21 @@ namespace {
 constexpr const char* kNames[] = {KEGFAST_EACH_ISA(KEGFAST_NAME) KEGFAST_EACH_BF16_ISA(KEGFAST_NAME)};
 #undef KEGFAST_NAME
 
+#if defined(KEGFAST_HAS_AMX)
+// The CPU has tiles of bfloat16, and the system lets this process use them: on Linux only if asked.
+bool grants_amx() {
+#if defined(__linux__)
+  constexpr unsigned kBf16 = 1u << 22, kTile = 1u << 24;  // of cpuid 7, edx
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & kBf16) == 0 || (d & kTile) == 0) return false;
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+#endif
+
 Isa detect() {
 #if defined(__x86_64__)
   __builtin_cpu_init();
@@ -20,7 +43,12 @@ Isa detect() {
                       __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
                       __builtin_cpu_supports("avx512vl");
 #if defined(KEGFAST_HAS_AVX512_BF16)
-  if (avx512 && __builtin_cpu_supports("avx512bf16")) return Isa::avx512_bf16;
+  if (avx512 && __builtin_cpu_supports("avx512bf16")) {
+#if defined(KEGFAST_HAS_AMX)
+    if (grants_amx()) return Isa::amx;
+#endif
+    return Isa::avx512_bf16;
+  }
 #endif
   if (avx512) return Isa::avx512;
   if (avx2) return Isa::avx2;

@@ -6,9 +6,9 @@
 
 namespace kegfast {
 
-// Rising; the names are those of cmake/Isa.cmake. avx512_bf16 holds only what multiplies bfloat16; everything
+// Rising; the names are those of cmake/Isa.cmake. avx512_bf16 and amx hold only what multiplies bfloat16; everything
 // else runs its avx512 copy there.
-enum class Isa : int { baseline, avx2, avx512, avx512_bf16 };
+enum class Isa : int { baseline, avx2, avx512, avx512_bf16, amx };
 
 Isa detected_isa();                    // the widest that is compiled and that this CPU and its system support
 Isa active_isa();                      // detected_isa(), lowered by KEGFAST_CPU_ISA or set_isa()
@@ -30,7 +30,11 @@ std::vector<std::string> compiled_isas();
 #define KEGFAST_EACH_ISA(X) X(baseline)
 #define KEGFAST_SELECT(f) (&::kegfast::baseline::f)
 #endif
-#if defined(KEGFAST_HAS_AVX512_BF16)
+#if defined(KEGFAST_HAS_AMX)
+#define KEGFAST_EACH_BF16_ISA(X) X(avx512_bf16) X(amx)
+#define KEGFAST_SELECT_BF16(f) \
+  (::kegfast::active_isa() == ::kegfast::Isa::amx ? &::kegfast::amx::f : &::kegfast::avx512_bf16::f)
+#elif defined(KEGFAST_HAS_AVX512_BF16)
 #define KEGFAST_EACH_BF16_ISA(X) X(avx512_bf16)
 #define KEGFAST_SELECT_BF16(f) (&::kegfast::avx512_bf16::f)
 #else

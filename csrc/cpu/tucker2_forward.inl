@@ -407,6 +407,9 @@ class FlushDenormals {
 void tucker2_rows(const Tucker2Params& p, const Tucker2Plan& plan, int64_t begin, int64_t end,
                   float* scratch) {
   const FlushDenormals flush;
+#if defined(KEGFAST_AMX)
+  const AmxSession registers;
+#endif
   Forward forward(p, plan, scratch);
   while (begin < end) {
     const int64_t image = begin / p.out_height, row = begin % p.out_height;

@@ -88,25 +88,31 @@ void factor_gradient(const float* ranked, int64_t ranks, const Image& x, int64_t
 // dz2 with its border against the windows of t1: per segment (R2, length of the segment).
 void core_gradient(const Tucker2Params& p, const float* t1, const float* dz2, int64_t border_h,
                    int64_t border_w, int64_t images, float* c) {
-  const int64_t r1 = p.rank_in, r2 = p.rank_out;
-  const int64_t t1_row = padded_width(p) * r1, dz2_row = (p.out_width + 2 * border_w) * r2;
-  const int64_t dz2_height = p.out_height + 2 * border_h, height = p.out_height;
+  const int64_t r1 = p.rank_in, r2 = p.rank_out, height = p.out_height, width = p.out_width;
+  const int64_t t1_row = padded_width(p) * r1, dz2_row = (width + 2 * border_w) * r2;
+  const int64_t t1_image = padded_height(p) * t1_row, dz2_image = (height + 2 * border_h) * dz2_row;
   const Window window = core_window(p);
-  const int64_t step = clamp(kChunkPixels / p.out_width, 1, kChunkPixels);
+  const float* const inner = dz2 + border_h * dz2_row + border_w * r2;
+  const auto taps = [&](const RowPairs& rows, int64_t pixels) {
+    for (int64_t s = 0; s < window.segments; ++s) {
+      const int64_t i = p.dilation_w == 1 ? s : s / p.kernel_w, j = p.dilation_w == 1 ? 0 : s % p.kernel_w;
+      outer_products<A::k_major>(inner, r2, r2, t1 + i * p.dilation_h * t1_row + j * p.dilation_w * r1,
+                                 p.stride_w * r1, window.length, rows, pixels, c + s * r2 * window.length);
+    }
+  };
+  // Where both have rows of one length, the border's zeros between dz2's rows are cheaper than stopping there.
+  if (p.stride_h * p.stride_w == 1 && padded_width(p) == width + 2 * border_w)
+    return for_chunks(images, (height - 1) * padded_width(p) + width, dz2_image, r2, t1_image, r1, taps);
+  const int64_t step = clamp(kChunkPixels / width, 1, kChunkPixels);
   RowPairs rows;
   for (int64_t row = 0; row < images * height; row += step) {
     rows.count = smaller(step, images * height - row);
     for (int64_t i = 0; i < rows.count; ++i) {
       const int64_t n = (row + i) / height, r = (row + i) % height;
-      rows.a[i] = (n * dz2_height + r + border_h) * dz2_row + border_w * r2;
-      rows.b[i] = (n * padded_height(p) + r * p.stride_h) * t1_row;
+      rows.a[i] = n * dz2_image + r * dz2_row;
+      rows.b[i] = n * t1_image + r * p.stride_h * t1_row;
     }
-    for (int64_t s = 0; s < window.segments; ++s) {
-      const int64_t i = p.dilation_w == 1 ? s : s / p.kernel_w, j = p.dilation_w == 1 ? 0 : s % p.kernel_w;
-      outer_products<A::k_major>(dz2, r2, r2, t1 + i * p.dilation_h * t1_row + j * p.dilation_w * r1,
-                                 p.stride_w * r1, window.length, rows, p.out_width,
-                                 c + s * r2 * window.length);
-    }
+    taps(rows, width);
   }
 }
 

@@ -2,6 +2,9 @@
 #pragma once
 
 #include "cpu/tucker2_plan.inl"
+#if defined(KEGFAST_AMX)
+#include "cpu/tucker2_amx.inl"
+#endif
 
 namespace kegfast::KEGFAST_ISA {
 namespace {
@@ -83,6 +86,16 @@ void for_chains(const Tile& whole, int group, const F& f) {
 
 constexpr int64_t kFarBytes = 256 << 10;  // of a factor: beyond it, its next part is asked for early
 
+// The pixels of a row that wider units than vectors take; how many they were.
+template <A kA>
+KEGFAST_INLINE int64_t run_wide(const Tile& tile, int vectors, int64_t pixels, int group) {
+#if defined(KEGFAST_AMX)
+  if (kA == A::row_major && group == 1) return run_amx_row(tile, vectors, pixels);
+#endif
+  (void)tile, (void)vectors, (void)pixels, (void)group;
+  return 0;
+}
+
 // C = A * packed factor over the grid; `whole` carries everything that is the same for all tiles.
 template <A kA>
 void sweep(const Tile& whole, const Grid& grid, int64_t a_pixel, int64_t outputs, int group) {
@@ -109,11 +122,16 @@ void sweep(const Tile& whole, const Grid& grid, int64_t a_pixel, int64_t outputs
       next_part.spread_over(grid.images * grid.rows * cut.tiles);
       for (int64_t n = 0; n < grid.images; ++n)
         for (int64_t r = 0; r < grid.rows; ++r) {
-          int64_t done = 0;
-          for (int i = 0; i < cut.tiles; ++i) {
-            const int64_t next = (i + 1) * grid.pixels / cut.tiles;
-            tile.a = whole.a + a_offset + n * grid.a_image + r * grid.a_row + done * a_pixel;
-            tile.c = whole.c + n * grid.c_image + r * grid.c_row + done * tile.c_step + v * channels;
+          const float* const a = whole.a + a_offset + n * grid.a_image + r * grid.a_row;
+          Number* const c = whole.c + n * grid.c_image + r * grid.c_row + v * channels;
+          tile.a = a, tile.c = c;
+          const int64_t start = run_wide<kA>(tile, width, grid.pixels, group), rest = grid.pixels - start;
+          const int64_t count = start ? ceil_div(rest, max_pixels(cut.vectors)) : cut.tiles;
+          int64_t done = start;
+          for (int64_t i = 0; i < count; ++i) {
+            const int64_t next = start + (i + 1) * rest / count;
+            tile.a = a + done * a_pixel;
+            tile.c = c + done * tile.c_step;
             tiles[width][next - done](tile);
             next_part.step();
             done = next;

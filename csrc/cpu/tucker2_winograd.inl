@@ -54,21 +54,24 @@ KEGFAST_INLINE void transform_output(const float* m, int64_t step, float* const 
 // U = G g G^T of the core, one packed factor per point.
 void pack_winograd(const Tucker2Params& p, const Tucker2Factor& core, float* out) {
   const int64_t point = packed_floats(p.rank_out, {1, p.rank_in}, 1);
-  for (int64_t r2 = 0; r2 < p.rank_out; ++r2)
-    for (int64_t r1 = 0; r1 < p.rank_in; ++r1) {
-      float rows[4][3];
+  for (int64_t r2 = 0; r2 < p.rank_out; r2 += kLanes)
+    for (int64_t r1 = 0; r1 < p.rank_in; ++r1, out += kLanes) {
+      Floats rows[4][3];
       for (int j = 0; j < 3; ++j) {
-        float g[3];
-        for (int i = 0; i < 3; ++i)
-          g[i] = element(core, r2 * core.row + r1 * core.input + i * core.tap_h + j * core.tap_w);
-        const float sum = 0.5f * (g[0] + g[2]), half = 0.5f * g[1];
+        Floats g[3];
+        for (int i = 0; i < 3; ++i) {
+          const int64_t at = r2 * core.row + r1 * core.input + i * core.tap_h + j * core.tap_w;
+          float lane[kLanes];
+          for (int l = 0; l < kLanes; ++l) lane[l] = element(core, at + l * core.row);
+          g[i] = load_unaligned(lane);
+        }
+        const Floats sum = 0.5f * (g[0] + g[2]), half = 0.5f * g[1];
         rows[0][j] = g[0], rows[1][j] = sum + half, rows[2][j] = sum - half, rows[3][j] = g[2];
       }
-      float* u = out + (r2 / kLanes * p.rank_in + r1) * kLanes + r2 % kLanes;
       for (int i = 0; i < 4; ++i) {
-        const float *const g = rows[i], sum = 0.5f * (g[0] + g[2]), half = 0.5f * g[1];
-        const float points[4] = {g[0], sum + half, sum - half, g[2]};
-        for (int j = 0; j < 4; ++j) u[(4 * i + j) * point] = points[j];
+        const Floats *const g = rows[i], sum = 0.5f * (g[0] + g[2]), half = 0.5f * g[1];
+        const Floats points[4] = {g[0], sum + half, sum - half, g[2]};
+        for (int j = 0; j < 4; ++j) store_unaligned(out + (4 * i + j) * point, points[j]);
       }
     }
 }
