@@ -102,7 +102,7 @@ class backend:
 
 @contextmanager
 def cpu_isa(name: str) -> Iterator[None]:
-    """Lowers the CPU kernels to one instruction set ("baseline", "avx2", "avx512", "avx512_bf16", "amx", "auto")."""
+    """Lowers the CPU kernels to one of `build_info()["isa_compiled"]` that this CPU has, or "auto"."""
     if _C is None:
         raise RuntimeError(f"kegfast's compiled part is missing: {_why_absent}")
     before = _C.build_info()["isa_active"]
