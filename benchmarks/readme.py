@@ -62,6 +62,21 @@ def curve(cells: list[dict[str, Any]]) -> str:
     return markdown_table(["ranks by", *(f"{ratio:.1f}x" for ratio in ratios)], rows)
 
 
+def speedups(cells: list[dict[str, Any]]) -> str:
+    """Time of the original over that of its student, and the ratio of parameters that is left."""
+    asked = sorted({cell["asked"] for cell in cells})
+    found = {(c["model"], c["threads"], c["batch"], c["asked"]): c for c in cells}
+    rows = [
+        [model, threads, batch]
+        + [
+            f"{c['speedup']:.2f} ({c['ratio']:.1f}x)"
+            for c in (found[model, threads, batch, a] for a in asked)
+        ]
+        for model, threads, batch in dict.fromkeys(key[:3] for key in found)
+    ]
+    return markdown_table(["model", "threads", "batch", *(f"{ratio:g}x" for ratio in asked)], rows)
+
+
 def paper(rows: list[dict[str, Any]]) -> str:
     """A table of the paper, cell by cell: mean and standard deviation over seeds."""
     headers = ["student", "ranks", "method", "params", "ratio", "published", "ours", "best", "seeds"]
@@ -175,6 +190,8 @@ TABLES: dict[str, tuple[str, str, Callable[[Any], str]]] = {
     "tucker2": ("tucker2_float32_1threads", "summary", tucker2),
     "models": ("models", "configurations", models),
     "curve-mnist": ("compression_curve_mnist", "cells", curve),
+    "curve-fashion": ("compression_curve_fashion", "cells", curve),
+    "compression-latency": ("compression_latency", "cells", speedups),
     "mnist": ("reproduce_mnist", "rows", paper),
     "shuttle": ("reproduce_shuttle", "rows", paper),
     "pendigits": ("reproduce_pendigits", "rows", paper),
