@@ -192,7 +192,7 @@ def latency_cells(
     calls = {"before": partial(model, x)}
     calls |= {str(ratio): partial(student, x) for ratio, (student, report) in found.items() if report.ranks}
     with torch.inference_mode():
-        times = interleaved(calls, 5, seconds=1.0)
+        times = interleaved(calls, 3, seconds=1.0)
     seconds = time.perf_counter() - start
     for ratio, (_, report) in found.items():
         after = times.get(str(ratio), times["before"])
