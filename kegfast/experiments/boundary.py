@@ -72,7 +72,7 @@ class Config:
     seeds: tuple[int, ...] = (0, 1, 2)
     shares: tuple[float, ...] = (0.01, 0.1)
     teacher_epochs: int = 5
-    steps: int = 600
+    steps: int = 1200
     long: int = 1500
     batch_size: int = 128
     lr: float = 1e-3
