@@ -3,11 +3,13 @@
 //
 //   SortTiles     rows by 4096: sorted (value, row) keys, one row of the workspace per feature
 //   MergeRuns     pairs of sorted runs to runs twice as long, log2(B / 4096) times; 8 outputs a thread by
-//   merge path SumSorted     one block a feature: prefix sums of the noise table in sorted order, G back by
-//   row, the feature's share of S ScaleTransposed   G, feature by feature, to the gradient, row by row
+//                 merge path
+//   SumSorted     one block a feature: prefix sums of the noise table in sorted order, G back by row, the
+//                 feature's share of S
+//   ScaleTransposed   G, feature by feature, to the gradient, row by row
 //
-// Bound (calculated for an H200, D = 3072; not yet measured on a device): about 100 bytes a sample: 1.0 ms at
-// B = 16384.
+// Prediction for an H200, B = 16384, D = 3072, float32 (calculated, not yet measured; goal 2.5 ms): SortTiles
+// 1.2 ms by its instructions, the rest moves about 100 bytes a sample, 1.0 ms.
 #pragma once
 
 #include "diversity_sort.cuh"

@@ -8,10 +8,10 @@
 // come into shared memory once, by cp.async, and everything is computed from there; beyond, the two later
 // readings come from L2.
 //
-// cosine is half of this on rows of norm 1. A row's norm needs the whole row before any column's moment can be
-// summed, and a row's gradient (the normalisation's own derivative) the moments of all columns, so three
+// cosine is half of this on rows of norm 1. A row's norm needs the whole row before any column's moment can
+// be summed, and a row's gradient (the normalisation's own derivative) the moments of all columns, so three
 // kernels read the samples once each, the latter two from L2 up to its 50 MB: RowNorms, DiversityMoments, and
-// RowGradients, which has the gradient from the moments and writes it once.
+// RowGradients, which takes the gradient from the moments.
 //
 // Predictions for an H200 (calculated, not yet measured), forward + gradient, D = 3072, float32: sqeuclidean
 // reads and writes the samples once, B = 256 1.3 us, 1024 5.2 us of traffic, 3 launches; cosine B = 1024 5.2
@@ -190,8 +190,8 @@ struct RowNorms {
   }
 };
 
-// cosine: the gradient to x from the gradient g to u = x / |x|: (g - u (g . u)) / |x|. A block per row; g from
-// the moments, or where there are none already in its place.
+// cosine: the gradient to x from the gradient g to u = x / |x|: (g - u (g . u)) / |x|. A block per row; g
+// from the moments, or where there are none already in its place.
 template <class T>
 struct RowGradients {
   static constexpr int kThreads = 256, kBlocksPerSm = 4;

@@ -5,15 +5,21 @@
 // of the noise table's rows and [start, end) the positions that hold the value x_i, so ties count as exactly
 // 0. No pair is ever visited.
 //
-// A block takes 8 features (a 32-byte sector of a float row), W warps each, 8 (value, row) keys a thread in
-// registers: bitonic network in its mirrored form, every comparison upward; steps below 8 in registers, below
-// 256 by shuffles, above through shared memory. 16-bit samples pack value and row into one 32-bit word. Then
-// four table columns at a time: gather, prefix by scan, P to shared memory (swizzled: 8 threads write 8
-// different banks), read back at start and end.
+// A block takes 8 features (a 32-byte sector of a float row; with 16 or more, D = 3072 leaves an H200's
+// multiprocessors with one or two blocks each and takes a third longer), W warps each, 8 (value, row) keys a
+// thread in registers: bitonic network in its mirrored form, every comparison upward; steps below 8 in
+// registers, below 256 by shuffles, above through shared memory. 16-bit samples pack value and row into one
+// 32-bit word. Then four table columns at a time: gather, prefix by scan. Where no two values of the feature
+// are equal, P[start] and P[end] are the sums before and after a thread's own row and stay in registers; else
+// P goes to shared memory (swizzled: 8 threads write 8 different banks) and is read back at start and end.
 //
-// Bound (calculated for an H200, D = 3072, forward + gradient; not yet measured on a device): B = 256 about
-// 12 us, 1024 64 us, 4096 0.34 ms, of which the samples' traffic is 1.3, 5 and 21 us: the shared-memory and
-// shuffle pipes decide, not bandwidth.
+// Predictions for an H200 (instructions of sm_90's code, 4 a cycle on 132 multiprocessors at 1.755 GHz, of
+// which 65 % reached; not yet measured on a device), float32, D = 3072, nz = 10, forward + gradient, no ties:
+//   B      warp instructions a feature               all      at 65 %   samples' traffic   goal
+//   256    3.0e3: sort 1.6e3, columns 1.0e3          10 us    16 us     1.3 us             20 us
+//   1024   15.7e3                                    52 us    80 us     5 us               90 us
+//   4096   81e3                                      0.27 ms  0.41 ms   21 us              0.5 ms
+// Beside that two small launches, some 2 us each in a graph. Ties cost 1.2e3 instructions a warp more.
 #pragma once
 
 #include "diversity_noise.cuh"
@@ -177,24 +183,33 @@ struct DiversitySort {
     }
   }
 
+  // Rows of `vectors` times 16 bytes; kVectors: the same where it is known, to divide by a constant, else 0.
+  template <int kVectors>
+  KEGFAST_DEVICE static void load_rows(const Params& p, float* tile, int stride, int first, int vectors,
+                                       bool& all_finite) {
+    constexpr int kVector = 16 / sizeof(T);
+    if (kVectors > 0) vectors = kVectors;
+    for (int i = thread(); i < p.batch * vectors; i += kThreads) {
+      const int row = i / vectors, f = i % vectors * kVector;
+      const Words4 v = load_global16(p.samples + int64_t(row) * p.features + first + f);
+      KEGFAST_UNROLL
+      for (int e = 0; e < kVector; ++e) {
+        const float x = element<T>(v, e);
+        all_finite &= finite(x);
+        tile[(f + e) * stride + row] = x;
+      }
+    }
+  }
+
   KEGFAST_DEVICE static bool load(const Params& p, float* tile, int stride, int first, int count) {
     constexpr int kVector = 16 / sizeof(T);
     bool all_finite = true;
     const bool whole = count == p.block_features && count % kVector == 0 && p.features % kVector == 0 &&
                        reinterpret_cast<uintptr_t>(p.samples) % 16 == 0;
-    if (whole) {
-      const int vectors = count / kVector;
-      KEGFAST_ROLLED
-      for (int i = thread(); i < p.batch * vectors; i += kThreads) {
-        const int row = i / vectors, f = i % vectors * kVector;
-        const Words4 v = load_global16(p.samples + int64_t(row) * p.features + first + f);
-        KEGFAST_UNROLL
-        for (int e = 0; e < kVector; ++e) {
-          const float x = element<T>(v, e);
-          all_finite &= finite(x);
-          tile[(f + e) * stride + row] = x;
-        }
-      }
+    if (whole && count == kFeatures) {
+      load_rows<kFeatures / kVector>(p, tile, stride, first, kFeatures / kVector, all_finite);
+    } else if (whole) {
+      load_rows<0>(p, tile, stride, first, count / kVector, all_finite);
     } else {
       KEGFAST_ROLLED
       for (int i = thread(); i < p.batch * p.block_features; i += kThreads) {
@@ -210,6 +225,19 @@ struct DiversitySort {
   }
 
   KEGFAST_DEVICE static void store(const Params& p, const float* tile, int stride, int first, int count) {
+    constexpr int kVector = 4, kVectors = kFeatures / kVector;
+    if (count == kFeatures && p.features % kVector == 0 &&
+        reinterpret_cast<uintptr_t>(p.gradient) % 16 == 0) {
+      for (int i = thread(); i < p.batch * kVectors; i += kThreads) {
+        const int row = i / kVectors, f = i % kVectors * kVector;
+        Words4 v;
+        KEGFAST_UNROLL
+        for (int e = 0; e < kVector; ++e)
+          v.w[e] = float_bits(tile[(f + e) * stride + row] * p.gradient_scale);
+        store_global16(p.gradient + int64_t(row) * p.features + first + f, v);
+      }
+      return;
+    }
     KEGFAST_ROLLED
     for (int i = thread(); i < p.batch * count; i += kThreads) {
       const int row = i / count, f = i % count;
@@ -229,6 +257,23 @@ struct DiversitySort {
       }
     }
     return low;
+  }
+
+  // Whether two of the team's values are equal.
+  KEGFAST_DEVICE static bool any_ties(const Scratch& s, const float (&x)[kKeys], int t) {
+    bool mine = t > 0 && s.sorted[t * kKeys - 1] == x[0];
+    KEGFAST_UNROLL
+    for (int q = 1; q < kKeys; ++q) mine |= x[q] == x[q - 1];
+    mine = any(mine);
+    if constexpr (kWarps > 1) {
+      float* flags = reinterpret_cast<float*>(s.warp_totals);
+      if (lane() == 0) flags[t / kWarp] = mine ? 1 : 0;
+      barrier();
+      float sum = 0;
+      for (int w = 0; w < kWarps; ++w) sum += flags[w];
+      mine = sum > 0;
+    }
+    return mine;
   }
 
   // [start, end) of the values equal to each of the thread's own, as start | end << 16.
@@ -255,20 +300,21 @@ struct DiversitySort {
     return count == 0 ? Float4{0, 0, 0, 0} : s.prefix[swizzle(count - 1)];
   }
 
-  // Adds four table columns' part of G, in sorted order.
-  KEGFAST_DEVICE static void add_columns(const Params& p, const Scratch& s, int t, int column,
-                                         uint32_t (&row)[kKeys], uint32_t (&ties)[kKeys], float (&g)[kKeys]) {
+  // Four table columns of the thread's rows, their sum before them, and (without ties) over the team.
+  struct Scanned {
+    Float4 right[kKeys], before, all;
+  };
+
+  KEGFAST_DEVICE static void scan(const Params& p, const Scratch& s, int t, int column,
+                                  uint32_t (&row)[kKeys], Scanned& to) {
     KEGFAST_UNROLL
-    for (int q = 0; q < kKeys; ++q) {  // 32 addresses fewer to spill
-      opaque(row[q]);
-      opaque(ties[q]);
-    }
-    Float4 right[kKeys], total{0, 0, 0, 0};
+    for (int q = 0; q < kKeys; ++q) opaque(row[q]);  // 16 addresses fewer to spill
+    Float4 total{0, 0, 0, 0};
     KEGFAST_UNROLL
     for (int q = 0; q < kKeys; ++q) {
       const bool inside = t * kKeys + q < p.batch;
-      right[q] = inside ? load_float4(p.table + int64_t(row[q]) * p.columns + column) : Float4{0, 0, 0, 0};
-      total = total + right[q];
+      to.right[q] = inside ? load_float4(p.table + int64_t(row[q]) * p.columns + column) : Float4{0, 0, 0, 0};
+      total = total + to.right[q];
     }
     Float4 upto = total;
     KEGFAST_UNROLL
@@ -276,19 +322,56 @@ struct DiversitySort {
       const Float4 below = shuffle_up4(upto, distance);
       if (lane() >= distance) upto = upto + below;
     }
-    Float4 running = shuffle_up4(upto, 1);
-    if (lane() == 0) running = {0, 0, 0, 0};
+    to.before = shuffle_up4(upto, 1);
+    if (lane() == 0) to.before = {0, 0, 0, 0};
+    to.all = {shuffle(upto.x, kWarp - 1), shuffle(upto.y, kWarp - 1), shuffle(upto.z, kWarp - 1),
+              shuffle(upto.w, kWarp - 1)};
     team_barrier();  // the last columns' readers are done
     if constexpr (kWarps > 1) {
       if (lane() == kWarp - 1) s.warp_totals[t / kWarp] = upto;
       barrier();
-      Float4 before{0, 0, 0, 0};
-      for (int w = 0; w < t / kWarp; ++w) before = before + s.warp_totals[w];
-      running = before + running;
+      Float4 below{0, 0, 0, 0};
+      to.all = {0, 0, 0, 0};
+      for (int w = 0; w < kWarps; ++w) {
+        if (w == t / kWarp) below = to.all;
+        to.all = to.all + s.warp_totals[w];
+      }
+      to.before = below + to.before;
     }
+  }
+
+  // Adds four table columns' part of G, in sorted order, where no two values are equal: P[start] and P[end]
+  // are the sums before and after the thread's own row.
+  template <bool kFirst>
+  KEGFAST_DEVICE static void add_distinct(const Params& p, const Scratch& s, int t, int column,
+                                          uint32_t (&row)[kKeys], float (&g)[kKeys]) {
+    Scanned sums;
+    scan(p, s, t, column, row, sums);
+    Float4 balance = (sums.before - sums.all) + sums.before;
     KEGFAST_UNROLL
     for (int q = 0; q < kKeys; ++q) {
-      running = running + right[q];
+      const Float4& r = sums.right[q];
+      const Float4 b = balance + r;
+      if constexpr (kFirst) {
+        g[q] = fmaf(r.y, b.x, fmaf(r.x, b.y, fmaf(-2, fmaf(r.z, b.z, r.w * b.w), g[q])));
+      } else {
+        g[q] = fmaf(-2, dot(r, b), g[q]);
+      }
+      balance = b + r;
+    }
+  }
+
+  // The same where some are: the prefix sums go to shared memory and are read at both ends of each tie.
+  KEGFAST_DEVICE static void add_columns(const Params& p, const Scratch& s, int t, int column,
+                                         uint32_t (&row)[kKeys], uint32_t (&ties)[kKeys], float (&g)[kKeys]) {
+    KEGFAST_UNROLL
+    for (int q = 0; q < kKeys; ++q) opaque(ties[q]);
+    Scanned sums;
+    scan(p, s, t, column, row, sums);
+    Float4 running = sums.before;
+    KEGFAST_UNROLL
+    for (int q = 0; q < kKeys; ++q) {
+      running = running + sums.right[q];
       s.prefix[swizzle(t * kKeys + q)] = running;
     }
     team_barrier();
@@ -297,7 +380,7 @@ struct DiversitySort {
     for (int q = 0; q < kKeys; ++q) {
       if (t * kKeys + q < p.batch) {
         const Float4 balance = prefix_at(s, ties[q] & 0xffff) + (prefix_at(s, ties[q] >> 16) - all);
-        g[q] += dot(left_factor(right[q], column == 0), balance);
+        g[q] += dot(left_factor(sums.right[q], column == 0), balance);
       }
     }
   }
@@ -322,10 +405,16 @@ struct DiversitySort {
     reinterpret_cast<Float4*>(s.sorted)[2 * t] = {x[0], x[1], x[2], x[3]};
     reinterpret_cast<Float4*>(s.sorted)[2 * t + 1] = {x[4], x[5], x[6], x[7]};
     team_barrier();
-    find_ties(s, x, t, p.batch, ties);
     const float centre = s.sorted[p.batch / 2];  // sum_i G_i = 0, so any shift of x leaves S as it is
-    KEGFAST_ROLLED
-    for (int c = 0; c < p.columns; c += kColumns) add_columns(p, s, t, c, row, ties, g);
+    if (any_ties(s, x, t)) {
+      find_ties(s, x, t, p.batch, ties);
+      KEGFAST_ROLLED
+      for (int c = 0; c < p.columns; c += kColumns) add_columns(p, s, t, c, row, ties, g);
+    } else {
+      add_distinct<true>(p, s, t, 0, row, g);
+      KEGFAST_ROLLED
+      for (int c = kColumns; c < p.columns; c += kColumns) add_distinct<false>(p, s, t, c, row, g);
+    }
     float sum = 0;
     KEGFAST_UNROLL
     for (int q = 0; q < kKeys; ++q) {

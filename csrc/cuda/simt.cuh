@@ -84,6 +84,10 @@ KEGFAST_DEVICE T shuffle_xor(T value, int mask) {
   return __shfl_xor_sync(~0u, value, mask);
 }
 
+KEGFAST_DEVICE bool any(bool mine) {  // of the warp's lanes
+  return __any_sync(~0u, mine);
+}
+
 // Four (two) 8x8 matrices of 16-bit elements, or 8x4 of 32-bit ones: lane l gives the address of one 16-byte
 // row.
 KEGFAST_DEVICE void ldmatrix_x4(uint32_t (&r)[4], const void* row) {

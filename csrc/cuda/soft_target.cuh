@@ -4,13 +4,13 @@
 //   P = sum e^(x - m), Q = sum e^(y - n), A = sum e^(x - m) (x - y)
 //   KL = A / P - (m + log P) + (n + log Q),  d loss / d student = T / B (e^(y - n) / Q - e^(x - m) / P).
 // A team of threads takes a row, kValues of each array a thread in registers: a row of up to kCapacity is
-// read once, a longer one chunk by chunk, once for the sums (rescaled where a chunk raises a maximum) and once
-// for the gradient, the second time from L2 as far as it holds. 16-byte loads and stores where rows allow.
-// Everything but the inputs and the gradient is float32, the sum over rows float64 in a fixed order.
+// read once, a longer one chunk by chunk, once for the sums (rescaled where a chunk raises a maximum) and
+// once for the gradient, the second time from L2 as far as it holds. 16-byte loads and stores where rows
+// allow. Everything but the inputs and the gradient is float32, the sum over rows float64 in a fixed order.
 //
 // Predictions for an H200 (calculated at 4.8 TB/s and 16 exponentials a cycle and multiprocessor, not yet
-// measured), float32, B = 256 with gradient: C = 1000 0.6 us of traffic under two launches; C = 10,000 6.4 us of
-// traffic; C = 100,000 64 us of traffic, 107 where L2 keeps nothing for the second read, and 4 x 25.6e6
+// measured), float32, B = 256 with gradient: C = 1000 0.6 us of traffic under two launches; C = 10,000 6.4 us
+// of traffic; C = 100,000 64 us of traffic, 107 where L2 keeps nothing for the second read, and 4 x 25.6e6
 // exponentials, 28 us, beside it.
 #pragma once
 

@@ -178,8 +178,8 @@ Tensor tucker2_as(const Tensor& x, const Tensor& first, const Tensor& core, cons
   return forward(x, first, core, last, bias, window, relu, false, Form(form)).y;
 }
 
-// `packed` is the CPU's. Here factors are read where they lie: a copy kept between calls would outlive them in
-// a captured graph, and would have to be ordered across streams.
+// `packed` is the CPU's. Here factors are read where they lie: a copy kept between calls would outlive them
+// in a captured graph, and would have to be ordered across streams.
 Tensor tucker2_inference(const Tensor& x, const Tensor& first, const Tensor& core, const Tensor& last,
                          const std::optional<Tensor>& bias, const std::optional<Tensor>& /*packed*/,
                          int64_t stride_h, int64_t stride_w, int64_t padding_h, int64_t padding_w,

@@ -51,6 +51,13 @@ T shuffle_xor(T value, int mask) {
   return read_lane<T>(em::warp_exchange("shuffle_xor", &value, sizeof value), (thread() % kWarp) ^ mask);
 }
 
+inline bool any(bool mine) {
+  const char* slots = em::warp_exchange("any", &mine, sizeof mine);
+  bool found = false;
+  for (int l = 0; l < kWarp; ++l) found |= read_lane<bool>(slots, l);
+  return found;
+}
+
 inline void combine_ldmatrix(char* slots) {
   const char* rows[kWarp];
   for (int l = 0; l < kWarp; ++l) rows[l] = read_lane<const char*>(slots, l);
