@@ -34,3 +34,11 @@ def data_root(shared) -> Path:
 def seeded() -> None:
     """A fixed state of torch's global generator."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def device(tmp_path_factory):
+    """The CUDA kernels on the fiber emulator, compiled by g++."""
+    from cuda_emulator import Emulator, compile_emulator
+
+    return Emulator(compile_emulator(tmp_path_factory.mktemp("emulator")))

@@ -1,7 +1,6 @@
 """Builds the CUDA kernels with g++ against the fiber emulator and calls them through ctypes."""
 
 import ctypes
-import functools
 import shutil
 import subprocess
 from pathlib import Path
@@ -51,6 +50,11 @@ def compile_emulator(folder: Path, *flags: str, program: Path | None = None) -> 
 
 def available() -> bool:
     return shutil.which("g++") is not None
+
+
+def error(got: torch.Tensor, want: torch.Tensor) -> float:
+    """Relative to a float64 result."""
+    return ((got.double() - want).norm() / want.norm().clamp_min(1e-300)).item()
 
 
 def pointer(tensor: torch.Tensor | None) -> ctypes.c_void_p:
@@ -202,8 +206,3 @@ class Emulator:
         )  # fmt: skip
         self.call("emulate_soft_target", "soft_target_error", ctypes.byref(call))
         return loss, gradient
-
-
-@functools.cache
-def emulator(folder: Path) -> Emulator:
-    return Emulator(compile_emulator(folder))

@@ -22,7 +22,7 @@ def times(fused, stages, convolutions):
 
 
 @pytest.fixture
-def device(monkeypatch, tmp_path):
+def pretended(monkeypatch, tmp_path):
     """A pretended device: what was measured, by call; no table yet."""
     calls = []
 
@@ -48,9 +48,9 @@ def forget(monkeypatch):
     monkeypatch.setattr(cuda, "_chosen", {})
 
 
-def test_without_a_measurement_torchs_convolutions_run(device):
+def test_without_a_measurement_torchs_convolutions_run(pretended):
     assert cuda.form(*arguments()) is None
-    assert device == []
+    assert pretended == []
     with kegfast.backend("native"):
         assert cuda.form(*arguments()) == 0
 
@@ -69,46 +69,46 @@ def test_the_fastest_form_that_is_nowhere_slower(measured, form):
     assert cuda.fastest(measured) == form
 
 
-def test_cudnn_benchmark_measures_once_and_for_later_processes(device, monkeypatch):
+def test_cudnn_benchmark_measures_once_and_for_later_processes(pretended, monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
     assert [cuda.form(*arguments()) for _ in range(3)] == [1, 1, 1]
-    assert len(device) == 1
+    assert len(pretended) == 1
     assert cuda.form(*arguments(batch=3)) == 1
-    assert len(device) == 2
+    assert len(pretended) == 2
     forget(monkeypatch)
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
     assert [cuda.form(*arguments(batch)) for batch in (2, 3, 4)] == [1, 1, None]
-    assert len(device) == 2
+    assert len(pretended) == 2
 
 
-def test_nothing_is_measured_inside_a_graph(device, monkeypatch):
+def test_nothing_is_measured_inside_a_graph(pretended, monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     assert cuda.form(*arguments()) is None
-    assert device == []
+    assert pretended == []
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     assert cuda.form(*arguments()) == 1
 
 
-def test_layouts_and_training_are_measured_apart(device, monkeypatch):
+def test_layouts_and_training_are_measured_apart(pretended, monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
     x, first, core, last, geometry, _ = arguments()
     for training in (False, True):
         for image in (x, x.contiguous()):
             for weight in (core, core.contiguous(memory_format=torch.channels_last)):
                 assert cuda.form(image, first, weight, last, geometry, training) == 1
-    assert len(device) == 8
+    assert len(pretended) == 8
     assert len(json.loads(cuda.cache_path().read_text())["forms"]) == 8
 
 
-def test_compiling_takes_torchs_convolutions(device, monkeypatch):
+def test_compiling_takes_torchs_convolutions(pretended, monkeypatch):
     cuda._keep({cuda._key(*arguments()): times((1, 1), (2, 2), (3, 3))})
     assert cuda.form(*arguments()) == 1
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     assert cuda.form(*arguments()) is None
 
 
-def test_another_version_measures_anew(device, monkeypatch):
+def test_another_version_measures_anew(pretended, monkeypatch):
     cuda._keep({cuda._key(*arguments()): times((1, 1), (2, 2), (3, 3))})
     content = json.loads(cuda.cache_path().read_text())
     content["versions"]["torch"] = "another"
@@ -117,7 +117,7 @@ def test_another_version_measures_anew(device, monkeypatch):
     assert cuda.form(*arguments()) is None
 
 
-def test_tables_are_saved_and_loaded(device, monkeypatch, tmp_path):
+def test_tables_are_saved_and_loaded(pretended, monkeypatch, tmp_path):
     cuda._keep({cuda._key(*arguments()): times((2, 2), (1, 1), (3, 3))})
     cuda.save_table(tmp_path / "table.json")
     monkeypatch.setenv("KEGFAST_CACHE", str(tmp_path / "empty"))
@@ -130,7 +130,7 @@ def test_tables_are_saved_and_loaded(device, monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     "text", ["", "[]", "{}", '{"forms": {"a": "fastest"}}', '{"forms": {"a": [1]}}', "\0"]
 )
-def test_a_wrong_table_is_refused_or_left_aside(device, text):
+def test_a_wrong_table_is_refused_or_left_aside(pretended, text):
     path = cuda.cache_path()
     path.parent.mkdir()
     path.write_text(text)
@@ -139,7 +139,7 @@ def test_a_wrong_table_is_refused_or_left_aside(device, text):
     assert cuda.form(*arguments()) is None
 
 
-def test_a_folder_that_cannot_be_written_costs_the_file_alone(device, monkeypatch, tmp_path, caplog):
+def test_a_folder_that_cannot_be_written_costs_the_file_alone(pretended, monkeypatch, tmp_path, caplog):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("KEGFAST_CACHE", str(tmp_path / "file"))
     cuda._keep({cuda._key(*arguments()): times((1, 1), (2, 2), (3, 3))})
@@ -147,7 +147,7 @@ def test_a_folder_that_cannot_be_written_costs_the_file_alone(device, monkeypatc
     assert "not kept" in caplog.text
 
 
-def test_autotune_finds_every_layer(device):
+def test_autotune_finds_every_layer(pretended):
     layer = kegfast.nn.TuckerConv2d(8, 8, 3, rank=(4, 5), padding=1)
     found = list(cuda._calls(torch.nn.Sequential(layer, layer), torch.randn(2, 8, 6, 6)))
     assert [tuple(x.shape) for x, *_ in found] == [(2, 8, 6, 6)] * 2
@@ -155,6 +155,6 @@ def test_autotune_finds_every_layer(device):
     assert found[0][4] == GEOMETRY
 
 
-def test_autotune_wants_a_device(device):
+def test_autotune_wants_a_device(pretended):
     with pytest.raises(ValueError, match="CUDA device"):
         cuda.autotune(torch.nn.Identity(), torch.randn(1, 8, 6, 6))
