@@ -4,9 +4,7 @@ Without a measurement the kernels choose by themselves: Winograd where its tiles
 transforms, else the direct sum. What was measured is kept in a file and read by later processes.
 """
 
-import json
 import logging
-import os
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,9 +16,8 @@ from torch import Tensor
 
 from kegfast import native, reference
 from kegfast.check import expected
-from kegfast.files import write_json
+from kegfast.choices import cache_folder, keep_choices, read_choices
 from kegfast.timing import interleaved
-from kegfast.version import __version__
 
 if TYPE_CHECKING:
     from kegfast.nn import TuckerConv2d
@@ -71,7 +68,7 @@ def autotune(model: torch.nn.Module, example_input: Tensor) -> dict[str, dict[Fo
     for shape, seconds in times.items():
         _log.info("%s: %s of %s", name_of(shape), known[shape], seconds)
         _choose(shape, known[shape])
-    _keep(known)
+    keep_choices(cache_path(), {" ".join(map(str, shape)): form for shape, form in known.items()}, FORMS)
     return {name_of(shape): seconds for shape, seconds in times.items()}
 
 
@@ -156,14 +153,8 @@ def name_of(shape: Shape) -> str:
 # ---- the table
 
 
-def cache_folder() -> Path:
-    """Where measured forms are kept: $KEGFAST_CACHE, else kegfast/ in the user's cache folder."""
-    default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kegfast"
-    return Path(os.environ.get("KEGFAST_CACHE") or default)
-
-
 def cache_path() -> Path:
-    """This machine's file in it."""
+    """This machine's file."""
     return cache_folder() / f"cpu-{_processor()}.json"
 
 
@@ -205,40 +196,13 @@ def _choose(shape: Shape, form: Form, for_good: bool = True) -> None:
         _unfused.add(shape)
 
 
-def _keep(known: dict[Shape, Form]) -> None:
-    path = cache_path()
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        others = read_table(path) if path.exists() else {}
-    except (OSError, ValueError) as error:
-        _log.warning("%s is written anew: %s", path, error)
-        others = {}
-    forms = {" ".join(map(str, shape)): form for shape, form in {**others, **known}.items()}
-    try:
-        write_json(path, {"versions": _versions(), "forms": forms})
-    except OSError as error:
-        _log.warning("measured forms are not kept: %s", error)
-
-
-def _versions() -> dict[str, str]:
-    return {"kegfast": __version__, "torch": torch.__version__}
-
-
 def read_table(path: Path) -> dict[Shape, Form]:
     """The entries of a file that `autotune` wrote, none where other versions did.
 
     Raises:
         ValueError: for a file that holds anything else.
     """
-    wrong = ValueError(expected("path", "a table written by autotune", path))
-    try:
-        content = json.loads(path.read_text())
-        forms = {tuple(map(int, key.split())): form for key, form in content["forms"].items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise wrong from error
-    if not all(len(shape) == 17 and form in FORMS for shape, form in forms.items()):
-        raise wrong
-    if content.get("versions") != _versions():
-        _log.info("%s was measured under %s and is left aside", path, content.get("versions"))
-        return {}
-    return forms
+    found = read_choices(path, FORMS)
+    if not all(re.fullmatch(r"\d+( \d+){16}", key) for key in found):
+        raise ValueError(expected("path", "a file of forms that autotune measured", path))
+    return {tuple(map(int, key.split())): form for key, form in found.items()}

@@ -6,7 +6,6 @@ both called one by one and as a CUDA graph. `autotune` measures a model's layers
 in a file and read by later processes.
 """
 
-import json
 import logging
 import statistics
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -18,8 +17,7 @@ from torch import Tensor
 
 from kegfast import cpu, native, reference
 from kegfast.check import expected
-from kegfast.files import write_json
-from kegfast.version import __version__
+from kegfast.choices import cache_folder, keep_choices, read_choices, write_choices
 
 Form = Literal["fused", "stages", "convolutions"]
 Geometry = tuple[tuple[int, int], tuple[int, int], tuple[int, int]]  # stride, padding, dilation
@@ -212,7 +210,7 @@ def _elapsed(body: Callable[[], object]) -> float:  # milliseconds on the curren
 
 def cache_path() -> Path:
     """This user's file."""
-    return cpu.cache_folder() / "cuda.json"
+    return cache_folder() / "cuda.json"
 
 
 def table() -> dict[str, Form]:
@@ -237,23 +235,13 @@ def _keep(times: dict[str, Times]) -> dict[str, Form]:
     known = table()
     known.update(found)
     _chosen.clear()
-    try:
-        path = cache_path()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        others = _read(path) if path.exists() else {}
-        write_json(path, {"versions": _versions(), "forms": {**others, **known}})
-    except (OSError, ValueError) as error:
-        _log.warning("measured forms are not kept: %s", error)
+    keep_choices(cache_path(), known, FORMS)
     return found
-
-
-def _versions() -> dict[str, object]:
-    return {"kegfast": __version__, "torch": torch.__version__, "cudnn": torch.backends.cudnn.version()}
 
 
 def save_table(path: str | Path) -> None:
     """Writes `table()` as JSON, with the versions that it holds for."""
-    write_json(path, {"versions": _versions(), "forms": table()})
+    write_choices(Path(path), table())
 
 
 def load_table(path: str | Path) -> None:
@@ -262,20 +250,5 @@ def load_table(path: str | Path) -> None:
     Raises:
         ValueError: for a file that holds anything else.
     """
-    table().update(_read(Path(path)))
+    table().update(read_choices(Path(path), FORMS))
     _chosen.clear()
-
-
-def _read(path: Path) -> dict[str, Form]:
-    wrong = ValueError(expected("path", "a table written by save_table", path))
-    try:
-        content = json.loads(path.read_text())
-    except ValueError as error:
-        raise wrong from error
-    forms = content.get("forms") if isinstance(content, dict) else None
-    if not isinstance(forms, dict) or not all(isinstance(f, str) and f in FORMS for f in forms.values()):
-        raise wrong
-    if content.get("versions") != _versions():
-        _log.info("%s was measured under %s and is left aside", path, content.get("versions"))
-        return {}
-    return forms
