@@ -81,7 +81,7 @@ class Diversity {
       largest[part] = KEGFAST_SELECT(diversity_magnitude)(p_, first, last);
     });
     double most = 0;
-    for (double value : largest) most = value <= most ? most : value;  // or NaN
+    for (double value : largest) most = std::isnan(most) || value <= most ? most : value;
     if (std::isnan(most)) return std::vector<double>(B * B, most);
     const double limit = wide_ ? 0x1p400 : 0x1p40;
     const bool extreme = most > limit || most < 1 / limit;
