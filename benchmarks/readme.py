@@ -35,17 +35,27 @@ def tucker2(summary: dict[str, dict[str, float]]) -> str:
         "best rival, worst configuration",
         "NCHW Sequential",
         "dense layer",
+        "weight gradients, share of peak",
     ]
-    rows = [[name, *(f"{summary[batch][name]:.2f}" for batch in summary)] for name in names]
+    rows = [
+        [name, *(f"{figures[name]:.2f}" for figures in summary.values())]
+        for name in names
+        if all(name in figures for figures in summary.values())
+    ]
     return markdown_table(["rival / kegfast", *(f"batch {batch}" for batch in summary)], rows)
 
 
-def models(records: list[dict[str, Any]]) -> str:
+def models(results: dict[str, Any]) -> str:
     """Whole networks: the dense network and its Sequential twin over kegfast's."""
+    kinds = ["dense", "sequential", "folded dense", "folded sequential"]
+    headers = ["dense", "Sequential", "folded: dense", "Sequential", "huge pages: dense", "Sequential"]
     rows = [
-        [r["model"], r["threads"], r["batch"], f"{r['dense']:.2f}", f"{r['sequential']:.2f}"] for r in records
+        [row["model"], row["threads"], row["batch"]]
+        + [f"{row[kind]:.2f}" for kind in kinds]
+        + [f"{huge[kind]:.2f}" for kind in kinds[:2]]
+        for row, huge in zip(results["configurations"], results["huge_pages"], strict=True)
     ]
-    return markdown_table(["model", "threads", "batch", "dense / kegfast", "Sequential / kegfast"], rows)
+    return markdown_table(["model", "threads", "batch", *headers], rows)
 
 
 def curve(cells: list[dict[str, Any]]) -> str:
@@ -188,7 +198,10 @@ def training(results: dict[str, Any]) -> str:
 TABLES: dict[str, tuple[str, str, Callable[[Any], str]]] = {
     "demo": ("demo", "runs", demo),
     "tucker2": ("tucker2_float32_1threads", "summary", tucker2),
-    "models": ("models", "configurations", models),
+    "tucker2-2-threads": ("tucker2_float32_2threads", "summary", tucker2),
+    "tucker2-training": ("tucker2_training_1threads", "summary", tucker2),
+    "tucker2-bfloat16": ("tucker2_bfloat16_1threads", "summary", tucker2),
+    "models": ("models", "", models),
     "curve-mnist": ("compression_curve_mnist", "cells", curve),
     "curve-fashion": ("compression_curve_fashion", "cells", curve),
     "compression-latency": ("compression_latency", "cells", speedups),

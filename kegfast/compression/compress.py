@@ -196,11 +196,13 @@ def _settle(ruled: Plan, rank: RankRules | None) -> tuple[Plan, dict[str, Rank]]
 
 
 def _trial(model: nn.Module, decompose: _Decomposer, evidence: Evidence, plan: Plan) -> nn.Module:
-    """The student of a plan as far as it tells plans apart: factors and BatchNorm statistics."""
+    """The student of a plan as far as it tells plans apart: all that `_adapt` will do, less the report."""
     student = clone(model)
     for site in survey(student):
         if plan.get(site.name) is not None:
             student = replace(student, site, build(site.module, decompose(site, plan[site.name])))
+    if not evidence.synthetic:
+        refit(student, model, evidence.samples)
     if not evidence.probes:  # noise runs by its own statistics
         _adapt_norms(student, model, evidence)
     return student
