@@ -1,7 +1,6 @@
 """The diversity loss over two processes equals one process with the joined batch."""
 
 import math
-import socket
 
 import torch
 import torch.distributed as dist
@@ -90,23 +89,21 @@ def plain_loss_in_ddp(rank):
     torch.testing.assert_close(generator.weight.grad, exact)
 
 
-def worker(rank, port):
+def worker(rank, meeting):
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=2)
     try:
         compare_cases(rank)
         ring_hazards(rank)
         compare_ddp(rank)
         plain_loss_in_ddp(rank)
+        dist.barrier()  # neither leaves while the other still reads
     finally:
         dist.destroy_process_group()
 
 
-def test_two_processes_equal_one():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.spawn(worker, (port,), nprocs=2)
+def test_two_processes_equal_one(tmp_path):
+    mp.spawn(worker, (tmp_path / "meeting",), nprocs=2)
 
 
 def test_alone_it_is_the_plain_loss():

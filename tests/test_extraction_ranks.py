@@ -1,7 +1,5 @@
 """Generators spread over two processes are those that one process trains."""
 
-import socket
-
 import pytest
 import torch
 import torch.distributed as dist
@@ -19,13 +17,14 @@ def run(copies: int, **options) -> Generators:
     return extract(image_teacher(), generators=copies, **({"steps": 6} | ARGUMENTS | options))
 
 
-def worker(rank, port, folder):
+def worker(rank, folder):
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    dist.init_process_group("gloo", init_method=f"file://{folder / 'meeting'}", rank=rank, world_size=2)
     try:
         for copies in (3, 1):
             made = run(copies, checkpoint=folder / f"{copies}.pt")
             torch.save((made.network.state_dict(), made.history), folder / f"{copies}-{rank}.result")
+        dist.barrier()  # neither leaves while the other still reads
     finally:
         dist.destroy_process_group()
 
@@ -33,10 +32,7 @@ def worker(rank, port, folder):
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.spawn(worker, (port, folder), nprocs=2)
+    mp.spawn(worker, (folder,), nprocs=2)
     return folder
 
 
