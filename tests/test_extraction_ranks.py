@@ -31,13 +31,13 @@ def worker(rank, folder):
     except BaseException:
         traceback.print_exc()
         os._exit(1)
-    os._exit(0)  # at an ordinary end gloo's threads may still run, and C++ then aborts the process
+    os._exit(0)  # past the interpreter's teardown: a guess at where processes abort
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
-    for attempt in range(4):  # gloo sometimes aborts a process of a loaded machine; wrong results still fail
+    for attempt in range(4):  # a process has aborted in C++, cause unknown; wrong results still fail
         trial = folder / str(attempt)
         trial.mkdir()
         try:
