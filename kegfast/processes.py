@@ -9,6 +9,12 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+if dist.is_available():
+    # Default arguments of its functions hold the default group. The first optimizer would import it when
+    # there is one, and the group outlive destroy_process_group; gloo's threads then abort the process at
+    # its end.
+    import torch.distributed.nn.functional
+
 
 def place() -> tuple[int, int]:
     """This process's rank and how many there are; (0, 1) without torch.distributed."""
