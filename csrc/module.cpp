@@ -50,27 +50,36 @@ kegfast::Tucker2Prepared* prepared(PyObject* address) {
 constexpr int64_t kShareWork = 1'000'000;  // multiply-adds from which other Python threads may run meanwhile
 
 PyObject* run_tucker2(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
-  if (count != 3) {
-    PyErr_SetString(PyExc_TypeError, "run_tucker2 takes a prepared call and the addresses of x and y");
+  if (count != 4) {
+    PyErr_SetString(PyExc_TypeError,
+                    "run_tucker2 takes a prepared call, x's _cdata and addresses of x and y");
     return nullptr;
   }
   const auto* const call = prepared(arguments[0]);
-  const auto* const x = static_cast<const float*>(PyLong_AsVoidPtr(arguments[1]));
-  auto* const y = static_cast<float*>(PyLong_AsVoidPtr(arguments[2]));
+  auto* const x_implementation = PyLong_AsVoidPtr(arguments[1]);
+  const auto* const x = static_cast<const float*>(PyLong_AsVoidPtr(arguments[2]));
+  auto* const y = static_cast<float*>(PyLong_AsVoidPtr(arguments[3]));
   if (PyErr_Occurred()) return nullptr;
   bool done = false;
   try {
     if (kegfast::prepared_work(*call) < kShareWork) {
-      done = kegfast::run_prepared(*call, x, y);
+      done = kegfast::run_prepared(*call, x_implementation, x, y);
     } else {
       const py::gil_scoped_release others_run;
-      done = kegfast::run_prepared(*call, x, y);
+      done = kegfast::run_prepared(*call, x_implementation, x, y);
     }
   } catch (const std::exception& error) {
     PyErr_SetString(PyExc_RuntimeError, error.what());
     return nullptr;
   }
   return PyBool_FromLong(done);
+}
+
+PyObject* tucker2_tensors(PyObject*, PyObject* address) {
+  std::vector<size_t> tensors;
+  for (void* const t : kegfast::prepared_tensors(*prepared(address)))
+    tensors.push_back(reinterpret_cast<size_t>(t));
+  return py::cast(tensors).release().ptr();
 }
 
 PyObject* forget_tucker2(PyObject*, PyObject* address) {
@@ -80,7 +89,8 @@ PyObject* forget_tucker2(PyObject*, PyObject* address) {
 
 PyMethodDef plain_functions[] = {
     {"run_tucker2", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&run_tucker2)), METH_FASTCALL,
-     "Run a call of tucker2_prepare on x and y, given by address; whether it still held."},
+     "Run a call of tucker2_prepare on x, given by _cdata and address, into y; whether it still held."},
+    {"tucker2_tensors", &tucker2_tensors, METH_O, "The _cdata of the tensors of a call of tucker2_prepare."},
     {"forget_tucker2", &forget_tucker2, METH_O, "Free a call of tucker2_prepare."},
     {nullptr, nullptr, 0, nullptr}};
 

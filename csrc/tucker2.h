@@ -14,6 +14,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <string>
+#include <vector>
 
 #include "cpu/isa.h"
 
@@ -79,10 +80,13 @@ struct Tucker2Sample {
 constexpr int64_t kMostSamples = 96;
 
 // A float32 call that is settled but for where x and y lie, made by tucker2_prepare of ops.cpp. Whoever holds
-// one also holds its factors and their packed form.
+// one also holds the memory of its factors and their packed form.
 struct Tucker2Prepared;
-// False, with nothing done, where it no longer holds: other threads, another instruction set, other weights.
-bool run_prepared(const Tucker2Prepared& call, const float* x, float* y);
+// x, first, core, last and bias, if there is one, by the addresses of their implementations.
+std::vector<void*> prepared_tensors(const Tucker2Prepared& call);
+// implementation: of x. The factors must be alive. False, with nothing done, where the call no longer holds:
+// another kind of x, other factors than then, other threads, another instruction set.
+bool run_prepared(const Tucker2Prepared& call, void* implementation, const float* x, float* y);
 int64_t prepared_work(const Tucker2Prepared& call);  // multiply-adds
 void forget_prepared(Tucker2Prepared* call);
 

@@ -4,7 +4,8 @@ from itertools import chain
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, is_grad_enabled, nn
+from torch.compiler import is_compiling
 
 from kegfast import cpu, cuda, functional
 from kegfast.check import expected
@@ -131,10 +132,25 @@ class TuckerConv2d(nn.Module):
         return layer
 
     def forward(self, x: Tensor) -> Tensor:  # (N, C, H, W) -> (N, K, H', W')
-        """last(core(first(x))), then the activation."""
-        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        """last(core(first(x))), then the activation.
+
+        Outside autograd at most one dispatcher call, on prepacked factors; every lookup is on the clock of
+        small layers.
+        """
+        if is_grad_enabled() or is_compiling():
             return self._forward_checked(x)
-        return self._forward_inference(x)
+        modules = self._modules
+        core_layer, last_layer = modules["core"], modules["last"]
+        try:
+            weights = (
+                modules["first"]._parameters["weight"], core_layer._parameters["weight"],
+                last_layer._parameters["weight"], last_layer._parameters["bias"],
+            )  # fmt: skip
+        except KeyError:  # parametrised or pruned
+            return self._forward_checked(x)
+        options = core_layer.stride, core_layer.padding, core_layer.dilation, self.activation
+        y = self._prepared(x, weights, options)
+        return self._forward_dispatched(x, weights, options) if y is None else y
 
     def _forward_checked(self, x: Tensor) -> Tensor:
         return functional.tucker_conv2d(
@@ -149,21 +165,6 @@ class TuckerConv2d(nn.Module):
             self.activation,
             self.recompute,
         )
-
-    def _forward_inference(self, x: Tensor) -> Tensor:
-        """At most one dispatcher call, on prepacked factors; every lookup is on the clock of small layers."""
-        modules = self._modules
-        core_layer, last_layer = modules["core"], modules["last"]
-        try:
-            weights = (
-                modules["first"]._parameters["weight"], core_layer._parameters["weight"],
-                last_layer._parameters["weight"], last_layer._parameters["bias"],
-            )  # fmt: skip
-        except KeyError:  # parametrised or pruned
-            return self._forward_checked(x)
-        options = core_layer.stride, core_layer.padding, core_layer.dilation, self.activation
-        y = self._prepared(x, weights, options)
-        return self._forward_dispatched(x, weights, options) if y is None else y
 
     def _forward_dispatched(self, x: Tensor, weights: Weights, options: tuple) -> Tensor:
         if not functional.fuses_inference(x):

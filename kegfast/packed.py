@@ -18,8 +18,8 @@ _MOST_BYTES = 1 << 20  # of an output that torch's allocator gives without page 
 class PackedFactors:
     """Packs a layer's three factors once, and again whenever one of them changes.
 
-    The key of the cache is each factor's address, version and dtype. It also holds the storages it
-    was made from, so an address cannot come back as another tensor's. Writes that torch does not
+    The key of the cache is each factor's address, version, dtype, shape and strides. It also holds the
+    storages it was made from, so an address cannot come back as another tensor's. Writes that torch does not
     count (through `.data`) are caught by the operator, which compares samples of the packed buffer
     with the factors in every call.
 
@@ -43,10 +43,7 @@ class PackedFactors:
     ) -> Tensor | None:
         """The packed buffer for `torch.ops.kegfast.tucker2`, or None where versions are not kept."""
         try:
-            key = (
-                first.data_ptr(), first._version, core.data_ptr(), core._version,
-                last.data_ptr(), last._version, core.dtype,
-            )  # fmt: skip
+            key = tuple((w.data_ptr(), w._version, w.dtype, w.shape, w.stride()) for w in (first, core, last))
         except RuntimeError:  # inference tensors have no version: pack in every call
             return None
         kept, packed, _ = self._entries[channels_last]
@@ -66,11 +63,10 @@ class PackedFactors:
 class _Prepared:
     """A call of `torch.ops.kegfast.tucker2` that is settled but for its addresses."""
 
-    __slots__ = ("__weakref__", "address", "kept", "key", "shape", "size", "steps", "stride")
+    __slots__ = ("__weakref__", "address", "kept", "key", "size", "steps")
 
-    def __init__(self, address: int, x: Tensor, y: Tensor, key: tuple[object, ...], kept: tuple[object, ...]):
+    def __init__(self, address: int, y: Tensor, key: tuple[object, ...], kept: tuple[object, ...]):
         self.address, self.key, self.kept = address, key, kept
-        self.shape, self.stride = x.shape, x.stride()
         self.size, self.steps = y.shape, y.stride()
 
     def __del__(self) -> None:
@@ -93,15 +89,13 @@ class PreparedCall:
     def __call__(self, x: Tensor, weights: Weights, options: tuple[object, ...]) -> Tensor | None:
         """The layer's output, or None: then call the operator. `options`: all else that decides it."""
         call = self._call
-        if call is None or type(x) is not Tensor or _watched() or x.shape != call.shape:
-            return None
-        if x.dtype is not torch.float32 or not x.is_cpu or x.is_neg() or native._backend == "reference":
+        if call is None or type(x) is not Tensor or _watched() or native._backend == "reference":
             return None
         try:
-            if x.stride() != call.stride or _key(weights, options) != call.key:
+            if _key(weights, options) != call.key or x.is_neg():
                 return None
             y = x.new_empty_strided(call.size, call.steps)
-            return y if native._C.run_tucker2(call.address, x.data_ptr(), y.data_ptr()) else None
+            return y if native._C.run_tucker2(call.address, x._cdata, x.data_ptr(), y.data_ptr()) else None
         except RuntimeError:  # no versions, or no memory of its own
             return None
 
@@ -124,7 +118,9 @@ class PreparedCall:
         address = torch.ops.kegfast.tucker2_prepare(x, *weights, packed, *arguments)
         if address:
             kept = tuple(w if w is None else w.detach() for w in weights), packed
-            self._call = _Prepared(address, x, y, _key(weights, options), kept)
+            call = _Prepared(address, y, _key(weights, options), kept)
+            tensors = [t._cdata for t in (x, *weights) if t is not None]
+            self._call = call if native._C.tucker2_tensors(address) == tensors else None
 
     def __reduce__(self) -> tuple[Callable[[], "PreparedCall"], tuple[()]]:
         return PreparedCall, ()
@@ -139,10 +135,11 @@ def _watched() -> bool:
 
 
 def _key(weights: Weights, options: tuple[object, ...]) -> tuple[object, ...]:
+    """Which tensors, and what was written to them; what `.data` makes them look at is for the call itself."""
     first, core, last, bias = weights
     return (
-        first.data_ptr(), first._version, core.data_ptr(), core._version,
-        last.data_ptr(), last._version, None if bias is None else bias.data_ptr(), options,
+        first._cdata, first._version, core._cdata, core._version,
+        last._cdata, last._version, None if bias is None else bias._cdata, options,
     )  # fmt: skip
 
 

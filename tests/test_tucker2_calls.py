@@ -106,6 +106,26 @@ def new_data(layer: TuckerConv2d) -> None:
     layer.core.weight.data = torch.randn_like(layer.core.weight)
 
 
+def view_of_fewer_outputs(layer: TuckerConv2d) -> None:
+    """The same address and version, but less of it."""
+    layer.last.weight.data = layer.last.weight.data[:7]
+    layer.last.bias.data = layer.last.bias.data[:7]
+
+
+def view_with_other_strides(layer: TuckerConv2d) -> None:
+    """The same address, version and shape: taps change places."""
+    layer.core.weight.data = layer.core.weight.data.mT
+
+
+def view_that_repeats_a_bias(layer: TuckerConv2d) -> None:
+    layer.last.bias.data = layer.last.bias.data[:1].expand(20)
+
+
+def swapped_parameters(layer: TuckerConv2d) -> None:
+    """The same objects around other tensors, as `Module.to` may do it."""
+    torch.utils.swap_tensors(layer.core.weight, nn.Parameter(torch.randn_like(layer.core.weight)))
+
+
 def new_bias(layer: TuckerConv2d) -> None:
     layer.last.bias = nn.Parameter(torch.randn_like(layer.last.bias))
 
@@ -135,7 +155,8 @@ def dilate(layer: TuckerConv2d) -> None:
 
 
 CHANGES = [
-    write_in_place, write_uncounted, new_parameter, new_data, new_bias, write_bias, no_bias, activate, stride,
+    write_in_place, write_uncounted, new_parameter, new_data, view_of_fewer_outputs, view_with_other_strides,
+    view_that_repeats_a_bias, swapped_parameters, new_bias, write_bias, no_bias, activate, stride,
     pad, dilate,
 ]  # fmt: skip
 

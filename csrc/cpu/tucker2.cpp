@@ -6,13 +6,61 @@
 #include <cstring>
 #include <optional>
 #include <tuple>
+#include <utility>
+#include <vector>
 
 #include "check.h"
 #include "cpu/tucker2_call.h"
 
 namespace kegfast {
 
+// What a tensor was when a call was settled. Python names tensors by the address of their implementation
+// (`_cdata`), which is all that an at::Tensor holds: a cell with it is one that counts no reference.
+class SeenTensor {
+ public:
+  explicit SeenTensor(const Tensor& t)
+      : implementation_(*reinterpret_cast<void* const*>(t.get())), data_(t.const_data_ptr()) {
+    type_ = t.scalar_type();
+    for (int64_t i = 0; i < t.dim(); ++i) view_.push_back(t.size(i));
+    for (int64_t i = 0; i < t.dim(); ++i) view_.push_back(t.stride(i));
+  }
+
+  void* implementation() const { return implementation_; }
+
+  // The tensor itself, alive: it may look at other memory, or otherwise, under the same version.
+  bool unchanged() const {
+    void* cell = implementation_;
+    const void* data = nullptr;
+    STABLE_TORCH_ERROR_CODE_CHECK(torch_get_const_data_ptr(handle(&cell), &data));
+    return data == data_ && looks_like(implementation_);
+  }
+
+  // Another tensor, alive and in memory: on the CPU, of this one's type, sizes and strides.
+  bool looks_like(void* implementation) const {
+    int64_t dim = 0, *sizes = nullptr, *strides = nullptr;
+    int32_t type = 0, device = 0;
+    const AtenTensorHandle t = handle(&implementation);
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dim(t, &dim));
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(t, &type));
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(t, &device));
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_sizes(t, &sizes));
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_strides(t, &strides));
+    return 2 * dim == static_cast<int64_t>(view_.size()) && type == static_cast<int32_t>(type_) &&
+           device == aoti_torch_device_type_cpu() && std::equal(sizes, sizes + dim, view_.begin()) &&
+           std::equal(strides, strides + dim, view_.begin() + dim);
+  }
+
+ private:
+  static AtenTensorHandle handle(void** cell) { return reinterpret_cast<AtenTensorHandle>(cell); }
+
+  void* implementation_;
+  const void* data_;
+  ScalarType type_;
+  std::vector<int64_t> view_;  // sizes, then strides
+};
+
 struct Tucker2Prepared {
+  std::vector<SeenTensor> seen;  // x, first, core, last, bias
   Tucker2Params p;
   Tucker2Plan plan;
   int64_t threads;
@@ -25,8 +73,9 @@ struct Tucker2Prepared {
 
 namespace {
 
-Tensor as_float(const Tensor& t) {
-  return t.scalar_type() == ScalarType::Float ? t : torch::stable::to(t, ScalarType::Float);
+Tensor dense_floats(const Tensor& t) {  // (K)
+  const Tensor dense = t.is_contiguous() ? t : torch::stable::contiguous(t);
+  return dense.scalar_type() == ScalarType::Float ? dense : torch::stable::to(dense, ScalarType::Float);
 }
 
 void check_weights(const Tensor& x, const Tensor& first, const Tensor& core, const Tensor& last,
@@ -93,7 +142,7 @@ Run forward(const Tensor& input, const Tensor& first, const Tensor& core, const 
   if (keep) keep_intermediates(p, run);
   std::optional<Tensor> wide_bias;
   if (bias) {
-    wide_bias = as_float(*bias);
+    wide_bias = dense_floats(*bias);
     p.bias = wide_bias->const_data_ptr<float>();
   }
   if (p.images > 0) run_factors(p, first, core, last, packed);
@@ -152,7 +201,7 @@ int64_t tucker2_prepare(const Tensor& x, const Tensor& first_weight, const Tenso
   check_weights(x, first_weight, core_weight, last_weight, bias);
   Tucker2Params p = geometry(x.size(0), x.size(1), x.size(2), x.size(3), core_weight, last_weight.size(0),
                              {stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w});
-  if (x.scalar_type() != ScalarType::Float || p.images == 0) return 0;
+  if (x.scalar_type() != ScalarType::Float || p.images == 0 || (bias && !bias->is_contiguous())) return 0;
   set_input(p, x);
   p.relu = relu;
   p.bias = bias ? bias->const_data_ptr<float>() : nullptr;
@@ -164,18 +213,31 @@ int64_t tucker2_prepare(const Tensor& x, const Tensor& first_weight, const Tenso
   if (packed.numel() != plan.packed_floats ||
       !KEGFAST_SELECT(tucker2_packed_from)(p, plan, first, core, last, p.packed))
     return 0;
-  auto* const call = new Tucker2Prepared{
-      p, plan, threads, torch::stable::get_num_threads(), active_isa(), choices_made(), {}, 0};
+  std::vector<SeenTensor> seen;
+  for (const Tensor* t : {&x, &first_weight, &core_weight, &last_weight}) seen.emplace_back(*t);
+  if (bias) seen.emplace_back(*bias);
+  auto* const call =
+      new Tucker2Prepared{std::move(seen), p,  plan, threads, torch::stable::get_num_threads(), active_isa(),
+                          choices_made(),  {}, 0};
   call->sample_count = KEGFAST_SELECT(tucker2_samples)(p, plan, first, core, last, call->samples);
   return reinterpret_cast<int64_t>(call);
 }
 
 }  // namespace
 
-bool run_prepared(const Tucker2Prepared& call, const float* x, float* y) {
+std::vector<void*> prepared_tensors(const Tucker2Prepared& call) {
+  std::vector<void*> found;
+  for (const SeenTensor& t : call.seen) found.push_back(t.implementation());
+  return found;
+}
+
+bool run_prepared(const Tucker2Prepared& call, void* implementation, const float* x, float* y) {
   if (call.isa != active_isa() || call.choices != choices_made() || call.p.winograd != tucker2_winograd() ||
       call.pool_threads != torch::stable::get_num_threads())
     return false;
+  if (!call.seen[0].looks_like(implementation)) return false;
+  for (size_t i = 1; i < call.seen.size(); ++i)
+    if (!call.seen[i].unchanged()) return false;
   for (int64_t i = 0; i < call.sample_count; ++i)
     if (std::memcmp(call.samples[i].factor, call.samples[i].packed, sizeof(float)) != 0) return false;
   Tucker2Params p = call.p;
