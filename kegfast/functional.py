@@ -9,6 +9,7 @@ from torch import Tensor
 from kegfast import cpu, cuda, diversity, native, reference, tuning
 from kegfast.check import expected
 from kegfast.ops import reads_channels_last as reads_channels_last
+from kegfast.ops import tucker2_training
 from kegfast.soft_target import fused as _fused_soft_target
 
 Metric = Literal["l1", "sqeuclidean", "l2", "euclidean", "cosine"]
@@ -182,7 +183,7 @@ def tucker_conv2d(
     ints = [n for pair in geometry for n in pair]
     if training:
         keep = not recompute and any(t.requires_grad for t in (first, core, last))
-        return torch.ops.kegfast.tucker2_forward(*weights, *ints, activation == "relu", keep)[0]
+        return tucker2_training(*weights, *ints, activation == "relu", keep)
     if form:
         return torch.ops.kegfast.tucker2_as(*weights, *ints, activation == "relu", form)
     return torch.ops.kegfast.tucker2(*weights, None, *ints, activation == "relu")

@@ -78,13 +78,43 @@ def _tucker2_gradients_fake(
     return grad_x, *grads, x.new_empty(last.shape[0] if need_bias else 0, **wide)
 
 
+def _tucker2_setup(ctx, inputs, output):
+    ctx.mark_non_differentiable(*output[1:])
+    _tucker2_save(ctx, inputs, output)
+
+
 def _tucker2_save(ctx, inputs, output):
     x, first, core, last, bias, sh, sw, ph, pw, dh, dw, relu, _ = inputs
     y, t1, t2 = output
-    ctx.mark_non_differentiable(t1, t2)
     ctx.save_for_backward(x, first, core, last, t1, t2, y if relu else None)
     ctx.has_bias, ctx.relu = bias is not None, relu
     ctx.stride, ctx.padding, ctx.dilation = (sh, sw), (ph, pw), (dh, dw)
+
+
+class _Tucker2(torch.autograd.Function):
+    """`torch.ops.kegfast.tucker2_forward` with its gradients, at less cost than the autograd of operators.
+
+    That one reads the operator's schema in each call, which takes longer than a small layer computes.
+    """
+
+    @staticmethod
+    def forward(ctx, *inputs):
+        with torch._C._AutoDispatchBelowAutograd():
+            output = torch.ops.kegfast.tucker2_forward.default(*inputs)
+        _tucker2_save(ctx, inputs, output)
+        return output[0]
+
+    @staticmethod
+    def backward(ctx, grad):
+        return _tucker2_backward(ctx, grad)
+
+
+def tucker2_training(*inputs: Tensor | int | bool | None) -> Tensor:
+    """The output of `torch.ops.kegfast.tucker2_forward`, with gradients."""
+    traced = torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
+    if traced or torch._C._are_functorch_transforms_active():
+        return torch.ops.kegfast.tucker2_forward(*inputs)[0]
+    return _Tucker2.apply(*inputs)
 
 
 class _FirstOrder(torch.autograd.Function):
@@ -101,7 +131,7 @@ class _FirstOrder(torch.autograd.Function):
         )
 
 
-def _tucker2_backward(ctx, grad, _t1, _t2):
+def _tucker2_backward(ctx, grad, *_):
     with torch.no_grad():
         grads = _tucker2_gradients(ctx, grad)
     if torch.is_grad_enabled():  # create_graph=True
@@ -210,7 +240,7 @@ def _register_tucker2() -> None:
     register_fake("kegfast::tucker2_forward", _tucker2_forward_fake)
     register_fake("kegfast::tucker2_backward", _tucker2_backward_fake)
     register_fake("kegfast::tucker2_gradients", _tucker2_gradients_fake)
-    register_autograd("kegfast::tucker2_forward", _tucker2_backward, setup_context=_tucker2_save)
+    register_autograd("kegfast::tucker2_forward", _tucker2_backward, setup_context=_tucker2_setup)
     register_flop_formula(ops.tucker2)(tucker2_formula)
     register_flop_formula(ops.tucker2_forward)(forward_formula)
     register_flop_formula(ops.tucker2_backward)(backward_formula)
