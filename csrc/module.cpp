@@ -108,7 +108,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("multiply_add_rate", &multiply_add_rate);
   m.def("force_l1_kernel", &kegfast::force_l1_kernel, py::arg("kernel"));
   m.def("tucker2_winograd", &kegfast::tucker2_winograd);
-  m.def("set_tucker2_winograd", &kegfast::set_tucker2_winograd, py::arg("allowed"));
+  m.def("set_tucker2_winograd", &kegfast::set_tucker2_winograd, py::arg("most"));
   py::enum_<kegfast::Tucker2Form>(m, "Tucker2Form")
       .value("automatic", kegfast::Tucker2Form::automatic)
       .value("direct", kegfast::Tucker2Form::direct)

@@ -37,7 +37,7 @@ struct Tucker2Params {
   Tucker2Upsampling up;  // then stride is 1 and padding what the phases need of zeros around t1
   bool channels_last;    // of x and y alike: pixels of contiguous channels, or planes
   bool relu;
-  bool winograd;     // whether the core may run as F(2x2, 3x3)
+  int64_t winograd;  // 2 or 4: the core may run as F(2x2, 3x3) or F(4x4, 3x3); 0: as neither
   Tucker2Form form;  // chosen by measurement
   bool pairs;        // computed in bfloat16 (tucker2_number.inl), on ranks made even; else in float32
 
@@ -67,7 +67,7 @@ struct Tucker2Plan {
   int64_t group_images;  // whole images handled together, or 1 image in bands
   int64_t band_rows;     // output rows per band
   int64_t t1_rows;       // padded input rows that the scratch holds
-  bool winograd;         // the core as F(2x2, 3x3)
+  int64_t winograd;      // 2 or 4: the core in output tiles of such an edge; 0: as a direct sum
   int64_t first_at, core_at, winograd_at, last_at, packed_floats;  // within packed
   float packed_layout;  // its first float: a packed buffer with another one is not for this run
   int64_t t1_at, t2_at, planes_at, tiles_at, x_at, y_at, scratch_floats;  // within a thread's scratch
@@ -111,8 +111,8 @@ struct Tucker2GradParams {
 using Tucker2Shape = std::array<int64_t, 17>;  // of a call, as tucker2_shape lists it
 // What autotune measured to be faster for a call; automatic forgets it.
 void choose_tucker2(const Tucker2Shape& shape, Tucker2Form form);
-bool tucker2_winograd();
-void set_tucker2_winograd(bool allowed);
+int64_t tucker2_winograd();  // Tucker2Params::winograd of every call
+void set_tucker2_winograd(int64_t most);
 std::string last_kernel();  // what the last tucker2 call of any thread ran: "winograd avx512"
 void note_unfused();        // it was torch's own convolutions
 

@@ -18,10 +18,10 @@ _MOST_BYTES = 1 << 20  # of an output that torch's allocator gives without page 
 class PackedFactors:
     """Packs a layer's three factors once, and again whenever one of them changes.
 
-    The key of the cache is each factor's address, version, dtype, shape and strides. It also holds the
-    storages it was made from, so an address cannot come back as another tensor's. Writes that torch does not
-    count (through `.data`) are caught by the operator, which compares samples of the packed buffer
-    with the factors in every call.
+    The key of the cache is each factor's address, version, dtype, shape and strides, and `kegfast.tuning`. It
+    also holds the storages it was made from, so an address cannot come back as another tensor's. Writes that
+    torch does not count (through `.data`) are caught by the operator, which compares samples of the packed
+    buffer with the factors in every call.
 
     Copies and pickles of it are empty.
     """
@@ -44,6 +44,7 @@ class PackedFactors:
         """The packed buffer for `torch.ops.kegfast.tucker2`, or None where versions are not kept."""
         try:
             key = tuple((w.data_ptr(), w._version, w.dtype, w.shape, w.stride()) for w in (first, core, last))
+            key += (native._C.tucker2_winograd(),)
         except RuntimeError:  # inference tensors have no version: pack in every call
             return None
         kept, packed, _ = self._entries[channels_last]

@@ -361,28 +361,6 @@ def test_bad_arguments(name: str) -> None:
         tucker_conv2d(**(good | change))
 
 
-@needs_native
-def test_winograd_runs_where_it_should_and_can_be_forbidden() -> None:
-    tensors, rest = make(GEOMETRIES["winograd, odd sizes"], torch.float32)
-    automatic = tucker_conv2d(*tensors, *rest)
-    assert kegfast.last_kernel().startswith("winograd")
-    with kegfast.tuning(winograd=False):
-        direct = tucker_conv2d(*tensors, *rest)
-        assert kegfast.last_kernel().startswith("direct")
-    assert not torch.equal(automatic, direct)
-    torch.testing.assert_close(automatic, direct, atol=1e-5, rtol=1e-5)
-    tucker_conv2d(*tensors, *rest)
-    assert kegfast.last_kernel().startswith("winograd")
-    tucker_conv2d(*[t.double() for t in tensors], *rest)
-    assert kegfast.last_kernel() == "unfused"
-
-
-@pytest.mark.parametrize("value", [2, "f9", None])
-def test_wrong_tuning(value) -> None:
-    with pytest.raises(ValueError, match="winograd must be"):
-        kegfast.tuning(winograd=value)
-
-
 def test_reference_backend_agrees() -> None:
     tensors, rest = make(GEOMETRIES["3x3"], torch.float32)
     with kegfast.backend("reference"):

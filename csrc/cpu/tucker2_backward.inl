@@ -155,6 +155,7 @@ void tucker2_gradient_plan(Tucker2GradParams& g, int64_t threads) {
     back.padding_w = border_of(p.stride_w, p.out_width, [&](int64_t a) { return comb_w(back, a); });
   }
   back.relu = false;
+  back.winograd = smaller(p.winograd, 2);  // F(4x4, 3x3) is for forward passes
   back.bias = nullptr;
   back.type = Tucker2Type::float32;
   back.channels_last = g.grad_channels_last;

@@ -19,8 +19,22 @@
 namespace kegfast {
 namespace {
 
-std::atomic<bool> winograd_allowed{true};
-std::atomic<const char*> last_path{"none"};
+std::atomic<int64_t> most_winograd{2};
+
+enum class Path : int { none, unfused, direct, winograd, winograd_f4 };
+constexpr const char* kPaths[] = {"none", "unfused", "direct", "winograd", "winograd_f4"};
+struct Ran {
+  Path path;
+  Isa isa;
+};
+std::atomic<Ran> last_run{{Path::none, Isa::baseline}};
+
+void note_run(const Tucker2Params& p, const Tucker2Plan& plan) {
+  // What multiplies no bfloat16 has no copy above avx512.
+  const Isa isa = p.pairs ? active_isa() : std::min(active_isa(), Isa::avx512);
+  const Path path = plan.winograd == 4 ? Path::winograd_f4 : plan.winograd ? Path::winograd : Path::direct;
+  last_run.store({path, isa}, std::memory_order_relaxed);
+}
 
 struct Forms {
   std::shared_mutex lock;
@@ -145,7 +159,7 @@ void set_input(Tucker2Params& p, const Tensor& x) {
 void choose_numbers(Tucker2Params& p) {
   if (p.type != Tucker2Type::bfloat16) return;
   p.pairs = active_isa() >= Isa::avx512_bf16;
-  if (p.rank_in % 2 || p.rank_out % 2) p.winograd = false;  // which packs whole factors
+  if (p.rank_in % 2 || p.rank_out % 2) p.winograd = 0;  // which packs whole factors
   p.rank_in += p.rank_in % 2;
   p.rank_out += p.rank_out % 2;
 }
@@ -166,7 +180,7 @@ int64_t threads_for(int64_t work, int64_t parts) {
 }
 
 void run_rows(const Tucker2Params& p, const Tucker2Plan& plan, int64_t threads) {
-  last_path.store(plan.winograd ? "winograd" : "direct", std::memory_order_relaxed);
+  note_run(p, plan);
   const auto kernel = KEGFAST_TUCKER2(p, tucker2_rows);
   const auto f = [&](int64_t begin, int64_t end) {
     kernel(p, plan, begin, end, scratch(plan.scratch_floats));
@@ -219,18 +233,19 @@ void choose_form(Tucker2Params& p) {
   if (found != forms.of.end()) p.form = found->second;
 }
 
-bool tucker2_winograd() {
-  return winograd_allowed.load(std::memory_order_relaxed);
+int64_t tucker2_winograd() {
+  return most_winograd.load(std::memory_order_relaxed);
 }
-void set_tucker2_winograd(bool allowed) {
-  winograd_allowed.store(allowed, std::memory_order_relaxed);
+void set_tucker2_winograd(int64_t most) {
+  most_winograd.store(most, std::memory_order_relaxed);
 }
 void note_unfused() {
-  last_path.store("unfused", std::memory_order_relaxed);
+  last_run.store({Path::unfused, Isa::baseline}, std::memory_order_relaxed);
 }
 std::string last_kernel() {
-  const std::string path = last_path.load(std::memory_order_relaxed);
-  return path == "direct" || path == "winograd" ? path + " " + isa_name(active_isa()) : path;
+  const Ran ran = last_run.load(std::memory_order_relaxed);
+  const std::string path = kPaths[static_cast<int>(ran.path)];
+  return ran.path >= Path::direct ? path + " " + isa_name(ran.isa) : path;
 }
 
 }  // namespace kegfast

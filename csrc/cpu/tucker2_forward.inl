@@ -224,8 +224,10 @@ class Forward {
   // Ends of tile segments in a band's core, about: where lines are asked for.
   int64_t steps(int64_t rows) const {
     const int64_t vectors = ceil_div(p_.rank_out * core_group(p_), 2 * kLanes), pixels = max_pixels(2);
-    const int64_t tiles = count_ * ceil_div(rows, 2) * ceil_div(p_.out_width, 2);
-    if (plan_.winograd) return kPoints * vectors * ceil_div(tiles, pixels);
+    if (const int64_t edge = plan_.winograd) {
+      const int64_t tiles = count_ * ceil_div(rows, edge) * ceil_div(p_.out_width, edge);
+      return points_of(edge) * vectors * ceil_div(tiles, pixels);
+    }
     return vectors * count_ * rows * ceil_div(p_.out_width, pixels) * core_window(p_).segments;
   }
 
@@ -236,7 +238,10 @@ class Forward {
     if (plan_.winograd) {
       const float* const t1 = t1_ + (row * p_.stride_h - origin_) * t1_row_;
       const WinogradBand band{count_, rows, t1, t1_image_, t1_row_, rows + 2, t2};
-      return Winograd(p_, p_.packed + plan_.winograd_at, scratch_ + plan_.tiles_at, ahead).run(band);
+      const float* const packed = p_.packed + plan_.winograd_at;
+      float* const tiles = scratch_ + plan_.tiles_at;
+      if (plan_.winograd == 2) return Winograd<2>(p_, packed, tiles, ahead).run(band);
+      return Winograd<4>(p_, packed, tiles, ahead).run(band);
     }
 #endif
     if (p_.up.on) return core_phases(t2, ahead);

@@ -39,7 +39,10 @@ void tucker2_pack(const Tucker2Params& p, const Tucker2Plan& plan, const Tucker2
     pack_factor(core, p.rank_out, p.rank_in, p.kernel_w, core_window(p), core_group(p),
                 packed + plan.core_at);
 #if !defined(KEGFAST_PAIRS)
-  if (winograd_fits(p) && (all || plan.winograd)) pack_winograd(p, core, packed + plan.winograd_at);
+  if (winograd_fits(p) && (all || plan.winograd)) {
+    const auto pack = p.winograd == 2 ? pack_winograd<2> : pack_winograd<4>;
+    pack(p, core, packed + plan.winograd_at);
+  }
 #endif
   if (p.channels_last) {
     pack_factor(last, p.features, p.rank_out, 1, {1, words(p.rank_out)}, last_group(p),

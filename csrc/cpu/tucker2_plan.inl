@@ -121,22 +121,35 @@ constexpr int64_t kWindowBytes = 256 << 10;    // of t1: stays in L2
 // Whether the core may run by Winograd at all: the transforms work on whole vectors of channels.
 bool winograd_fits(const Tucker2Params& p) {
   return kPair == 1 && p.winograd && !p.up.on && p.kernel_h == 3 && p.kernel_w == 3 && p.stride_h == 1 &&
-         p.stride_w == 1 && p.dilation_h == 1 && p.dilation_w == 1 && p.rank_in >= 32 && p.rank_out >= 32 &&
-         p.rank_in % kLanes == 0 && p.rank_out % kLanes == 0 &&
+         p.stride_w == 1 && p.dilation_h == 1 && p.dilation_w == 1 &&
+         smaller(p.rank_in, p.rank_out) >= (p.winograd == 4 ? 16 : 32) && p.rank_in % kLanes == 0 &&
+         p.rank_out % kLanes == 0 &&
          // oneDNN's convolutions of planes sum in smaller blocks: beyond these ranks our error would be 1.6
          // of theirs.
-         (p.channels_last || larger(p.rank_in, p.rank_out) <= 192);
+         (p.winograd == 4 || p.channels_last || larger(p.rank_in, p.rank_out) <= 192);
 }
 
-// Whether it should: enough tiles for the 16 GEMMs, whose weights are 16 / 9 of the direct ones.
+// Whether it should: enough pixels for the 16 or 36 GEMMs, whose weights are 16 / 9 or 4 of the direct ones.
 bool winograd_wins(const Tucker2Params& p, int64_t threads) {
-  const int64_t tiles = p.images * ceil_div(p.out_height, 2) * ceil_div(p.out_width, 2) / threads;
-  if (p.form != Tucker2Form::automatic) return p.form == Tucker2Form::winograd && winograd_fits(p);
-  return winograd_fits(p) && tiles >= 12 && tiles * 4 >= larger(p.rank_in, p.rank_out);
+  if (!winograd_fits(p)) return false;
+  if (p.form != Tucker2Form::automatic) return p.form == Tucker2Form::winograd;
+  const int64_t edge = p.winograd;
+  const int64_t tiles = p.images * ceil_div(p.out_height, edge) * ceil_div(p.out_width, edge) / threads;
+  return tiles * edge * edge >= larger(48, larger(p.rank_in, p.rank_out));
 }
 
-constexpr int kPoints = 16;         // of a transformed 4 x 4 tile
-constexpr int64_t kBandTiles = 64;  // of 2 x 2 pixels in a band
+constexpr int points_of(int64_t edge) {
+  return static_cast<int>((edge + 2) * (edge + 2));
+}
+constexpr int64_t band_tiles(int64_t edge) {
+  return edge == 4 ? 48 : 64;
+}
+
+// Floats from one point of `tiles` tiles to the next: a line more than they need, or the streams that a
+// transform writes could all fall into one set of L1.
+constexpr int64_t point_step(int64_t tiles, int64_t channels) {
+  return tiles * channels + 16;
+}
 
 int64_t band_pixels(const Tucker2Params& p) {
   const int64_t weights = kNumberBytes * p.rank_in * p.rank_out * p.kernel_h * p.kernel_w;
@@ -149,12 +162,12 @@ int64_t band_pixels(const Tucker2Params& p) {
 Tucker2Plan tucker2_plan(const Tucker2Params& p, int64_t threads) {
   Tucker2Plan plan{};
   const int64_t row = padded_width(p) * words(p.rank_in);
-  plan.winograd = winograd_wins(p, threads);
-  const int64_t pixels = plan.winograd ? 4 * kBandTiles : band_pixels(p),
+  plan.winograd = winograd_wins(p, threads) ? p.winograd : 0;
+  const int64_t edge = plan.winograd, pixels = edge ? edge * edge * band_tiles(edge) : band_pixels(p),
                 image_pixels = p.out_height * p.out_width;
   const int64_t halo = (p.kernel_h - 1) * p.dilation_h + 1;
   plan.band_rows = clamp(pixels / p.out_width, 1, p.out_height);
-  if (plan.winograd) plan.band_rows = smaller(round_up(plan.band_rows, 2), p.out_height);
+  if (edge) plan.band_rows = smaller(round_up(plan.band_rows, edge), p.out_height);
   plan.group_images = 1;
   if (2 * image_pixels <= pixels) {
     const int64_t fit = larger(1, kWindowBytes / (4 * row * padded_height(p)));
@@ -175,7 +188,8 @@ Tucker2Plan tucker2_plan(const Tucker2Params& p, int64_t threads) {
   plan.core_at = take(core_floats(p));
   plan.last_at = take(p.channels_last ? packed_floats(p.features, {1, words(p.rank_out)}, last_group(p))
                                       : p.features * words(p.rank_out));
-  plan.winograd_at = take(winograd_fits(p) ? 16 * packed_floats(p.rank_out, {1, p.rank_in}, 1) : 0);
+  const int64_t point = packed_floats(p.rank_out, {1, p.rank_in}, 1);
+  plan.winograd_at = take(winograd_fits(p) ? points_of(p.winograd) * point : 0);
   plan.packed_floats = at;
   plan.packed_layout = packed_layout(p);
 
@@ -186,8 +200,10 @@ Tucker2Plan tucker2_plan(const Tucker2Params& p, int64_t threads) {
   plan.t1_at = take(plan.group_images * plan.t1_rows * row);
   plan.t2_at = take(band * words(p.rank_out));
   plan.planes_at = take(p.channels_last ? 0 : round_up(band, kLanes) * words(p.rank_out));
-  const int64_t tiles = plan.group_images * ceil_div(plan.band_rows, 2) * ceil_div(p.out_width, 2);
-  plan.tiles_at = take(plan.winograd ? 16 * (tiles * (p.rank_in + p.rank_out) + 33) + p.rank_in : 0);
+  const int64_t tiles =
+      edge ? plan.group_images * ceil_div(plan.band_rows, edge) * ceil_div(p.out_width, edge) : 0;
+  const int64_t tile_floats = point_step(tiles, p.rank_in) + point_step(tiles, p.rank_out);
+  plan.tiles_at = take(edge ? round_up(p.rank_in, 16) + points_of(edge) * tile_floats : 0);
   plan.x_at = take(gathers(p) ? gathered_rows(p) * p.width * words(p.channels) : 0);
   plan.y_at = take(convert ? band * p.features : 0);
   plan.scratch_floats = at;
