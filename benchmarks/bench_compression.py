@@ -1,17 +1,20 @@
 """Accuracy straight after compression, with no training of any kind, and latency beside the original.
 
     python -m benchmarks.bench_compression curve --teacher fashion --root ../shared [--json FILE]
-    python -m benchmarks.bench_compression latency [--models lenet5 resnet14 ...] [--json FILE]
+    python -m benchmarks.bench_compression latency [--models lenet5 resnet14 ...] [--json FILE [--again]]
 
 curve: one published teacher at rising ratios; how the ranks are chosen is the only difference between the
 columns. evbmf has no ratio to ask for: it stands with the paper's layers and with all layers. Images are the
 first of the test set; calibration never sees a label or a test image.
 latency: the ranks of 1.5x, 2x and 4x fewer parameters, compressed with an example of batch 1, 8 and 64, on
 one thread and on two. The original and its three students then take turns once more, and those medians are
-what is written; layers that compress rolled back leave a ratio below the one asked for.
+what is written; layers that compress rolled back leave a ratio below the one asked for. Ranks of ResNet-18
+and ResNet-50 are multiples of 8. Each (model, threads, batch) is added to the file as it is done, and what
+the file has is left out, so that a run that was stopped goes on; --again measures it anew.
 """
 
 import argparse
+import json
 import time
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
@@ -38,12 +41,15 @@ TEACHERS = {  # model, data set, mean and std of its normalisation, the layers t
     "mnist": (LeNet5, "mnist", 0.1307, 0.3081, ["conv2", "conv3"]),
     "fashion": (ResNet14, "fashion-mnist", 0.2856, 0.3385, ["layers3.*"]),
 }
-MODELS = {
-    "lenet5": (LeNet5, (1, 32, 32)),
-    "resnet14": (ResNet14, (1, 32, 32)),
-    "resnet18": (resnet18, (3, 224, 224)),
-    "resnet50": (resnet50, (3, 224, 224)),
+MODELS = {  # model, sample, the multiples that its ranks are
+    "lenet5": (LeNet5, (1, 32, 32), 1),
+    "resnet14": (ResNet14, (1, 32, 32), 1),
+    "resnet18": (resnet18, (3, 224, 224), 8),
+    "resnet50": (resnet50, (3, 224, 224), 8),
 }
+ASKED = (1.5, 2.0, 4.0)
+
+Cell = dict[str, Any]
 
 
 def main() -> None:
@@ -63,16 +69,27 @@ def main() -> None:
     parser.add_argument("--batches", type=int, nargs="+", default=(1, 8, 64))
     parser.add_argument("--threads", type=int, nargs="+", default=(1, 2))
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--again", action="store_true", help="latency: also what the file has already")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    result: dict[str, Any] = {"about": about(args)}
-    cells = curve(args) if args.what == "curve" else latency(args)
-    result["cells"] = []
-    for cell in cells:
-        print("  ".join(f"{key} {value}" for key, value in cell.items()), flush=True)
-        result["cells"].append(cell)
+    cells: list[Cell] = [] if args.what == "curve" else known(args.json)
+    for found in curve(args) if args.what == "curve" else latency(args, cells):
+        for cell in found:
+            print("  ".join(f"{key} {value}" for key, value in cell.items()), flush=True)
+        cells = [cell for cell in cells if place(cell) != place(found[0])] + found
         if args.json:
-            write_json(args.json, result)
+            write_json(args.json, {"about": about(args), "cells": cells})
+
+
+def known(path: Path | None) -> list[Cell]:
+    """The cells that a file holds already."""
+    return json.loads(path.read_text(encoding="utf-8"))["cells"] if path and path.exists() else []
+
+
+def place(cell: Cell) -> tuple[Any, ...]:
+    """What one run of a benchmark fills at once."""
+    keys = ("model", "threads", "batch") if "model" in cell else ("teacher", "ratio", "way")
+    return tuple(cell[key] for key in keys)
 
 
 def about(args: argparse.Namespace) -> dict[str, Any]:
@@ -80,7 +97,7 @@ def about(args: argparse.Namespace) -> dict[str, Any]:
     return {"command": args.what, **({"images": args.images} if args.what == "curve" else {}), **machine()}
 
 
-def curve(args: argparse.Namespace):
+def curve(args: argparse.Namespace) -> Iterator[list[Cell]]:
     """Accuracy of every way to choose ranks at every ratio."""
     make, name, mean, std, layers = TEACHERS[args.teacher]
     weights = args.root / f"pretrained/kegnet/{args.teacher}.pth.tar"
@@ -102,25 +119,20 @@ def curve(args: argparse.Namespace):
         ways["budget, generators and leaves"] = {"calibration": mixture.sample(256)[0]}
     ways["budget, 256 real"] = {"calibration": real}
     score = partial(accuracy, images=images, labels=labels)
-    yield {
-        "teacher": args.teacher,
-        "ratio": 1.0,
-        "way": "teacher",
-        "accuracy": score(teacher),
-        "seconds": 0.0,
-    }
+    start = {"teacher": args.teacher, "ratio": 1.0, "way": "teacher"}
+    yield [{**start, "accuracy": score(teacher), "seconds": 0.0}]
     for way, include in (("evbmf, the paper's layers", layers), ("evbmf, all layers", None)):
-        yield cell(args.teacher, way, lambda include=include: compress(teacher, include=include), score)
+        yield [cell(args.teacher, way, lambda include=include: compress(teacher, include=include), score)]
     rules = {"ratio": float, "energy": "energy={:.6f}".format}
     for ratio in args.ratios:
         for way in wanted(rules, args.ways):
             rank = rules[way](number_for(teacher, ratio, rules[way]))
-            yield cell(args.teacher, way, lambda rank=rank: compress(teacher, rank), score)
+            yield [cell(args.teacher, way, lambda rank=rank: compress(teacher, rank), score)]
         for way in wanted(ways, args.ways):
             options = ways[way]
             budget = {"params": 1 / ratio}
             run = partial(compress, teacher, budget=budget, **options)
-            yield cell(args.teacher, way, run, score)
+            yield [cell(args.teacher, way, run, score)]
 
 
 def wanted(ways: Iterable[str], words: list[str] | None) -> list[str]:
@@ -145,9 +157,7 @@ def number_for(teacher: nn.Module, ratio: float, rule: Callable[[float], Any]) -
     return low
 
 
-def cell(
-    teacher: str, way: str, run: Callable[[], Any], score: Callable[[nn.Module], float]
-) -> dict[str, Any]:
+def cell(teacher: str, way: str, run: Callable[[], Any], score: Callable[[nn.Module], float]) -> Cell:
     start = time.perf_counter()
     student, report = run()
     seconds = time.perf_counter() - start
@@ -168,24 +178,28 @@ def accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
     return round(100 * right / len(labels), 2)
 
 
-def latency(args: argparse.Namespace):
+def latency(args: argparse.Namespace, cells: list[Cell]) -> Iterator[list[Cell]]:
     """The original and its students of all ratios, in one interleaved run for each batch and thread count."""
+    done = set() if args.again else {place(cell) for cell in cells}
     for name in args.models:
-        make, shape = MODELS[name]
+        open_ = [(t, b) for t, b in product(args.threads, args.batches) if (name, t, b) not in done]
+        if not open_:
+            continue
+        make, shape, step = MODELS[name]
         torch.manual_seed(0)
         model = make().eval()
         ranks = {
-            ratio: compress(model, budget={"params": 1 / ratio}, measure=False)[1].ranks
-            for ratio in (1.5, 2.0, 4.0)
+            ratio: compress(model, budget={"params": 1 / ratio}, measure=False, round_to=step)[1].ranks
+            for ratio in ASKED
         }
-        for threads, batch in product(args.threads, args.batches):
+        for threads, batch in open_:
             torch.set_num_threads(threads)
-            yield from latency_cells(name, model, ranks, torch.randn(batch, *shape), threads)
+            yield latency_cells(name, model, ranks, torch.randn(batch, *shape), threads)
 
 
 def latency_cells(
     name: str, model: nn.Module, ranks: dict[float, dict[str, Any]], x: Tensor, threads: int
-) -> Iterator[dict[str, Any]]:
+) -> list[Cell]:
     """A student that was rolled back altogether is the original, and takes as long."""
     start = time.perf_counter()
     found = {ratio: compress(model, wanted, example_input=x) for ratio, wanted in ranks.items()}
@@ -194,9 +208,9 @@ def latency_cells(
     with torch.inference_mode():
         times = interleaved(calls, 3, seconds=1.0)
     seconds = time.perf_counter() - start
-    for ratio, (_, report) in found.items():
-        after = times.get(str(ratio), times["before"])
-        yield {
+    medians = {ratio: times.get(str(ratio), times["before"]) for ratio in found}
+    return [
+        {
             "model": name,
             "threads": threads,
             "batch": len(x),
@@ -204,10 +218,12 @@ def latency_cells(
             "ratio": round(report.ratio, 3),
             "factored": len(report.ranks),
             "before_ms": round(1e3 * times["before"], 4),
-            "after_ms": round(1e3 * after, 4),
-            "speedup": round(times["before"] / after, 3),
+            "after_ms": round(1e3 * medians[ratio], 4),
+            "speedup": round(times["before"] / medians[ratio], 3),
             "seconds": round(seconds / len(found), 1),
         }
+        for ratio, (_, report) in found.items()
+    ]
 
 
 if __name__ == "__main__":

@@ -76,13 +76,14 @@ def speedups(cells: list[dict[str, Any]]) -> str:
     """Time of the original over that of its student, and the ratio of parameters that is left."""
     asked = sorted({cell["asked"] for cell in cells})
     found = {(c["model"], c["threads"], c["batch"], c["asked"]): c for c in cells}
+    models = list(dict.fromkeys(cell["model"] for cell in cells))
     rows = [
         [model, threads, batch]
         + [
             f"{c['speedup']:.2f} ({c['ratio']:.1f}x)"
             for c in (found[model, threads, batch, a] for a in asked)
         ]
-        for model, threads, batch in dict.fromkeys(key[:3] for key in found)
+        for model, threads, batch in sorted({key[:3] for key in found}, key=lambda k: (models.index(k[0]), k))
     ]
     return markdown_table(["model", "threads", "batch", *(f"{ratio:g}x" for ratio in asked)], rows)
 

@@ -3,6 +3,7 @@
 import logging
 import math
 import statistics
+import time
 from collections.abc import Mapping, Sequence
 from functools import partial
 
@@ -21,7 +22,10 @@ MARGIN = 0.01
 """By this share the student must be faster: what wins by less may lose when it is timed again."""
 
 ROUNDS = 3
-"""Turns at least; calls so slow that they get no more vary little."""
+"""Turns of whole models at least; calls so slow that they get no more vary little."""
+
+LAYER_ROUNDS = 2
+"""Turns of layers at least: what they say is checked on the whole model."""
 
 
 def time_layers(
@@ -31,15 +35,27 @@ def time_layers(
     example: Inputs,
     seconds: float,
 ) -> dict[str, tuple[dict[str, nn.Module], dict[str, float]]]:
-    """For each factored site its ways to run ("dense", "unfused", "fused") and their median seconds."""
-    found = {}
+    """For each factored site its ways to run ("dense", "unfused", "fused") and their median seconds.
+
+    Layers that differ in nothing but their numbers are timed once.
+    """
+    found, known = {}, {}
     for name, site in sites.items():
         if name not in traffic:
             continue
         ways = _ways(site.module, student.get_submodule(name))
-        inputs = inputs_like(example, traffic[name], site.module.weight)
-        found[name] = ways, _time_ways(ways, inputs, seconds)
+        kind = _kind(ways, traffic[name])
+        if kind not in known:
+            inputs = inputs_like(example, traffic[name], site.module.weight)
+            known[kind] = _time_ways(ways, inputs, seconds)
+        found[name] = ways, dict(known[kind])
     return found
+
+
+def _kind(ways: Mapping[str, nn.Module], traffic: Traffic) -> tuple[str, ...]:
+    """All that the time of a layer's ways depends on; every layer prints its arguments."""
+    weight = ways["dense"].weight
+    return *(f"{way}: {layer}" for way, layer in ways.items()), f"{traffic} {weight.dtype} {weight.device}"
 
 
 def _ways(dense: nn.Module, layer: nn.Module) -> dict[str, nn.Module]:
@@ -56,7 +72,7 @@ def _time_ways(ways: Mapping[str, nn.Module], inputs: Sequence[Tensor], seconds:
             way.eval()
         with torch.inference_mode():
             calls = {way: partial(run_all, layer, inputs) for way, layer in ways.items()}
-            return timing.interleaved(calls, ROUNDS, seconds=seconds)
+            return timing.interleaved(calls, LAYER_ROUNDS, seconds=seconds)
     finally:
         for layer, mode in modes.items():
             layer.training = mode
@@ -150,10 +166,11 @@ def _not_slower(
         share = statistics.median(_shares(times))
         if _faster(times):
             return student
-        # A quarter of the layers at once when it is far off, few and then ever more when it is close.
-        step = len(worst) // 4 if share > 1 + MARGIN else 2**tries // 4
+        # As many layers as their own times ask for; more each time that these did not foretell the whole.
         tries += 1
-        for name in worst[-max(1, step) :][::-1]:
+        wanted = (share - (1 - MARGIN)) * report.latency["before"]
+        step = max(_enough([losses[name] for name in reversed(worst)], wanted), 2**tries // 4)
+        for name in worst[: -step - 1 : -1]:
             worst.remove(name)
             student = _restore(
                 student, sites[name], report[name], "restored, the whole model was not faster with it"
@@ -164,19 +181,30 @@ def _not_slower(
     return student
 
 
+def _enough(losses: Sequence[float], wanted: float) -> int:
+    """How many of the losses, the worst first, add up to what is wanted; a quarter where all do not."""
+    saved = 0.0
+    for count, loss in enumerate(losses, start=1):
+        saved += max(loss, 0.0)
+        if saved >= wanted:
+            return count
+    return max(1, len(losses) // 4)
+
+
 def _time_models(
     teacher: nn.Module, student: nn.Module, example: Inputs, seconds: float
 ) -> dict[str, list[float]]:
-    """Seconds of both, round by round; for longer where the first rounds leave it open."""
+    """Seconds of both, round by round; for longer where the first rounds leave it open and are short."""
     calls = {"before": lambda: teacher(*example), "after": lambda: student(*example)}
     times: dict[str, list[float]] = {name: [] for name in calls}
+    end = time.perf_counter() + 7 * seconds
     with evaluation(student), evaluation(teacher), torch.inference_mode():
         for longer in (1, 2, 4):
             for name, values in timing.take_turns(
                 calls, ROUNDS, seconds=longer * seconds, seed=longer
             ).items():
                 times[name] += values
-            if _faster(times) or min(_interval(_shares(times))) > 1:
+            if _faster(times) or min(_interval(_shares(times))) > 1 or time.perf_counter() > end:
                 break
     return times
 

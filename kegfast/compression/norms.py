@@ -1,13 +1,16 @@
 """BatchNorm under other inputs or other layers: its statistics re-estimated, or moved."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from kegfast.compression.traffic import Inputs, evaluation
+
+_STATE = ("training", "track_running_stats", "momentum", "num_batches_tracked", "running_mean", "running_var")
 
 
 @contextmanager
@@ -18,27 +21,31 @@ def batch_statistics(model: nn.Module) -> Iterator[dict[str, tuple[Tensor, Tenso
     variances that it learnt: activations as the layers behind it know them, even from noise.
     """
     norms = {name: m for name, m in model.named_modules() if isinstance(m, _BatchNorm)}
-    before = {name: (m.training, m.track_running_stats) for name, m in norms.items()}
+    before = {name: {key: getattr(norm, key) for key in _STATE} for name, norm in norms.items()}
     seen: dict[str, tuple[Tensor, Tensor]] = {}
 
-    def note(name: str) -> Callable[..., None]:
-        def hook(norm: nn.Module, args: Inputs) -> None:
-            dims = [d for d in range(args[0].dim()) if d != 1]
-            variance, mean = torch.var_mean(args[0].detach().float(), dims)
-            seen[name] = mean, variance
+    def note(name: str, norm: nn.Module, args: Inputs, out: Tensor) -> None:
+        seen[name] = norm.running_mean, norm.running_var
 
-        return hook
+    def fresh(norm: nn.Module, args: Inputs) -> None:
+        # With momentum 1 torch leaves the batch's own moments, at the cost of normalising alone.
+        x, known = args[0], norm.running_mean
+        dtype = torch.promote_types(x.dtype, torch.float32) if known is None else known.dtype
+        norm.running_mean, norm.running_var = torch.zeros(2, x.shape[1], dtype=dtype, device=x.device)
 
-    handles = [norm.register_forward_pre_hook(note(name)) for name, norm in norms.items()]
+    handles = [norm.register_forward_pre_hook(fresh) for norm in norms.values()]
+    handles += [norm.register_forward_hook(partial(note, name)) for name, norm in norms.items()]
     try:
         for norm in norms.values():
-            norm.training, norm.track_running_stats = True, False
+            norm.training, norm.track_running_stats = True, True
+            norm.momentum, norm.num_batches_tracked = 1.0, None
         yield seen
     finally:
         for handle in handles:
             handle.remove()
         for name, norm in norms.items():
-            norm.training, norm.track_running_stats = before[name]
+            for key, value in before[name].items():
+                setattr(norm, key, value)
 
 
 @torch.no_grad()

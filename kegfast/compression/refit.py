@@ -1,5 +1,7 @@
 """Last factors and biases solved anew: each layer answers for what the ranks took away before it."""
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -9,19 +11,16 @@ from kegfast.compression.surgery import factored_layers, tail_of
 from kegfast.compression.traffic import Inputs, evaluation, rows_of
 
 
-class _Reached(Exception):
-    """Ends a forward pass at the layer whose input is wanted."""
-
-
 @torch.no_grad()
 def refit(
     student: nn.Module, teacher: nn.Module, samples: Tensor, *, rows: int = 1 << 14, ridge: float = 1e-3
 ) -> None:
-    """Solves each factored layer's last factor and bias anew, from the first layer to the last.
+    """Solves each factored layer's last factor and bias anew, from the first layer to the last, in one pass.
 
     Least squares, in closed form: the layer sees what the student's earlier layers now send it, and
     answers as close as it can to what the teacher's layer sent (cf. Zhang et al. 2016, asymmetric
-    reconstruction). So each layer also undoes errors of those before it.
+    reconstruction). So each layer also undoes errors of those before it. A layer that runs several times
+    is solved before its first call.
 
     Args:
         student: changed in place.
@@ -30,46 +29,30 @@ def refit(
         rows: at most so many pixels (rows of a Linear) enter each regression.
         ridge: pull towards the factor as it is, relative to the mean square of its inputs.
     """
-    targets: dict[str, tuple[Tensor, Tensor]] = {}  # in the order of execution
-    handles = []
+    targets: dict[str, tuple[Tensor, Tensor]] = {}
     generator = torch.Generator().manual_seed(0)
-    for name, _ in factored_layers(student):
 
-        def keep(module: nn.Module, args: Inputs, out: Tensor, name: str = name) -> None:
+    def keep(name: str, module: nn.Module, args: Inputs, out: Tensor) -> None:
+        if name not in targets:
             out = rows_of(out, isinstance(module, nn.Linear))
             picked = torch.randperm(len(out), generator=generator)[:rows].to(out.device)
             targets[name] = picked, out[picked]
 
-        handles.append(teacher.get_submodule(name).register_forward_hook(keep))
+    def solve(name: str, layer: nn.Module, args: Inputs) -> None:
+        picked, target = targets.pop(name, (None, None))
+        if picked is not None and (found := _tail_inputs(layer, args[0])) is not None:
+            _solve(tail_of(layer), found[picked].double(), target.double(), ridge)
+
+    names = [name for name, _ in factored_layers(student)]
+    handles = [teacher.get_submodule(n).register_forward_hook(partial(keep, n)) for n in names]
+    handles += [student.get_submodule(n).register_forward_pre_hook(partial(solve, n)) for n in names]
     try:
-        with evaluation(teacher), batch_statistics(teacher):
-            teacher(samples)
+        for model in (teacher, student):
+            with evaluation(model), batch_statistics(model):
+                model(samples)
     finally:
         for handle in handles:
             handle.remove()
-    for name, (picked, target) in targets.items():
-        layer = student.get_submodule(name)
-        found = _tail_inputs(layer, _input_of(student, layer, samples))
-        if found is not None:
-            _solve(tail_of(layer), found[picked].double(), target.double(), ridge)
-
-
-def _input_of(model: nn.Module, layer: nn.Module, samples: Tensor) -> Tensor:
-    caught: list[Tensor] = []
-
-    def stop(_: nn.Module, args: Inputs) -> None:
-        caught.append(args[0])
-        raise _Reached
-
-    handle = layer.register_forward_pre_hook(stop)
-    try:
-        with evaluation(model), batch_statistics(model):
-            model(samples)
-    except _Reached:
-        pass
-    finally:
-        handle.remove()
-    return caught[0]
 
 
 def _tail_inputs(layer: nn.Module, x: Tensor) -> Tensor | None:

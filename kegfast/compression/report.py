@@ -60,8 +60,8 @@ class CompressionReport:
         parameters, parameters_before: of the whole model.
         flops, flops_before: of the layers above, None without `example_input`.
         latency: median seconds of the whole model, "before" and "after", where measured.
-        plans: how much the outputs change by each way to spend the budget, as a share of their variance,
-            before anything is solved anew; empty where none was tried.
+        plans: how much the outputs change by each way to spend the budget: the squared error as a share
+            of their variance, plus a classifier's share of other answers; empty where none was tried.
         notes: what was done to the model as a whole.
     """
 

@@ -93,9 +93,12 @@ def load(path: str | Path, model: nn.Module | None = None, *, factory: Factory |
 
     Raises:
         OSError: the file cannot be opened.
+        TypeError: `model` is no module.
         ValueError: it is no such file, does not fit the model, holds NaN or infinity, or needs a
             factory.
     """
+    if model is not None and not isinstance(model, nn.Module):
+        raise TypeError(expected("model", "a torch.nn.Module, or None (see factory)", model))
     tensors, metadata = read_tensors(path)
     if metadata.get("format") != FORMAT:
         raise ValueError(f"{path}: expected a file of kegfast.save, got format {metadata.get('format')!r}")

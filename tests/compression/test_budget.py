@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 import torch
 from odd import odd
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from kegfast import compress, data
+from kegfast.compression.allocation import choose
 from kegfast.compression.budget import allocate, tabulate
 from kegfast.compression.costs import parameters
 from kegfast.compression.decompose import factorize, relative_error
@@ -302,4 +303,27 @@ def test_plans_are_compared_as_the_students_will_be_refitted() -> None:
     with torch.no_grad():
         wanted, found = model(inputs), student(inputs)
     change = float((wanted - found).square().sum() / (wanted - wanted.mean(0)).square().sum())
+    change += float((wanted.argmax(1) != found.argmax(1)).float().mean())
     assert change == pytest.approx(min(report.plans.values()), rel=1e-3)
+
+
+def test_a_classifiers_answers_count_beside_its_outputs() -> None:
+    """Of two plans the one that keeps the answers wins, though the other's squared error is less."""
+    inputs = torch.stack([torch.linspace(-9, 9, 8), torch.full((8,), 0.5), torch.zeros(8)], 1)
+    near = inputs * torch.tensor([1.0, 0.0, 1.0]) + torch.tensor([0.0, 0.0, 0.1])
+
+    class Fixed(nn.Module):
+        def __init__(self, output: Tensor) -> None:
+            super().__init__()
+            self.output = output
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.output
+
+    students = {"squares": Fixed(near), "answers": Fixed(0.9 * inputs)}
+    plans = {way: {"": (rank, None)} for rank, way in enumerate(students, start=1)}
+    evidence = Evidence(samples=inputs)
+    trial = {plan[""]: students[way] for way, plan in plans.items()}
+    way, changes = choose(plans, Fixed(inputs), lambda plan: trial[plan[""]], evidence)
+    assert way == "answers"
+    assert changes["squares"] > 0.5 > changes["answers"]

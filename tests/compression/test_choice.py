@@ -41,6 +41,43 @@ def test_the_fastest_way_is_kept(monkeypatch, model, fastest):
         assert report.ratio == 1.0
 
 
+def test_identical_layers_are_timed_once(monkeypatch):
+    timed = []
+
+    def take_turns(calls, rounds=5, *, seconds, seed=0):
+        timed.append(set(calls))
+        return {name: [0.5 if name in ("fused", "after") else 1.0] for name in calls}
+
+    monkeypatch.setattr("kegfast.timing.take_turns", take_turns)
+    convs = [nn.Conv2d(16, 16, 3, padding=1) for _ in range(3)] + [
+        nn.Conv2d(16, 16, 3, padding=2, dilation=2)
+    ]
+    _, report = compress(nn.Sequential(*convs).eval(), {"*": (4, 4), "2": (4, 5)}, example_input=X)
+    assert sum("dense" in calls for calls in timed) == 3  # other ranks and another dilation are other layers
+    assert all(layer.latency == {"dense": 1.0, "unfused": 1.0, "fused": 0.5} for layer in report.layers)
+
+
+def test_as_many_layers_are_restored_as_their_times_ask_for(monkeypatch):
+    """The whole model is timed once more, not once for each of eight layers that lose."""
+    runs = []
+
+    def take_turns(calls, rounds=5, *, seconds, seed=0):
+        if "after" not in calls:
+            slow = calls["fused"].args[0].last.out_channels == 16
+            return {"dense": [1.0], "unfused": [3.0], "fused": [1.1 if slow else 0.5]}
+        student = calls["after"].__closure__[1].cell_contents
+        layers = [m for m in student if isinstance(m, TuckerConv2d)]
+        runs.append(len(layers))
+        losses = [0.1 if m.last.out_channels == 16 else -0.5 for m in layers]
+        return {"before": [9.0], "after": [9.0 + sum(losses)]}
+
+    monkeypatch.setattr("kegfast.timing.take_turns", take_turns)
+    convs = [nn.Conv2d(16, 16, 3, padding=1) for _ in range(8)] + [nn.Conv2d(16, 24, 3, padding=1)]
+    _, report = compress(nn.Sequential(*convs).eval(), {"*": (4, 4)}, example_input=X)
+    assert runs == [9, 5]
+    assert len(report.ranks) == 5
+
+
 def test_layers_are_rolled_back_until_the_model_is_not_slower(monkeypatch, model):
     """Explicit ranks and budgets keep a slower layer unless the whole model is slower."""
 
