@@ -1,5 +1,6 @@
 """The processes that torchrun starts: joining them, and what they do together."""
 
+import gc
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -35,7 +36,17 @@ def joined() -> Iterator[int]:
     try:
         yield dist.get_rank()
     finally:
-        dist.destroy_process_group()
+        leave()
+
+
+def leave() -> None:
+    """Ends the default group and its threads.
+
+    A DistributedDataParallel may hold the group from a reference cycle. Collected as its last holder, it
+    would wait for gloo's threads under the interpreter's lock, which these may wait for.
+    """
+    gc.collect()
+    dist.destroy_process_group()
 
 
 @contextmanager

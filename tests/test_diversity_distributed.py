@@ -3,8 +3,7 @@
 import math
 
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
+import two_processes
 from torch import nn
 
 from kegfast import distributed, functional
@@ -89,21 +88,15 @@ def plain_loss_in_ddp(rank):
     torch.testing.assert_close(generator.weight.grad, exact)
 
 
-def worker(rank, meeting):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=2)
-    try:
-        compare_cases(rank)
-        ring_hazards(rank)
-        compare_ddp(rank)
-        plain_loss_in_ddp(rank)
-        dist.barrier()  # neither leaves while the other still reads
-    finally:
-        dist.destroy_process_group()
+def worker(rank):
+    compare_cases(rank)
+    ring_hazards(rank)
+    compare_ddp(rank)
+    plain_loss_in_ddp(rank)
 
 
 def test_two_processes_equal_one(tmp_path):
-    mp.spawn(worker, (tmp_path / "meeting",), nprocs=2)
+    two_processes.run(worker, tmp_path)
 
 
 def test_alone_it_is_the_plain_loss():

@@ -1,11 +1,8 @@
 """Generators spread over two processes are those that one process trains."""
 
-from pathlib import Path
-
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
+import two_processes
 from test_extraction import SHAPE, image_teacher
 
 from kegfast.extraction import Generators, extract
@@ -19,27 +16,16 @@ def run(copies: int, **options) -> Generators:
     return extract(image_teacher(), generators=copies, **({"steps": 6} | ARGUMENTS | options))
 
 
-def threads() -> list[str]:
-    return [name.read_text().strip() for name in Path("/proc/self/task").glob("*/comm")]
-
-
 def worker(rank, folder):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder / 'meeting'}", rank=rank, world_size=2)
-    try:
-        for copies in (3, 1):
-            made = run(copies, checkpoint=folder / f"{copies}.pt")
-            torch.save((made.network.state_dict(), made.history), folder / f"{copies}-{rank}.result")
-        dist.barrier()  # neither leaves while the other still reads
-    finally:
-        dist.destroy_process_group()
-    (folder / f"threads.{rank}").write_text("\n".join(threads()))
+    for copies in (3, 1):
+        made = run(copies, checkpoint=folder / f"{copies}.pt")
+        torch.save((made.network.state_dict(), made.history), folder / f"{copies}-{rank}.result")
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
-    mp.spawn(worker, (folder,), nprocs=2)
+    two_processes.run(worker, folder, folder)
     return folder
 
 
@@ -66,13 +52,6 @@ def test_two_processes_equal_one(folder, copies):
 
 def test_each_process_has_its_own_checkpoint(folder):
     assert {path.name for path in folder.glob("*.pt.*")} == {"3.pt.0", "3.pt.1", "1.pt.1"}
-
-
-@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="threads have no names here")
-def test_the_group_ends_with_its_destruction(folder):
-    """Threads of gloo that outlive it abort the process now and then."""
-    for rank in range(2):
-        assert "gloo" not in (folder / f"threads.{rank}").read_text()
 
 
 @pytest.mark.parametrize(("copies", "world"), [(5, 2), (2, 3), (8, 4)])

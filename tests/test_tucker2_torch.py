@@ -1,8 +1,10 @@
 """The tucker2 operators inside torch: opcheck, compile, export, autocast, FLOPs, other processes."""
 
+from pathlib import Path
+
 import pytest
 import torch
-import torch.multiprocessing as mp
+import two_processes
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.flop_counter import FlopCounterMode
@@ -127,27 +129,22 @@ def test_flops_are_counted() -> None:
     assert counts[0] == counts[1]
 
 
-def _train(rank: int, file: str, results) -> None:
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
+def _train(rank: int, folder: Path) -> None:
     torch.manual_seed(0)
     model = DistributedDataParallel(TuckerConv2d(4, 6, 3, (3, 5), padding=1))
     x = torch.randn(4, 4, 7, 6)[2 * rank : 2 * rank + 2]
     model(x).square().mean().backward()
-    results[rank] = [p.grad.tolist() for p in model.parameters()]
-    torch.distributed.destroy_process_group()
+    torch.save([p.grad for p in model.parameters()], folder / f"{rank}.pt")
 
 
-def test_data_parallel_on_two_processes(tmp_path) -> None:
-    with mp.Manager() as manager:
-        results = manager.dict()
-        mp.spawn(_train, (str(tmp_path / "rendezvous"), results), nprocs=2)
-        torch.manual_seed(0)
-        model = TuckerConv2d(4, 6, 3, (3, 5), padding=1)
-        model(torch.randn(4, 4, 7, 6)).square().mean().backward()
-        for rank in range(2):
-            for got, p in zip(results[rank], model.parameters(), strict=True):
-                torch.testing.assert_close(torch.tensor(got), p.grad, atol=1e-6, rtol=1e-5)
+def test_data_parallel_on_two_processes(tmp_path: Path) -> None:
+    two_processes.run(_train, tmp_path, tmp_path)
+    torch.manual_seed(0)
+    model = TuckerConv2d(4, 6, 3, (3, 5), padding=1)
+    model(torch.randn(4, 4, 7, 6)).square().mean().backward()
+    for rank in range(2):
+        for got, p in zip(torch.load(tmp_path / f"{rank}.pt"), model.parameters(), strict=True):
+            torch.testing.assert_close(got, p.grad, atol=1e-6, rtol=1e-5)
 
 
 def test_second_derivatives_are_refused_not_wrong() -> None:
