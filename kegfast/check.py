@@ -1,9 +1,13 @@
 """One voice for argument errors: the argument's name, what was expected, what came."""
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from numbers import Real
+from typing import Any
 
 import torch
+from torch import nn
 
 
 def describe(value: object) -> str:
@@ -28,6 +32,120 @@ def expected(argument: str, what: str, got: object) -> str:
         got: the value that came.
     """
     return f"{argument} must be {what}, got {describe(got)}"
+
+
+def count(argument: str, value: Any, least: int = 1) -> int:
+    """The value, which must be an int of at least `least`.
+
+    Raises:
+        TypeError: for anything but an int.
+        ValueError: for one below `least`.
+    """
+    what = "a positive int" if least == 1 else f"an int of at least {least}"
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(expected(argument, what, value))
+    if value < least:
+        raise ValueError(expected(argument, what, value))
+    return value
+
+
+def counts(**values: Any) -> None:
+    """`count` of each argument by its name, from 1."""
+    for argument, value in values.items():
+        count(argument, value)
+
+
+def integer(argument: str, value: Any) -> int:
+    """The value, which must be an int.
+
+    Raises:
+        TypeError: for anything else.
+    """
+    if not isinstance(value, int):
+        raise TypeError(expected(argument, "an int", value))
+    return value
+
+
+def number(
+    argument: str, value: Any, *, above: float = -math.inf, least: float = -math.inf, most: float = math.inf
+) -> float:
+    """The value, which must be a finite number above one bound, or in [least, most].
+
+    Raises:
+        TypeError: for anything but a number.
+        ValueError: for one that is not finite or out of bounds.
+    """
+    what = "a finite number"
+    if most < math.inf:
+        what = f"a number in [{least:g}, {most:g}]"
+    elif above > -math.inf:
+        what += f" above {above:g}"
+    elif least > -math.inf:
+        what += f" of at least {least:g}"
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(expected(argument, what, value))
+    if not (math.isfinite(value) and value > above and least <= value <= most):
+        raise ValueError(expected(argument, what, value))
+    return value
+
+
+def sizes(argument: str, value: Any) -> tuple[int, ...]:
+    """The value as a tuple, which must hold one positive int or more: the shape of a sample.
+
+    Raises:
+        TypeError: for anything but a sequence of ints.
+        ValueError: for none, or one below 1.
+    """
+    what = "a sequence of positive ints"
+    ints = isinstance(value, tuple | list) and all(isinstance(n, int) for n in value)
+    if not ints:
+        raise TypeError(expected(argument, what, value))
+    if not value or min(value) < 1:
+        raise ValueError(expected(argument, what, value))
+    return tuple(value)
+
+
+def shares(argument: str, weights: Any, parts: int) -> list[float]:
+    """The weights of so many parts, scaled to sum to one; equal shares for None.
+
+    Raises:
+        TypeError: for anything but numbers.
+        ValueError: for another count of them, or one that is not above 0.
+    """
+    if weights is None:
+        return [1 / parts] * parts
+    if not isinstance(weights, tuple | list) or len(weights) != parts:
+        raise ValueError(expected(argument, f"{parts} numbers above 0", weights))
+    for weight in weights:
+        number(argument, weight, above=0)
+    total = sum(weights)
+    return [weight / total for weight in weights]
+
+
+def device(argument: str, value: Any) -> torch.device:
+    """The torch device of that name, which must be one that holds values here.
+
+    Raises:
+        ValueError: for any other, "meta" among them.
+    """
+    try:
+        found = torch.empty(0, device=value).device
+        torch.zeros(1, device=found).item()  # meta has no values
+    except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
+        raise ValueError(expected(argument, "one that this torch can use", value)) from error
+    return found
+
+
+def trained(argument: str, *models: nn.Module) -> list[nn.Parameter]:
+    """The parameters of models, the argument first, that ask for a gradient.
+
+    Raises:
+        ValueError: where none does.
+    """
+    parameters = [p for model in models for p in model.parameters() if p.requires_grad]
+    if not parameters:
+        raise ValueError(expected(argument, "a model with parameters to train", type(models[0]).__name__))
+    return parameters
 
 
 @contextmanager

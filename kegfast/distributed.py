@@ -46,8 +46,7 @@ def diversity_loss(
     options = {"metric": metric, "noise_metric": noise_metric, "reduction": reduction, "log": log}
     if not dist.is_initialized() or dist.get_world_size(group) == 1:
         return functional.diversity_loss(noises, samples, **options)
-    metric = "sqeuclidean" if metric == "l2" else metric
-    functional.check_diversity(noises, samples, metric, noise_metric, reduction)
+    metric = functional.check_diversity(noises, samples, metric, noise_metric, reduction, log)
     z, x = (t.reshape(len(t), -1).to(_wide(t.dtype)) for t in (noises, samples))
     if metric == "euclidean":
         evaluate = partial(_round_a_ring, noise_metric=noise_metric, group=group)

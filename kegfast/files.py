@@ -6,6 +6,7 @@ import secrets
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from errno import EINVAL
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,13 @@ from kegfast.check import expected
 
 WRAPPERS = ("model_state", "state_dict", "model")
 """Keys under which training scripts keep the state dict inside a larger checkpoint."""
+
+
+def as_path(argument: str, path: str | Path) -> Path:
+    """The path of a file; a number, which `open` would take for an open file, is a TypeError."""
+    if not isinstance(path, str | os.PathLike):
+        raise TypeError(expected(argument, "the path of a file", path))
+    return Path(path)
 
 
 @contextmanager
@@ -35,7 +43,7 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
         OSError: the file cannot be written.
         ValueError: `path` is a folder or a device, which a file must not take the place of.
     """
-    path = Path(path).resolve()
+    path = as_path("path", path).resolve()
     if path.exists() and not path.is_file():
         kind = "a folder" if path.is_dir() else "a device or a pipe"
         raise ValueError(f"{path} must be a file, new or to be replaced, got {kind}")
@@ -95,14 +103,14 @@ def read_checkpoint(path: str | Path) -> Any:
         OSError: the file cannot be opened.
         ValueError: it is not such a file, or holds more than tensors and plain containers.
     """
-    with open(path, "rb") as file:
+    with open(as_path("path", path), "rb") as file:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # its remarks on pickle protocols: the error below says it
                 return torch.load(file, map_location="cpu", weights_only=True)
-        except OSError:
-            raise
         except Exception as error:  # on foreign bytes the unpickler fails in any way
+            if isinstance(error, OSError) and error.errno != EINVAL:  # a seek before the start of half a file
+                raise
             raise ValueError(
                 f"{path}: expected safetensors or a torch file of tensors and plain containers, "
                 "got a file that is damaged, foreign or would execute code"
@@ -116,7 +124,7 @@ def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         OSError: the file cannot be opened.
         ValueError: it is not a safetensors file.
     """
-    with open(path, "rb"):
+    with open(as_path("path", path), "rb"):
         pass  # the usual OSError, with its reason, before the library's own
     try:
         with safetensors.safe_open(path, framework="pt", device="cpu") as file:
@@ -140,7 +148,7 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
         OSError: the file cannot be opened.
         ValueError: it is damaged, foreign, or holds no state dict.
     """
-    path = Path(path)
+    path = as_path("path", path)
     if path.suffix == ".safetensors":
         found: Any = read_tensors(path)[0]
     else:

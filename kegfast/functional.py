@@ -6,7 +6,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from kegfast import cpu, cuda, diversity, native, reference, tuning
+from kegfast import check, cpu, cuda, diversity, native, reference, tuning
 from kegfast.check import expected
 from kegfast.ops import reads_channels_last as reads_channels_last
 from kegfast.ops import tucker2_training
@@ -15,6 +15,8 @@ from kegfast.soft_target import fused as _fused_soft_target
 Metric = Literal["l1", "sqeuclidean", "l2", "euclidean", "cosine"]
 NoiseMetric = Literal["sqeuclidean", "euclidean"]
 _REDUCTIONS = ("mean", "sum")
+_FURTHEST = 2**24  # of strides, paddings and dilations: sizes of images must not overflow 64 bits
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 Pair = int | tuple[int, int]
 
 
@@ -55,7 +57,8 @@ def diversity_loss(
         reduction: "mean" over pairs (the code) or "sum" (the paper; underflows to 0 from B = 8 on
             in float32, so use it with log=True).
         log: return the exponent itself, which never underflows.
-        labels: (B,) restricts the pairs to those of equal labels; the mean is over these pairs.
+        labels: (B,) integers on the noises' device; they restrict the pairs to those of equal labels, and
+            the mean is over these pairs.
 
     Returns:
         A scalar in float32, or float64 for float64 samples; gradients flow to samples and to noises,
@@ -64,11 +67,10 @@ def diversity_loss(
         sample of norm 0 ("cosine"). One number that is not finite makes the loss and its gradients NaN.
 
     Raises:
-        TypeError: for something other than floating-point tensors.
+        TypeError: for something other than dense floating-point tensors of 16, 32 or 64 bits, integer labels.
         ValueError: for shapes, devices or options that do not fit, or nothing to compare.
     """
-    metric = "sqeuclidean" if metric == "l2" else metric
-    check_diversity(noises, samples, metric, noise_metric, reduction, labels)
+    metric = check_diversity(noises, samples, metric, noise_metric, reduction, log, labels)
     batch = noises.shape[0]
     if noises.dim() != 2:
         noises = noises.reshape(batch, -1)
@@ -111,9 +113,10 @@ def check_diversity(
     metric: str,
     noise_metric: str,
     reduction: str,
+    log: bool,
     labels: Tensor | None = None,
-) -> None:
-    """Raise what `diversity_loss` documents."""
+) -> str:
+    """Raises what `diversity_loss` documents; the metric, without its alias."""
     _check_batch("noises", noises)
     _check_batch("samples", samples)
     if len(noises) != len(samples):
@@ -121,22 +124,44 @@ def check_diversity(
         raise ValueError(expected("samples", what, samples))
     if noises.device != samples.device:
         raise ValueError(expected("samples", f"on the noises' device {noises.device}", samples))
+    if labels is not None:
+        _check_groups(labels, noises)
+    return check_diversity_options(metric, noise_metric, reduction, log)
+
+
+def check_diversity_options(metric: str, noise_metric: str, reduction: str, log: bool) -> str:
+    """Raises what `diversity_loss` documents of its options; the metric, without its alias."""
+    metric = "sqeuclidean" if metric == "l2" else metric
     _check_one_of("metric", metric, diversity.METRICS)
     _check_one_of("noise_metric", noise_metric, diversity.NOISE_METRICS)
     _check_one_of("reduction", reduction, _REDUCTIONS)
-    if labels is not None and not (isinstance(labels, Tensor) and labels.shape == noises.shape[:1]):
-        raise ValueError(expected("labels", f"a tensor of shape ({len(noises)},)", labels))
+    if not isinstance(log, bool):
+        raise TypeError(expected("log", "True or False", log))
+    return metric
+
+
+def _check_groups(labels: Tensor, noises: Tensor) -> None:
+    what = f"integers of shape ({len(noises)},) on {noises.device}"
+    if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.is_complex():
+        raise TypeError(expected("labels", what, labels))
+    if labels.shape != noises.shape[:1] or labels.device != noises.device:
+        raise ValueError(expected("labels", what, labels))
+
+
+def _is_dense_float(x: object) -> bool:
+    """Whether the operators compute with it: no tensor that is sparse, quantised or of 8 bits."""
+    return isinstance(x, Tensor) and x.dtype in _FLOATS and x.layout is torch.strided
 
 
 def _check_batch(name: str, x: Tensor) -> None:
-    if not (isinstance(x, Tensor) and x.is_floating_point()):
+    if not _is_dense_float(x):
         raise TypeError(expected(name, "a floating-point tensor", x))
     if x.dim() < 2 or x.numel() == 0:
         raise ValueError(expected(name, "of shape (batch, ...), with something in it", x))
 
 
 def _check_one_of(name: str, value: str, names: Collection[str]) -> None:
-    if value not in names:
+    if not isinstance(value, str) or value not in names:
         raise ValueError(expected(name, f"one of {', '.join(map(repr, names))}", value))
 
 
@@ -180,7 +205,7 @@ def tucker_conv2d(
     if form is None:
         tuning.note_unfused()
         return reference.tucker_conv2d(*weights, *geometry, activation)
-    ints = [n for pair in geometry for n in pair]
+    ints = [n for two in geometry for n in two]
     if training:
         keep = not recompute and any(t.requires_grad for t in (first, core, last))
         return tucker2_training(*weights, *ints, activation == "relu", keep)
@@ -208,8 +233,11 @@ def soft_target(
 
     Raises:
         ValueError: for shapes, devices or a temperature that do not fit.
-        TypeError: for logits of different dtypes.
+        TypeError: for something other than floating-point tensors of one dtype.
     """
+    for name, logits in (("student", student), ("teacher", teacher)):
+        if not isinstance(logits, Tensor):
+            raise TypeError(expected(name, "logits (B, C)", logits))
     if student.dim() != 2 or student.numel() == 0:
         raise ValueError(expected("student", "logits (B, C)", student))
     if teacher.shape != student.shape or teacher.device != student.device:
@@ -217,8 +245,7 @@ def soft_target(
         raise ValueError(expected("teacher", what, teacher))
     if teacher.dtype != student.dtype or not student.is_floating_point():
         raise TypeError(expected("teacher", "of the student's floating-point dtype", teacher))
-    if not 0 < temperature < float("inf"):
-        raise ValueError(expected("temperature", "a finite number above 0", temperature))
+    check.number("temperature", temperature, above=0)
     teacher = teacher.detach()
     dtypes = (torch.float32, torch.bfloat16, torch.float16) if student.is_cuda else (torch.float32,)
     known = student.dtype in dtypes and ("soft_target_forward", student.device.type) in _KERNELS
@@ -226,12 +253,13 @@ def soft_target(
     return (_fused_soft_target if fused else reference.soft_target)(student, teacher, temperature)
 
 
-def _pair(name: str, value: Pair, least: int) -> tuple[int, int]:
-    pair = tuple(value) if isinstance(value, tuple | list) else (value, value)
-    if len(pair) != 2 or not all(isinstance(n, int | torch.SymInt) and n >= least for n in pair):
-        what = f"an int or a pair of ints, each at least {least}"
+def pair(name: str, value: Pair, least: int) -> tuple[int, int]:
+    """An int or a (vertical, horizontal) pair as a pair; ValueError unless in [least, `_FURTHEST`]."""
+    two = tuple(value) if isinstance(value, tuple | list) else (value, value)
+    if len(two) != 2 or not all(isinstance(n, int | torch.SymInt) and least <= n <= _FURTHEST for n in two):
+        what = f"an int or a pair of ints, each from {least} to {_FURTHEST}"
         raise ValueError(expected(name, what, value))
-    return pair
+    return two
 
 
 def _check_tucker2(
@@ -252,9 +280,7 @@ def _check_tucker2(
     for name, t in tensors.items():
         if t is None and name == "bias":
             continue
-        if not isinstance(t, Tensor):
-            raise TypeError(expected(name, "a tensor", t))
-        if not t.is_floating_point():
+        if not _is_dense_float(t):
             raise TypeError(expected(name, "a floating-point tensor", t))
         if t.device != x.device:
             raise ValueError(expected(name, f"on x's device, {x.device}", t))
@@ -270,7 +296,7 @@ def _check_tucker2(
         raise ValueError(expected("last", f"(K, {core.shape[0]}, 1, 1), core's rank", last))
     if bias is not None and bias.shape != last.shape[:1]:
         raise ValueError(expected("bias", f"({last.shape[0]},), one per output channel", bias))
-    geometry = _pair("stride", stride, 1), _pair("padding", padding, 0), _pair("dilation", dilation, 1)
+    geometry = pair("stride", stride, 1), pair("padding", padding, 0), pair("dilation", dilation, 1)
     reach = [d * (k - 1) + 1 - 2 * p for k, p, d in zip(core.shape[2:], *geometry[1:], strict=True)]
     if x.shape[2] < reach[0] or x.shape[3] < reach[1] or x.shape[2] == 0 or x.shape[3] == 0:
         what = f"at least {max(reach[0], 1)} x {max(reach[1], 1)} pixels, the core's window"

@@ -13,7 +13,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from kegfast.files import atomic_write, read_checkpoint, save_checkpoint
+from kegfast import check
+from kegfast.check import expected
+from kegfast.files import as_path, atomic_write, read_checkpoint, save_checkpoint
 from kegfast.progress import progress_bar
 
 CHECKPOINT_SECONDS = 20.0
@@ -67,6 +69,15 @@ def mix(seed: int, index: int) -> int:
     return state >> 1
 
 
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Draws from a seed of their own; the global generators, CUDA's where it is in use, stay as they were."""
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
+    with torch.random.fork_rng(devices=list(devices)):
+        torch.manual_seed(check.integer("seed", seed))
+        yield
+
+
 def run_steps(
     step: Callable[[int], Mapping[str, Tensor | float]],
     steps: int,
@@ -105,10 +116,13 @@ def run_steps(
         The history: `{"step": steps done, <values of that step>}` every `log_every` steps and at the end.
 
     Raises:
-        ValueError: the checkpoint belongs to another run.
+        TypeError, ValueError: an argument is wrong, or the checkpoint belongs to another run.
         FloatingPointError: a logged value is NaN or infinite; the checkpoint keeps an earlier state.
         KeyboardInterrupt: after Ctrl-C.
     """
+    check.counts(steps=steps, log_every=log_every)
+    if metrics is not None and not isinstance(metrics, MetricsLog):
+        raise TypeError(expected("metrics", "a MetricsLog", metrics))
     run = _Run(label, steps, seed, state, checkpoint)
     if resume and run.path is not None and run.path.exists():
         run.load()
@@ -117,7 +131,7 @@ def run_steps(
     if metrics is not None:
         metrics.rewind(label, run.done)
     with (
-        _seeded_rng(),
+        seeded(seed),
         _deferred_interrupt(checkpoint is not None) as interrupted,
         progress_bar(label, steps, done=run.done, enabled=progress) as update,
     ):
@@ -148,7 +162,7 @@ class _Run:
     ) -> None:
         self.identity = {"label": label, "steps": steps, "seed": seed}
         self.state = state
-        self.path = None if path is None else Path(path)
+        self.path = None if path is None else as_path("checkpoint", path)
         self.done = 0
         self.history: list[dict[str, float]] = []
         self.started = self.saved = time.monotonic()
@@ -202,14 +216,6 @@ def _parse(line: str) -> dict[str, Any] | None:
         return json.loads(line)
     except json.JSONDecodeError:
         return None
-
-
-@contextmanager
-def _seeded_rng() -> Iterator[None]:
-    """Restore the global generators afterwards; CUDA's only where CUDA is in use."""
-    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
-    with torch.random.fork_rng(devices=list(devices)):
-        yield
 
 
 @contextmanager

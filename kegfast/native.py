@@ -102,9 +102,19 @@ class backend:
 
 @contextmanager
 def cpu_isa(name: str) -> Iterator[None]:
-    """Lowers the CPU kernels to one of `build_info()["isa_compiled"]` that this CPU has, or "auto"."""
+    """Lets the CPU kernels use no more than one instruction set inside the block.
+
+    Args:
+        name: one of `build_info()["isa_compiled"]` that this CPU has, or "auto", the best that it has.
+
+    Raises:
+        ValueError: for another name.
+        RuntimeError: where the compiled part is missing.
+    """
     if _C is None:
         raise RuntimeError(f"kegfast's compiled part is missing: {_why_absent}")
+    if not isinstance(name, str):
+        raise ValueError(expected("name", "an instruction set's name or 'auto'", name))
     before = _C.build_info()["isa_active"]
     _C.set_isa(name)
     try:

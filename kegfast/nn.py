@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, is_grad_enabled, nn
 from torch.compiler import is_compiling
 
-from kegfast import cpu, cuda, functional
+from kegfast import check, cpu, cuda, functional
 from kegfast.check import expected
 from kegfast.packed import PackedFactors, PreparedCall, Weights
 
@@ -20,6 +20,9 @@ class DiversityLoss(nn.Module):
 
     Args:
         metric, noise_metric, reduction, log: as in `kegfast.functional.diversity_loss`.
+
+    Raises:
+        TypeError, ValueError: for another option, here as well as there.
     """
 
     def __init__(
@@ -30,6 +33,7 @@ class DiversityLoss(nn.Module):
         log: bool = False,
     ):
         super().__init__()
+        functional.check_diversity_options(metric, noise_metric, reduction, log)
         self.metric, self.noise_metric = metric, noise_metric
         self.reduction, self.log = reduction, log
 
@@ -64,15 +68,18 @@ class TuckerConv2d(nn.Module):
 
     Args:
         in_channels, out_channels: C and K.
-        kernel_size: of the core, an int or a pair.
+        kernel_size: of the core, an int or a (vertical, horizontal) pair.
         rank: (in_rank, out_rank), the core's input and output channels.
-        stride, padding, dilation: of the core.
+        stride, padding, dilation: of the core, each an int or a pair; padding is by zeros.
         bias: whether `last` carries a bias.
         activation: None or "relu", applied inside the operator.
 
     Attributes:
         activation: as above; `kegfast.fuse` sets it where a ReLU follows.
         recompute: compute intermediates anew in the backward pass instead of keeping them (False).
+
+    Raises:
+        TypeError, ValueError: for a size, a geometry or an activation that no such layer has.
     """
 
     def __init__(
@@ -92,14 +99,13 @@ class TuckerConv2d(nn.Module):
             raise ValueError(expected("activation", "None or 'relu'", activation))
         if not isinstance(rank, tuple | list) or len(rank) != 2:
             raise ValueError(expected("rank", "a pair (in_rank, out_rank)", rank))
+        if not all(isinstance(side, int) and side > 0 for side in rank):
+            raise ValueError(expected("rank", "a pair of positive ints", rank))
+        check.counts(in_channels=in_channels, out_channels=out_channels)
+        kernel_size = functional.pair("kernel_size", kernel_size, 1)
+        stride, padding = functional.pair("stride", stride, 1), functional.pair("padding", padding, 0)
+        dilation = functional.pair("dilation", dilation, 1)
         in_rank, out_rank = rank
-        for name, size in zip(
-            ("in_channels", "out_channels", "rank", "rank"),
-            (in_channels, out_channels, in_rank, out_rank),
-            strict=True,
-        ):
-            if not isinstance(size, int) or size < 1:
-                raise ValueError(expected(name, "positive", size))
         self.first = nn.Conv2d(in_channels, in_rank, 1, bias=False)
         self.core = nn.Conv2d(in_rank, out_rank, kernel_size, stride, padding, dilation, bias=False)
         self.last = nn.Conv2d(out_rank, out_channels, 1, bias=bias)
@@ -125,6 +131,8 @@ class TuckerConv2d(nn.Module):
 
         if not isinstance(conv, nn.Conv2d) or conv.groups != 1:
             raise ValueError(expected("conv", "an nn.Conv2d with groups=1", conv))
+        if nn.parameter.is_lazy(conv.weight) or conv.weight.is_meta:
+            raise ValueError(expected("conv", "a convolution whose weight has values", conv))
         layer = build(conv, factorize(conv.weight, layer_rank(conv.weight, rank)))
         if not isinstance(layer, cls):
             what = "a spatial convolution with zero padding, ranked on both sides"
@@ -229,6 +237,9 @@ class TuckerLinear(nn.Module):
         in_features, out_features: of the Linear that it stands for.
         rank: (in_rank, out_rank); None for a side leaves that side's width unfactored.
         bias: whether the last factor carries a bias.
+
+    Raises:
+        TypeError, ValueError: for sizes that no such layer has, or ranks on neither side.
     """
 
     def __init__(
@@ -239,6 +250,12 @@ class TuckerLinear(nn.Module):
         bias: bool = True,
     ):
         super().__init__()
+        check.counts(in_features=in_features, out_features=out_features)
+        if not isinstance(rank, tuple | list) or len(rank) != 2 or tuple(rank) == (None, None):
+            raise ValueError(expected("rank", "a pair (in_rank, out_rank), at most one of them None", rank))
+        for side, size in zip(("in_rank", "out_rank"), rank, strict=True):
+            if size is not None:
+                check.count(side, size)
         in_rank, out_rank = rank
         core_in, core_out = in_rank or in_features, out_rank or out_features
         self.first = nn.Linear(in_features, core_in, bias=False) if in_rank else None

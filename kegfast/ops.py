@@ -88,7 +88,9 @@ def _tucker2_save(ctx, inputs, output):
     y, t1, t2 = output
     ctx.save_for_backward(x, first, core, last, t1, t2, y if relu else None)
     ctx.has_bias, ctx.relu = bias is not None, relu
-    ctx.stride, ctx.padding, ctx.dilation = (sh, sw), (ph, pw), (dh, dw)
+    # A stride past the image means the same as one to its end, but the gradient visits all of its pixels.
+    ctx.stride = min(sh, x.shape[2] + 2 * ph), min(sw, x.shape[3] + 2 * pw)
+    ctx.padding, ctx.dilation = (ph, pw), (dh, dw)
 
 
 class _Tucker2(torch.autograd.Function):

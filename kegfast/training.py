@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset, default_collate
 
+from kegfast import check
 from kegfast.check import accepts, expected
 from kegfast.loop import MetricsLog, mix, run_steps
 
@@ -70,19 +71,18 @@ def train(
         FloatingPointError: the loss became NaN or infinite.
     """
     size = _size(dataset)
-    batch_size = min(_positive("batch_size", batch_size), size)
+    batch_size = min(check.count("batch_size", batch_size), size)
     per_epoch = size // batch_size
     if (steps is None) == (epochs is None):
         raise ValueError(f"steps or epochs must be given, one of them, got {steps} and {epochs}")
-    if not 0 <= weight_decay < math.inf:
-        raise ValueError(expected("weight_decay", "a number of at least 0", weight_decay))
-    if not 0 <= label_smoothing <= 1:
-        raise ValueError(expected("label_smoothing", "a share in [0, 1]", label_smoothing))
-    if epochs is not None and not 0 < epochs < math.inf:
-        raise ValueError(expected("epochs", "a positive number", epochs))
-    if shift < 0:
-        raise ValueError(expected("shift", "pixels, 0 or more", shift))
-    total = _positive("steps", steps if epochs is None else math.ceil(epochs * per_epoch))
+    check.number("weight_decay", weight_decay, least=0)
+    check.number("label_smoothing", label_smoothing, least=0, most=1)
+    check.count("shift", shift, least=0)
+    if augment is not None and not callable(augment):
+        raise TypeError(expected("augment", "a function of samples", augment))
+    if epochs is not None:
+        steps = math.ceil(check.number("epochs", epochs, above=0) * per_epoch)
+    total = check.count("steps", steps)
     place = _place(model, device)
     updates = _optimizer(model, optimizer, lr, weight_decay)
     schedule = torch.optim.lr_scheduler.LambdaLR(updates, warmup_cosine(total))
@@ -90,16 +90,16 @@ def train(
 
     def step(i: int) -> Mapping[str, Tensor | float]:
         epoch, start = divmod(i * batch_size, per_epoch * batch_size)
-        x, labels = gather(dataset, order(epoch)[start : start + batch_size])
-        x, labels = x.to(place), labels.to(place)
+        x, classes = gather(dataset, order(epoch)[start : start + batch_size])
+        x, labels = x.to(place), classes.to(place, torch.int64)
         if shift:
             x = random_shift(x, shift)
         if augment is not None:
             x = augment(x)
         with torch.autocast(place.type, torch.bfloat16, enabled=amp), accepts("dataset", x):
             logits = model(x)
-        if i == 0 or i % per_epoch == 0:
-            _check_labels(logits, labels)
+        if i % per_epoch == 0 or classes.is_cpu:  # elsewhere it waits for the device
+            _check_labels(logits, classes)
         loss = F.cross_entropy(logits.float(), labels, label_smoothing=label_smoothing)
         updates.zero_grad(set_to_none=True)
         loss.backward()
@@ -135,22 +135,25 @@ def evaluate(
         device: where to compute; by default where the model is.
 
     Raises:
-        TypeError, ValueError: there is no data, or samples, labels and logits do not fit.
+        TypeError, ValueError: there is no data, samples, labels and logits do not fit, or a logit is NaN.
     """
     place = _place(model, device)
-    right = total = 0
+    check.count("batch_size", batch_size)
+    right, total, undefined = 0, 0, torch.zeros((), dtype=torch.bool, device=place)
     with _mode(model, training=False), torch.inference_mode():
         for x, labels in _batches(data, batch_size):
-            labels = labels.to(place)
             with torch.autocast(place.type, torch.bfloat16, enabled=amp):
                 x = x.to(place)
                 with accepts("data", x):
                     logits = model(x)
             _check_labels(logits, labels)
-            right = right + (logits.argmax(1) == labels).sum()  # stays on the device
+            right = right + (logits.argmax(1) == labels.to(place)).sum()  # stays on the device
+            undefined |= logits.isnan().any()
             total += len(labels)
     if total == 0:
         raise ValueError(expected("data", "one sample or more", total))
+    if undefined:
+        raise ValueError(expected("model", "a map to numbers", "NaN for some of the samples"))
     return 100.0 * float(right) / total
 
 
@@ -211,13 +214,13 @@ class _Order:
 
 
 def _optimizer(model: nn.Module, name: str, lr: float | None, weight_decay: float) -> torch.optim.Optimizer:
-    parameters = [p for p in model.parameters() if p.requires_grad]
+    parameters = check.trained("model", model)
     groups = [
         {"params": [p for p in parameters if p.ndim > 1], "weight_decay": weight_decay},
         {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
     ]
-    if lr is not None and not 0 < lr < math.inf:
-        raise ValueError(expected("lr", "a positive number", lr))
+    if lr is not None:
+        check.number("lr", lr, above=0)
     if name == "adamw":
         return torch.optim.AdamW(groups, lr=lr or 2e-3)
     if name == "sgd":
@@ -229,27 +232,26 @@ def _batches(data: Dataset | DataLoader, batch_size: int) -> Iterator[tuple[Tens
     if isinstance(data, DataLoader):
         yield from map(_pair, data)
         return
-    for indices in torch.arange(_size(data)).split(_positive("batch_size", batch_size)):
+    for indices in torch.arange(_size(data)).split(batch_size):
         yield gather(data, indices)
 
 
 def _pair(batch: list[Tensor]) -> tuple[Tensor, Tensor]:
     if not isinstance(batch, list | tuple) or len(batch) != 2:
         raise TypeError(expected("dataset", "pairs of sample and label", type(batch)))
-    return batch[0], batch[1]
+    x, labels = batch
+    if not (isinstance(x, Tensor) and isinstance(labels, Tensor)):
+        raise TypeError(expected("dataset", "pairs of tensors or numbers, sample and label", type(labels)))
+    return x, labels
 
 
 def _size(dataset: Dataset) -> int:
+    if not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
+        raise TypeError(expected("dataset", "a data set with __len__ and __getitem__", dataset))
     size = len(dataset)
     if size == 0:
         raise ValueError(expected("dataset", "one sample or more", size))
     return size
-
-
-def _positive(name: str, value: int | None) -> int:
-    if not isinstance(value, int) or value < 1:
-        raise ValueError(expected(name, "a positive int", value))
-    return value
 
 
 def _place(model: nn.Module, device: torch.device | str | None) -> torch.device:
@@ -257,15 +259,17 @@ def _place(model: nn.Module, device: torch.device | str | None) -> torch.device:
     if not isinstance(model, nn.Module):
         raise TypeError(expected("model", "a torch.nn.Module", model))
     if device is not None:
-        model.to(device)
+        model.to(check.device("device", device))
     parameter = next(model.parameters(), None)
-    return parameter.device if parameter is not None else torch.device(device or "cpu")
+    return check.device("device", device or "cpu" if parameter is None else parameter.device)
 
 
 def _check_labels(logits: Tensor, labels: Tensor) -> None:
-    if not isinstance(logits, Tensor) or logits.ndim != 2 or logits.shape[0] != labels.shape[0]:
+    if labels.ndim != 1:
+        raise ValueError(expected("labels", "of shape (N,), one class a sample", labels))
+    if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(labels):
         raise ValueError(expected("model", f"a map to logits ({len(labels)}, classes)", logits))
-    if labels.is_floating_point():
+    if labels.dtype is torch.bool or labels.is_floating_point() or labels.is_complex():
         raise TypeError(expected("labels", "integers", labels))
     low, high = int(labels.min()), int(labels.max())
     if low < 0 or high >= logits.shape[1]:

@@ -6,8 +6,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from kegfast.experiments.demo import SOURCES, DemoConfig, demo_table, run_demo
-from kegfast.experiments.demo_report import write_demo_report
+from kegfast.experiments.demo import SOURCES, DemoConfig, run_demo
+from kegfast.experiments.demo_report import demo_table, write_demo_report
 from kegfast.extraction import Generators
 
 TINY = DemoConfig(

@@ -224,13 +224,25 @@ def test_module_copies():
         ({"metric": "l3"}, ValueError, "metric must be one of 'l1'"),
         ({"noise_metric": "cosine"}, ValueError, "noise_metric must be one of"),
         ({"reduction": "none"}, ValueError, "reduction must be one of"),
-        ({"labels": torch.zeros(3)}, ValueError, r"labels must be a tensor of shape \(4,\)"),
+        ({"labels": torch.zeros(3, dtype=torch.int64)}, ValueError, r"labels must be .* of shape \(4,\)"),
+        ({"labels": torch.zeros(4, dtype=int, device="meta")}, ValueError, "labels must be .* on cpu"),
+        ({"labels": torch.full((4,), float("nan"))}, TypeError, "labels must be integers"),
+        ({"samples": torch.ones(4, 5).to_sparse()}, TypeError, "samples must be a floating"),
+        ({"samples": torch.ones(4, 5, dtype=torch.float8_e4m3fn)}, TypeError, "samples must be a floating"),
+        ({"metric": ["l1"]}, ValueError, "metric must be one of"),
+        ({"log": "yes"}, TypeError, "log must be True or False"),
     ],
 )
 def test_bad_arguments(change, error, words):
     arguments = {"noises": torch.ones(4, 3), "samples": torch.ones(4, 5), **change}
     with pytest.raises(error, match=words):
         diversity_loss(arguments.pop("noises"), arguments.pop("samples"), **arguments)
+
+
+@pytest.mark.parametrize("change", [{"metric": "l3"}, {"noise_metric": "l1"}, {"reduction": 3}, {"log": 1}])
+def test_the_module_refuses_at_once_what_the_loss_would(change):
+    with pytest.raises((ValueError, TypeError), match=f"^{next(iter(change))} must be"):
+        DiversityLoss(**change)
 
 
 @needs_native

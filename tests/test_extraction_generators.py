@@ -99,6 +99,41 @@ def test_load_refuses_foreign_and_broken_files(tmp_path):
         Generators.load(tmp_path / "nan.safetensors")
 
 
+@pytest.mark.parametrize(
+    ("arguments", "name"),
+    [
+        ((0, 3, (3, 8, 8)), "copies"),
+        ((1, 1, (3, 8, 8)), "num_classes"),
+        ((1, 3, 5), "sample_shape"),
+        ((1, 3, (3, -8, 8)), "sample_shape"),
+        ((1, 3, (3, 8, 8), 0), "noise_size"),
+        ((1, 3, (3, 8, 8), 10, (1.0, 0.0)), "input_range"),
+        ((1, 3, (8,), 10, (0.0, 1.0)), "input_range"),
+        ((1, 3, (8,), 10, None, "hard"), "labels"),
+    ],
+)
+def test_bad_arguments_are_named(arguments, name):
+    with pytest.raises((ValueError, TypeError), match=f"^{name} must be"):
+        Generators(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("labels", "noise", "name"),
+    [
+        (torch.full((2, 5), 4), torch.zeros(2, 5, 10), "labels"),
+        (torch.full((2, 5), -1), torch.zeros(2, 5, 10), "labels"),
+        (torch.zeros(3, 5, dtype=int), torch.zeros(2, 5, 10), "labels"),
+        ("cat", torch.zeros(2, 5, 10), "labels"),
+        (torch.zeros(2, 5, dtype=int), torch.zeros(2, 5, 9), "noise"),
+        (torch.zeros(2, 5, dtype=int), torch.zeros(2), "noise"),
+        (torch.zeros(2, 5, dtype=int), None, "noise"),
+    ],
+)
+def test_generate_names_what_does_not_fit(labels, noise, name):
+    with pytest.raises(ValueError, match=f"^{name} must be"):
+        generators((6,), copies=2).generate(labels, noise)
+
+
 @pytest.mark.parametrize("n", [0, -3, 2.5, "4", True])
 def test_sample_refuses_other_counts(n):
     with pytest.raises((ValueError, TypeError), match="n must be"):

@@ -180,6 +180,23 @@ def test_damaged_files_are_value_errors_that_name_the_file(tmp_path, name, conte
         read_state_dict(tmp_path / name)
 
 
+def test_half_a_file_is_a_value_error_that_names_it(tmp_path):
+    torch.save(net().state_dict(), tmp_path / "w.pth")
+    content = (tmp_path / "w.pth").read_bytes()
+    for share in (0.1, 0.5, 0.9, 0.999):
+        (tmp_path / "w.pth").write_bytes(content[: int(share * len(content))])
+        with pytest.raises(ValueError, match=r"w\.pth"):
+            read_state_dict(tmp_path / "w.pth")
+
+
+@pytest.mark.parametrize("path", [3, None, True])
+def test_a_number_is_no_path(path):
+    with pytest.raises(TypeError, match="path must be the path of a file"):
+        read_state_dict(path)
+    with pytest.raises(TypeError, match="path must be the path of a file"):
+        save_tensors(path, {})
+
+
 @pytest.mark.parametrize("content", [[torch.ones(1)], {"a": 1}, {}, {"model_state": {}}, torch.ones(2)])
 def test_what_is_no_state_dict_is_refused(tmp_path, content):
     torch.save(content, tmp_path / "w.pth")

@@ -1,5 +1,6 @@
 """Training and accuracy on real digits, small."""
 
+import math
 from itertools import pairwise
 
 import pytest
@@ -161,7 +162,7 @@ def dataset(labels, shape=(3,)) -> TensorDataset:
         (dataset([0, 1]), {"steps": 0}, ValueError, "steps must be a positive int, got 0"),
         (dataset([0, 1]), {"steps": 1, "batch_size": 0}, ValueError, "batch_size"),
         (dataset([0, 1]), {"steps": 1, "optimizer": "adam"}, ValueError, "optimizer"),
-        (dataset([0, 1]), {"steps": 1, "lr": -1.0}, ValueError, "lr must be a positive"),
+        (dataset([0, 1]), {"steps": 1, "lr": -1.0}, ValueError, "lr must be a finite number above 0"),
         (dataset([0, 1]), {"steps": 1, "shift": -1}, ValueError, "shift"),
         (dataset([0, 1]), {"steps": 1, "weight_decay": -1.0}, ValueError, "weight_decay"),
         (dataset([0, 1]), {"steps": 1, "label_smoothing": 7}, ValueError, "label_smoothing"),
@@ -173,6 +174,20 @@ def dataset(labels, shape=(3,)) -> TensorDataset:
         (TensorDataset(torch.ones(2, 3)), {"steps": 1}, TypeError, "pairs"),
         (TensorDataset(torch.ones(0, 3), torch.ones(0)), {"steps": 1}, ValueError, "one sample or more"),
         (dataset([0, 1], (4, 3)), {"steps": 1}, ValueError, "logits"),
+        (dataset([0] * 9 + [2]), {"steps": 5, "batch_size": 2}, ValueError, "labels must be 0 to 1"),
+        (dataset([[0], [1]]), {"steps": 1}, ValueError, r"labels must be of shape \(N,\)"),
+        (dataset([True, False]), {"steps": 1}, TypeError, "labels must be integers"),
+        ([(torch.ones(3), "cat")] * 4, {"steps": 1}, TypeError, "dataset must be pairs"),
+        (None, {"steps": 1}, TypeError, "dataset must be"),
+        (DataLoader(dataset([0, 1])), {"steps": 1}, TypeError, "dataset must be"),
+        (dataset([0, 1]), {"steps": 1.5}, TypeError, "steps must be a positive int"),
+        (dataset([0, 1]), {"steps": 1, "batch_size": True}, TypeError, "batch_size"),
+        (dataset([0, 1]), {"steps": 1, "lr": "fast"}, TypeError, "lr must be a finite number above 0"),
+        (dataset([0, 1]), {"steps": 1, "augment": 3}, TypeError, "augment must be"),
+        (dataset([0, 1]), {"steps": 1, "device": "abacus"}, ValueError, "device must be"),
+        (dataset([0, 1]), {"steps": 1, "seed": 0.5}, TypeError, "seed must be an int"),
+        (dataset([0, 1]), {"steps": 1, "log_every": 0}, ValueError, "log_every must be"),
+        (dataset([0, 1]), {"steps": 1, "checkpoint": 3}, TypeError, "checkpoint must be"),
     ],
 )
 def test_train_refuses_what_does_not_fit(data, options, error, message):
@@ -206,6 +221,22 @@ def test_evaluate_refuses_what_does_not_fit():
         evaluate(nn.Linear(3, 2), dataset([0, 5]))
     with pytest.raises(ValueError, match="one sample"):
         evaluate(nn.Linear(3, 2), [])
+    with pytest.raises(ValueError, match="model must be a map to numbers, got 'NaN"):
+        evaluate(nn.Linear(3, 2), TensorDataset(torch.tensor([[0.0, math.nan, 0.0]]), torch.tensor([0])))
+    with pytest.raises(TypeError, match="dataset must be pairs"):
+        evaluate(nn.Linear(3, 2), DataLoader([(torch.ones(3), "cat")]))
+
+
+def test_a_frozen_model_is_refused():
+    with pytest.raises(ValueError, match="model must be a model with parameters to train"):
+        train(nn.Linear(3, 2).requires_grad_(False), dataset([0, 1]), steps=1)
+
+
+def test_labels_may_be_narrow_integers():
+    model = nn.Linear(3, 2)
+    narrow = TensorDataset(torch.ones(2, 3), torch.tensor([1, 1], dtype=torch.int32))
+    train(model, narrow, steps=50, lr=0.1)
+    assert evaluate(model, narrow) == 100.0
 
 
 def test_divergence_is_an_error_with_advice(digits):

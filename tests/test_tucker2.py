@@ -29,6 +29,7 @@ GEOMETRIES = {
     "11x7": (1, 16, 30, 33, 9, 17, 33, (11, 7), 1, (5, 3), 1),
     "dilated": (2, 5, 20, 30, 4, 3, 9, (3, 5), (1, 2), (3, 2), (2, 3)),
     "stride beyond kernel": (2, 4, 17, 19, 6, 4, 5, (2, 2), (5, 4), 0, 1),
+    "stride beyond image": (2, 4, 17, 19, 6, 4, 5, (2, 2), (50, 40), 1, 1),
     "padding beyond kernel": (2, 4, 5, 6, 3, 4, 5, (2, 3), 1, (3, 4), 1),
     "many small images": (19, 32, 7, 7, 48, 40, 20, (3, 3), 1, 1, 1),
     "several bands": (1, 12, 61, 58, 24, 16, 20, (3, 3), 1, 1, 1),
@@ -121,6 +122,17 @@ def test_gradients(name: str, channels_last: bool) -> None:
     if channels_last:
         tensors[0] = tensors[0].contiguous(memory_format=torch.channels_last)
     check_gradients(tensors, rest, 1e-5)
+
+
+@needs_native
+def test_a_stride_far_beyond_the_image_takes_no_longer() -> None:
+    tensors, _ = make(GEOMETRIES["3x3"], torch.float32)
+    grads = []
+    for stride in (20, 2**24):  # visited pixel by pixel, the second would take hours
+        leaves = [t.detach().requires_grad_() for t in tensors]
+        tucker_conv2d(*leaves, stride, 1).square().sum().backward()
+        grads.append([leaf.grad for leaf in leaves])
+    assert all(map(torch.equal, *grads))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -325,7 +337,8 @@ def test_gradcheck_of_the_kernels(stride: int) -> None:
 
 
 BAD = {
-    "x a list": ({"x": [1.0]}, TypeError, "x must be a tensor"),
+    "x a list": ({"x": [1.0]}, TypeError, "x must be a floating"),
+    "x sparse": ({"x": torch.ones(1, 4, 8, 8).to_sparse()}, TypeError, "x must be a floating"),
     "x of integers": ({"x": torch.ones(1, 4, 8, 8, dtype=torch.int64)}, TypeError, "x must be a floating"),
     "x of 3 dimensions": ({"x": torch.ones(4, 8, 8)}, ValueError, "x must be 4-dimensional"),
     "x of other channels": ({"x": torch.ones(1, 5, 8, 8)}, ValueError, "first must be"),
@@ -340,6 +353,8 @@ BAD = {
     "stride 0": ({"stride": 0}, ValueError, "stride must be"),
     "stride of three": ({"stride": (1, 1, 1)}, ValueError, "stride must be"),
     "padding -1": ({"padding": -1}, ValueError, "padding must be"),
+    "padding past any image": ({"padding": 2**63 - 1}, ValueError, "padding must be"),
+    "stride past 64 bits": ({"stride": 2**70}, ValueError, "stride must be"),
     "padding a string": ({"padding": "same"}, ValueError, "padding must be"),
     "dilation a fraction": ({"dilation": 1.5}, ValueError, "dilation must be"),
     "activation": ({"activation": "gelu"}, ValueError, "activation must be"),

@@ -204,6 +204,32 @@ def test_wrong_ranks(rank) -> None:
         TuckerConv2d(6, 20, 3, rank)
 
 
+@pytest.mark.parametrize(
+    ("change", "argument"),
+    [
+        ({"in_channels": 0}, "in_channels"),
+        ({"out_channels": "8"}, "out_channels"),
+        ({"kernel_size": 0}, "kernel_size"),
+        ({"kernel_size": (3, 3, 3)}, "kernel_size"),
+        ({"stride": 0}, "stride"),
+        ({"stride": 1.5}, "stride"),
+        ({"padding": -1}, "padding"),
+        ({"padding": "same"}, "padding"),
+        ({"dilation": 0}, "dilation"),
+    ],
+)
+def test_wrong_geometry(change, argument) -> None:
+    arguments = {"in_channels": 6, "out_channels": 20, "kernel_size": 3, "rank": (2, 2)} | change
+    with pytest.raises((ValueError, TypeError), match=f"^{argument} must be"):
+        TuckerConv2d(**arguments)
+
+
+@pytest.mark.parametrize("rank", [(0, 2), (-1, 2), (None, None), 4, (2, 2, 2), (1.5, 2)])
+def test_wrong_ranks_of_a_linear(rank) -> None:
+    with pytest.raises((ValueError, TypeError), match=r"rank must be"):
+        TuckerLinear(5, 7, rank)
+
+
 def test_wrong_activation() -> None:
     with pytest.raises(ValueError, match="activation must be"):
         TuckerConv2d(6, 20, 3, (2, 2), activation="gelu")
@@ -230,8 +256,10 @@ def test_from_conv(rank, padding) -> None:
         nn.Conv2d(6, 6, 3, padding=1, padding_mode="reflect"),
         nn.Conv2d(6, 6, 2, padding="same"),
         nn.Linear(6, 6),
+        nn.LazyConv2d(6, 3),
+        nn.Conv2d(6, 6, 3, device="meta"),
     ],
-    ids=["groups", "reflect", "uneven", "linear"],
+    ids=["groups", "reflect", "uneven", "linear", "lazy", "meta"],
 )
 def test_from_conv_refuses_what_it_cannot_hold(conv) -> None:
     with pytest.raises(ValueError, match="conv must be"):

@@ -20,8 +20,8 @@ def run(args: argparse.Namespace) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from kegfast.experiments.demo import DemoConfig, demo_table, run_demo
-    from kegfast.experiments.demo_report import write_demo_report
+    from kegfast.experiments.demo import DemoConfig, run_demo
+    from kegfast.experiments.demo_report import demo_table, write_demo_report
 
     names = ("seed", "amp", "teacher_steps", "generators", "generator_steps", "student_steps")
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}

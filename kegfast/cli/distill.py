@@ -36,6 +36,7 @@ def run(args: argparse.Namespace) -> None:
 
     from kegfast import distill, training
     from kegfast.distillation import Pool
+    from kegfast.loop import seeded
     from kegfast.processes import place, replicated
 
     device = options.pick_device(args.device)
@@ -49,8 +50,7 @@ def run(args: argparse.Namespace) -> None:
     before = training.evaluate(student, test) if args.evaluate else None
     source = sources.make_source(args.source, info, args, device)
     if args.pool is not None:
-        with torch.random.fork_rng():
-            torch.manual_seed(args.seed)
+        with seeded(args.seed):
             source = Pool(source, args.pool)
     rank, world = place()
     if world > 1 and args.resume:

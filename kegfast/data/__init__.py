@@ -63,7 +63,7 @@ def _load_own(path: Path) -> Splits:
     try:
         train = _own_part(arrays, "")
         test = _own_part(arrays, "test_") if "test_samples" in arrays else None
-        info = DataInfo(path.stem, int(train[1].max(initial=-1)) + 1, train[0].shape[1:])
+        info = DataInfo(path.stem, int(train[1].max(initial=0)) + 1, train[0].shape[1:])
         return make_splits(info, train, test)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
@@ -78,4 +78,7 @@ def _own_part(arrays: dict[str, np.ndarray], prefix: str) -> tuple[np.ndarray, n
         raise ValueError(expected(f"{prefix}samples", "floating and normalised", samples.dtype))
     if labels.dtype.kind not in "iu":
         raise ValueError(expected(f"{prefix}labels", "integers", labels.dtype))
+    if samples.ndim < 2 or labels.ndim != 1:
+        what = f"(N, ...) and {prefix}labels (N,)"
+        raise ValueError(expected(f"{prefix}samples", what, f"{samples.shape} and {labels.shape}"))
     return samples, labels

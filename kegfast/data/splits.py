@@ -83,6 +83,8 @@ def make_splits(
     for part in (train, test) if test else (train,):
         _check(info, *part)
     n = len(train[1])
+    if info.num_classes > n:
+        raise ValueError(expected("labels", f"below {n}, the number of samples", info.num_classes - 1))
     order = np.arange(n)
     if test is None:
         _shuffle(order)
@@ -117,5 +119,7 @@ def _check(info: DataInfo, samples: np.ndarray, labels: np.ndarray) -> None:
     wrong = labels[(labels < 0) | (labels >= info.num_classes)]
     if len(wrong):
         raise ValueError(expected("labels", f"0 to {info.num_classes - 1}", int(wrong[0])))
-    if not np.isfinite(samples).all():
+    with np.errstate(over="ignore"):
+        finite = np.isfinite(samples.astype(np.float32, copy=False)).all()
+    if not finite:
         raise ValueError("samples must be finite, got NaN or infinity")

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from kegfast import check
 from kegfast.check import expected
 from kegfast.distillation.features import unwrap
 from kegfast.distillation.logit import UNLABELLED, soft_target
@@ -245,12 +246,10 @@ def _gap(teacher: nn.Module, x: Tensor, base: Tensor, target: Tensor) -> tuple[T
 def _check(samples: Tensor, count: int, steps: int, eta: float, epsilon: float) -> None:
     if samples.ndim < 2:
         raise ValueError(expected("samples", "shape (B, ...)", tuple(samples.shape)))
-    for name, value in (("count", count), ("steps", steps)):
-        if value < 1 and not (name == "count" and len(samples) == 0):
-            raise ValueError(expected(name, "at least 1", value))
-    for name, value in (("eta", eta), ("epsilon", epsilon)):
-        if not value > 0:
-            raise ValueError(expected(name, "a number above 0", value))
+    check.count("count", count, least=min(1, len(samples)))
+    check.count("steps", steps)
+    check.number("eta", eta, above=0)
+    check.number("epsilon", epsilon, above=0)
 
 
 def _vectors(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:

@@ -10,12 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from kegfast import check
 from kegfast.check import accepts, expected
 from kegfast.distillation.ensemble import Ensemble
 from kegfast.distillation.features import Features
 from kegfast.distillation.objective import Batch, Objective, Term
 from kegfast.distillation.sources import InMemory, as_source
-from kegfast.loop import MetricsLog, mix, run_steps
+from kegfast.loop import MetricsLog, mix, run_steps, seeded
 
 MakeOptimizer = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 
@@ -99,7 +100,8 @@ def distill(
         >>> source = Pool(Mixture([generators, unlabelled_images], weights=[3, 1]), 50_000)
         >>> kegfast.distill(student, teacher, source, loss="soft_target+rkd_distance:25", steps=5_000)
     """
-    _check_numbers(steps=steps, batch_size=batch_size, log_every=log_every)
+    check.counts(steps=steps, batch_size=batch_size, log_every=log_every)
+    seed = check.integer("seed", seed)
     teacher = _as_teacher(teacher, temperature)
     device = _place(student, teacher, device)
     source = as_source(source)
@@ -114,7 +116,7 @@ def distill(
         _fit_regressors(objective, student, teacher, source, ours, theirs, device, seed)
         _train_mode(student, student_batchnorm)
         draw = _drawer(source, teacher, objective, device, autocast, steps * batch_size)
-        trainable = [p for m in (student, objective) for p in m.parameters() if p.requires_grad]
+        trainable = check.trained("student", student, objective)
         optimiser = _optimizer(optimizer, trainable, lr, weight_decay)
         rates = [group["lr"] for group in optimiser.param_groups]
         factor = _factor(schedule)
@@ -195,8 +197,7 @@ def _fit_regressors(
     """Show both models two samples, and create what their features' shapes ask for."""
     if not objective.student_layers:
         return
-    with torch.random.fork_rng(), torch.no_grad():
-        torch.manual_seed(mix(seed, -1))
+    with seeded(mix(seed, -1)), torch.no_grad():
         samples = source.sample(2)[0].to(device)
         student(samples)
         teacher(samples)
@@ -227,6 +228,7 @@ def _place(student: nn.Module, teacher: nn.Module, device: torch.device | str | 
     if any(module is teacher for module in student.modules()):
         raise ValueError(expected("student", "another model than the teacher", "the same one"))
     if device is not None:
+        device = check.device("device", device)
         student.to(device)
         teacher.to(device)
     own, other = _device("student", student), _device("teacher", teacher)
@@ -266,12 +268,13 @@ def _train_mode(student: nn.Module, batchnorm: str) -> None:
 def _optimizer(
     optimizer: str | MakeOptimizer, parameters: list[nn.Parameter], lr: float, weight_decay: float
 ) -> torch.optim.Optimizer:
-    if not parameters:
-        raise ValueError(expected("student", "a model with parameters to train", "none"))
     if callable(optimizer):
-        return optimizer(parameters)
-    if not 0 < lr < math.inf:
-        raise ValueError(expected("lr", "a number above 0", lr))
+        made = optimizer(parameters)
+        if not isinstance(made, torch.optim.Optimizer):
+            raise TypeError(expected("optimizer", "a function to a torch optimizer", made))
+        return made
+    check.number("lr", lr, above=0)
+    check.number("weight_decay", weight_decay, least=0)
     # One fused kernel per step; torch's default on a CPU is a loop of small ones over the parameters.
     options = {"lr": lr, "weight_decay": weight_decay, "fused": True}
     if optimizer == "adam":
@@ -297,9 +300,3 @@ def _check_logits(**outputs: Any) -> None:
     for name, logits in outputs.items():
         if not isinstance(logits, Tensor):
             raise TypeError(expected(name, "a model that gives logits, one tensor", logits))
-
-
-def _check_numbers(**numbers: int) -> None:
-    for name, value in numbers.items():
-        if not isinstance(value, int) or value < 1:
-            raise ValueError(expected(name, "an int of at least 1", value))

@@ -6,6 +6,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from kegfast import check
 from kegfast.check import expected
 from kegfast.distillation.precision import wide
 
@@ -22,6 +23,9 @@ class Ensemble(nn.Module):
         weights: One number above 0 per model, scaled to sum to one; equal when None.
         average: `"probabilities"` or `"logits"`.
         temperature: T of the average over probabilities.
+
+    Raises:
+        TypeError, ValueError: An argument is none of these.
     """
 
     def __init__(
@@ -33,16 +37,14 @@ class Ensemble(nn.Module):
         temperature: float = 1.0,
     ):
         super().__init__()
-        weights = [1.0] * len(models) if weights is None else list(weights)
-        if not models or len(weights) != len(models) or min(weights) <= 0:
-            raise ValueError(expected("weights", f"{len(models)} numbers above 0, one per model", weights))
+        if not models or not all(isinstance(model, nn.Module) for model in models):
+            raise ValueError(expected("models", "one module or more", models))
         if average not in ("probabilities", "logits"):
             raise ValueError(expected("average", "'probabilities' or 'logits'", average))
-        if not temperature > 0:
-            raise ValueError(expected("temperature", "a number above 0", temperature))
+        check.number("temperature", temperature, above=0)
         self.models = nn.ModuleList(models)
         self.average, self.temperature = average, temperature
-        shares = torch.tensor(weights) / sum(weights)
+        shares = torch.tensor(check.shares("weights", weights, len(models)))
         device = next((p.device for p in self.parameters()), None)
         self.register_buffer("weights", shares.to(device))
 

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kegfast import functional
+from kegfast import check, functional
 from kegfast.check import expected
 from kegfast.distillation.precision import wide
 
@@ -42,9 +42,8 @@ def soft_target(
         ValueError: Shapes differ, a number is out of its range, or labels are missing.
     """
     student, teacher = _logits(student, teacher)
-    _positive("temperature", temperature)
-    if not 0 <= alpha <= 1:
-        raise ValueError(expected("alpha", "a weight in [0, 1]", alpha))
+    check.number("temperature", temperature, above=0)
+    check.number("alpha", alpha, least=0, most=1)
     loss = student.new_zeros(())
     if alpha > 0:
         loss = alpha * functional.soft_target(student, teacher, temperature)
@@ -61,8 +60,7 @@ def hard_label(
     """Cross-entropy with the labels, averaged over the samples that have one (label not -100)."""
     if labels is None:
         raise ValueError(expected("labels", "the class of each sample", None))
-    if labels.shape != student.shape[:1]:
-        raise ValueError(expected("labels", f"shape ({student.shape[0]},)", tuple(labels.shape)))
+    _check_labels(labels, student)
     total = F.cross_entropy(wide(student), labels, ignore_index=UNLABELLED, reduction="sum")
     return total / (labels != UNLABELLED).sum().clamp(min=1)
 
@@ -103,10 +101,8 @@ def noisy_logits(
         A scalar, in float32 or wider.
     """
     student, teacher = _logits(student, teacher)
-    if not 0 <= share <= 1:
-        raise ValueError(expected("share", "a probability in [0, 1]", share))
-    if not 0 <= std < float("inf"):
-        raise ValueError(expected("std", "a number of at least 0", std))
+    check.number("share", share, least=0, most=1)
+    check.number("std", std, least=0)
     disturbed = torch.rand_like(teacher[:, :1]) < share
     noise = torch.randn_like(teacher) * std
     return logit_regression(student, teacher * (1 + noise * disturbed))
@@ -140,12 +136,13 @@ def decoupled(
         A scalar, in float32 or wider.
     """
     student, teacher = _logits(student, teacher)
-    _positive("temperature", temperature)
+    check.number("temperature", temperature, above=0)
     classes = student.shape[1]
     if classes < 2:
         raise ValueError(expected("student", "logits of at least two classes", classes))
     target = teacher.argmax(dim=1)
     if labels is not None:
+        _check_labels(labels, student)
         target = torch.where(labels == UNLABELLED, target, labels)
     student_two, student_rest = _split(student / temperature, target)
     teacher_two, teacher_rest = _split(teacher / temperature, target)
@@ -187,6 +184,14 @@ def _logits(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
     return wide(student), wide(teacher.detach())
 
 
-def _positive(name: str, value: float) -> None:
-    if not 0 < value < float("inf"):
-        raise ValueError(expected(name, "a finite number above 0", value))
+def _check_labels(labels: Tensor, student: Tensor) -> None:  # (B,), (B, C)
+    """Raises for what are no classes; on a GPU their range is left to its own check, which need not wait."""
+    batch, classes = student.shape
+    if not isinstance(labels, Tensor) or labels.dtype is not torch.int64:
+        raise TypeError(expected("labels", "classes, int64", labels))
+    if labels.shape != (batch,):
+        raise ValueError(expected("labels", f"of shape ({batch},)", labels))
+    if labels.is_cpu and not torch.compiler.is_compiling():
+        wrong = labels[((labels < 0) & (labels != UNLABELLED)) | (labels >= classes)]
+        if len(wrong):
+            raise ValueError(expected("labels", f"0 to {classes - 1}, as the logits", int(wrong[0])))

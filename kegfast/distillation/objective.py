@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from kegfast import check
 from kegfast.check import expected
 from kegfast.distillation import boundary, feature, logit, relational
 from kegfast.distillation.precision import wide
@@ -73,8 +74,8 @@ class Objective(nn.Module):
         alpha: float = 1.0,
     ):
         super().__init__()
-        if not 0 < temperature < math.inf:
-            raise ValueError(expected("temperature", "a number above 0", temperature))
+        check.number("temperature", temperature, above=0)
+        check.number("alpha", alpha, least=0, most=1)
         self.terms = _terms(loss)
         self.settings = {"temperature": temperature, "alpha": alpha}
         self.regressors = nn.ModuleDict()
@@ -123,7 +124,10 @@ class Objective(nn.Module):
 
     def _value(self, term: Term, batch: Batch) -> Tensor:
         if term.loss is not None:
-            return term.loss(batch.student, batch.teacher, batch.labels)
+            value = term.loss(batch.student, batch.teacher, batch.labels)
+            if not isinstance(value, Tensor) or value.dim():
+                raise TypeError(expected(f"the value of loss {term.name}", "a scalar tensor", value))
+            return value
         return TERMS[term.name](self, term, batch)
 
     def regress(self, ours: str, theirs: str, features: Tensor) -> Tensor:

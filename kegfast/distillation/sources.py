@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
+from kegfast import check
 from kegfast.check import expected
 from kegfast.distillation.logit import UNLABELLED
 
@@ -36,13 +37,14 @@ class UniformNoise:
         high: float = 1.0,
         device: torch.device | str | None = None,
     ):
-        if not low < high:
+        check.number("high", high)
+        if not check.number("low", low) < high:
             raise ValueError(expected("low", f"a number below high = {high}", low))
-        self.sample_shape, self.low, self.high = _shape(sample_shape), low, high
-        self.device = device
+        self.sample_shape, self.low, self.high = check.sizes("sample_shape", sample_shape), low, high
+        self.device = None if device is None else check.device("device", device)
 
     def sample(self, n: int) -> tuple[Tensor, None]:
-        noise = torch.rand(n, *self.sample_shape, device=self.device)
+        noise = torch.rand(check.count("n", n), *self.sample_shape, device=self.device)
         return noise.mul_(self.high - self.low).add_(self.low), None
 
 
@@ -56,13 +58,12 @@ class GaussianNoise:
         std: float = 1.0,
         device: torch.device | str | None = None,
     ):
-        if not std > 0:
-            raise ValueError(expected("std", "a number above 0", std))
-        self.sample_shape, self.mean, self.std = _shape(sample_shape), mean, std
-        self.device = device
+        self.sample_shape = check.sizes("sample_shape", sample_shape)
+        self.mean, self.std = check.number("mean", mean), check.number("std", std, above=0)
+        self.device = None if device is None else check.device("device", device)
 
     def sample(self, n: int) -> tuple[Tensor, None]:
-        noise = torch.randn(n, *self.sample_shape, device=self.device)
+        noise = torch.randn(check.count("n", n), *self.sample_shape, device=self.device)
         return noise.mul_(self.std).add_(self.mean), None
 
 
@@ -74,15 +75,14 @@ class InMemory:
 
     Args:
         samples: (N, *sample_shape).
-        labels: (N,) int64, or None.
+        labels: (N,) integers, or None.
     """
 
     def __init__(self, samples: Tensor, labels: Tensor | None = None):
-        if samples.ndim < 2 or len(samples) == 0:
-            raise ValueError(expected("samples", "shape (N, *sample_shape), N > 0", tuple(samples.shape)))
-        if labels is not None and labels.shape != samples.shape[:1]:
-            raise ValueError(expected("labels", f"shape ({len(samples)},)", tuple(labels.shape)))
-        self.samples, self.labels = samples, labels
+        _check_samples(samples, least=1)
+        if labels is not None and _as_labels("labels", labels).shape != samples.shape[:1]:
+            raise ValueError(expected("labels", f"of shape ({len(samples)},)", labels))
+        self.samples, self.labels = samples, None if labels is None else labels.long()
         self._answers: tuple[bytes, Tensor] | None = None
 
     def __len__(self) -> int:
@@ -90,7 +90,7 @@ class InMemory:
 
     def draw(self, n: int) -> Tensor:
         """Positions of `n` samples, (n,) int64."""
-        return torch.randint(len(self), (n,), device=self.samples.device)
+        return torch.randint(len(self), (check.count("n", n),), device=self.samples.device)
 
     def sample(self, n: int) -> tuple[Tensor, Tensor | None]:
         index = self.draw(n)
@@ -124,8 +124,7 @@ class Pool(InMemory):
     """
 
     def __init__(self, source: Any, size: int, batch_size: int = 1024):
-        if size < 1 or batch_size < 1:
-            raise ValueError(expected("size and batch_size", "at least 1", f"{size} and {batch_size}"))
+        check.counts(size=size, batch_size=batch_size)
         source = as_source(source)
         with torch.no_grad():
             parts = [source.sample(min(batch_size, size - start)) for start in range(0, size, batch_size)]
@@ -137,9 +136,7 @@ class Noisy:
     """Another source's samples with N(0, std^2) added to every value."""
 
     def __init__(self, source: Any, std: float = 0.1):
-        if not std > 0:
-            raise ValueError(expected("std", "a number above 0", std))
-        self.source, self.std = as_source(source), std
+        self.source, self.std = as_source(source), check.number("std", std, above=0)
 
     def sample(self, n: int) -> tuple[Tensor, Tensor | None]:
         samples, labels = self.source.sample(n)
@@ -162,7 +159,10 @@ class Augmented:
 
     def sample(self, n: int) -> tuple[Tensor, Tensor | None]:
         samples, labels = self.source.sample(n)
-        return self.change(samples), labels
+        changed = self.change(samples)
+        if not isinstance(changed, Tensor) or len(changed) != len(samples):
+            raise ValueError(expected("change", f"a function to {len(samples)} samples, as it got", changed))
+        return changed, labels
 
 
 class Munge:
@@ -179,17 +179,13 @@ class Munge:
     """
 
     def __init__(self, samples: Tensor, swap: float = 0.5, sharpness: float = 1.0):
-        if samples.ndim < 2 or len(samples) < 2:
-            raise ValueError(expected("samples", "shape (N, *sample_shape), N > 1", tuple(samples.shape)))
-        if not 0 <= swap <= 1:
-            raise ValueError(expected("swap", "a probability in [0, 1]", swap))
-        if not sharpness > 0:
-            raise ValueError(expected("sharpness", "a number above 0", sharpness))
-        self.samples, self.swap, self.sharpness = samples, swap, sharpness
+        _check_samples(samples, least=2)
+        self.samples, self.swap = samples, check.number("swap", swap, least=0, most=1)
+        self.sharpness = check.number("sharpness", sharpness, above=0)
         self.neighbours = _nearest(samples.flatten(1))
 
     def sample(self, n: int) -> tuple[Tensor, None]:
-        index = torch.randint(len(self.samples), (n,), device=self.samples.device)
+        index = torch.randint(len(self.samples), (check.count("n", n),), device=self.samples.device)
         base, neighbour = self.samples[index], self.samples[self.neighbours[index]]
         moved = neighbour + torch.randn_like(base) * (base - neighbour).abs() / self.sharpness
         return torch.where(torch.rand_like(base) < self.swap, moved, base), None
@@ -204,16 +200,19 @@ class Mixture:
     """
 
     def __init__(self, sources: Sequence[Any], weights: Sequence[float] | None = None):
-        weights = [1.0] * len(sources) if weights is None else list(weights)
-        if not sources or len(weights) != len(sources) or min(weights) <= 0:
-            raise ValueError(expected("weights", f"{len(sources)} numbers above 0, one per source", weights))
+        if not isinstance(sources, tuple | list) or not sources:
+            raise ValueError(expected("sources", "a list of one source or more", sources))
+        self.weights = check.shares("weights", weights, len(sources))
         self.sources = [as_source(source) for source in sources]
-        self.weights = [weight / sum(weights) for weight in weights]
 
     def sample(self, n: int) -> tuple[Tensor, Tensor | None]:
+        check.count("n", n)
         parts = [
             source.sample(count) for source, count in zip(self.sources, self.counts(n), strict=True) if count
         ]
+        shapes = {tuple(part.shape[1:]) for part, _ in parts}
+        if len(shapes) > 1:
+            raise ValueError(expected("sources", "of samples of one shape", shapes))
         samples = torch.cat([part for part, _ in parts])
         if all(labels is None for _, labels in parts):
             return samples, None
@@ -237,7 +236,7 @@ class _DatasetSource:
         self.dataset = dataset
 
     def sample(self, n: int) -> tuple[Tensor, Tensor | None]:
-        index = torch.randint(len(self.dataset), (n,)).tolist()
+        index = torch.randint(len(self.dataset), (check.count("n", n),)).tolist()
         return _unpack(torch.utils.data.default_collate([self.dataset[i] for i in index]))
 
 
@@ -305,8 +304,24 @@ def _unpack(batch: Any) -> tuple[Tensor, Tensor | None]:
     if isinstance(batch, Tensor):
         return batch, None
     if isinstance(batch, Sequence) and batch and isinstance(batch[0], Tensor):
-        return batch[0], batch[1] if len(batch) > 1 else None
+        return batch[0], _as_labels("the source's labels", batch[1]) if len(batch) > 1 else None
     raise TypeError(expected("source", "items that are tensors or (tensor, label)", type(batch)))
+
+
+def _check_samples(samples: Tensor, least: int) -> None:
+    what = f"a tensor (N, *sample_shape), N of at least {least}"
+    if not isinstance(samples, Tensor):
+        raise TypeError(expected("samples", what, samples))
+    if samples.ndim < 2 or len(samples) < least:
+        raise ValueError(expected("samples", what, samples))
+
+
+def _as_labels(name: str, labels: Any) -> Tensor:
+    """Classes as int64."""
+    whole = isinstance(labels, Tensor) and not (labels.is_floating_point() or labels.is_complex())
+    if not whole or labels.dtype is torch.bool:
+        raise TypeError(expected(name, "integers", labels))
+    return labels.long()
 
 
 def _labels_or_none_known(samples: Tensor, labels: Tensor | None) -> Tensor:
@@ -332,10 +347,3 @@ def _fingerprint(model: nn.Module) -> bytes:
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
     return digest.digest()
-
-
-def _shape(sample_shape: Sequence[int]) -> tuple[int, ...]:
-    shape = tuple(sample_shape)
-    if not shape or min(shape) < 1:
-        raise ValueError(expected("sample_shape", "sizes of at least 1", shape))
-    return shape

@@ -4,11 +4,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
-from kegfast.check import expected
+from kegfast import check
 from kegfast.distillation.distiller import distill
+from kegfast.loop import seeded
 
 
 def fitnets(
@@ -67,12 +67,10 @@ def born_again(
     Returns:
         The students, in order; `Ensemble(students)` is the paper's BANE.
     """
-    if generations < 1:
-        raise ValueError(expected("generations", "at least 1", generations))
+    check.count("generations", generations)
     students = []
     for generation in range(generations):
-        with torch.random.fork_rng():
-            torch.manual_seed(seed + generation)
+        with seeded(seed + generation):
             student = make_student()
         own = _variant(checkpoint, str(generation))
         distill(student, teacher, source, seed=seed + generation, checkpoint=own, **options)

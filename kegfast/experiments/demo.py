@@ -6,29 +6,27 @@ and sources get the same schedule and the same number of samples.
 """
 
 import copy
-import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from fnmatch import fnmatchcase
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from kegfast import data
+from kegfast import check, data
 from kegfast.check import expected
 from kegfast.compression import compress
-from kegfast.data import Splits
 from kegfast.distillation import GaussianNoise, InMemory, Pool, UniformNoise, distill
+from kegfast.experiments.demo_images import save_images
 from kegfast.experiments.ledger import Ledger
 from kegfast.extraction import RECIPES, Generators, extract
 from kegfast.files import load_weights, save_tensors, write_json
-from kegfast.loop import MetricsLog, mix
+from kegfast.loop import MetricsLog, mix, seeded
 from kegfast.models import ResNet14
+from kegfast.timing import interleaved
 from kegfast.training import evaluate, train
 
 SOURCES = ("tucker", "uniform", "gaussian", "kegnet", "real")
@@ -92,9 +90,8 @@ class DemoConfig:
     def __post_init__(self) -> None:
         """Refuses what would only fail minutes later."""
         for name, value in vars(self).items():
-            counts = name.endswith(("_steps", "_batch", "_rounds")) or name in ("generators", "pool")
-            if counts and (not isinstance(value, int) or value < 1):
-                raise ValueError(expected(name, "a positive int", value))
+            if name.endswith(("_steps", "_batch", "_rounds")) or name in ("generators", "pool"):
+                check.count(name, value)
 
 
 def run_demo(
@@ -192,7 +189,7 @@ class _Demo:
         return results
 
     def teacher(self) -> nn.Module:
-        with _seeded(self.config.seed):
+        with seeded(self.config.seed):
             teacher = ResNet14(self.info.sample_shape[0], self.info.num_classes)
         teacher.to(self.device, memory_format=torch.channels_last)
         return self.trained(
@@ -204,12 +201,7 @@ class _Demo:
                 steps=self.config.teacher_steps,
                 batch_size=self.config.teacher_batch,
                 lr=self.config.teacher_lr,
-                seed=self.config.seed,
-                amp=self.amp,
-                checkpoint=checkpoint,
-                resume=True,
-                metrics=self.metrics,
-                progress=self.progress,
+                **self.options(checkpoint),
             ),
         ).eval()
 
@@ -229,12 +221,7 @@ class _Demo:
             batch_size=config.generator_batch,
             learning_rate=config.generator_lr,
             input_range=self.info.input_range,
-            seed=config.seed,
-            amp=self.amp,
-            checkpoint=checkpoint,
-            resume=True,
-            metrics=self.metrics,
-            progress=self.progress,
+            **self.options(checkpoint),
         )
         made.save(path)
         checkpoint.unlink(missing_ok=True)
@@ -261,7 +248,7 @@ class _Demo:
             "kegnet": lambda: generators,
             "real": lambda: InMemory(self.splits.train.tensors[0]),
         }
-        with _seeded(mix(self.config.seed, SOURCES.index(source))):
+        with seeded(mix(self.config.seed, SOURCES.index(source))):
             return Pool(sources[source](), self.config.pool)
 
     def taught(
@@ -289,16 +276,22 @@ class _Demo:
                 lr=config.student_lr,
                 temperature=config.temperature,
                 student_batchnorm=config.batchnorm[source],
-                seed=config.seed,
-                amp=self.amp,
-                checkpoint=checkpoint,
-                resume=True,
-                metrics=self.metrics,
-                progress=self.progress,
                 label=f"{name} {source}",
+                **self.options(checkpoint),
             ),
         )
         return self.accuracy(label, student)
+
+    def options(self, checkpoint: Path) -> dict[str, Any]:
+        """What the training of every model is given, besides its own."""
+        return {
+            "seed": self.config.seed,
+            "amp": self.amp,
+            "checkpoint": checkpoint,
+            "resume": True,
+            "metrics": self.metrics,
+            "progress": self.progress,
+        }
 
     def trained(self, name: str, model: nn.Module, fit: Callable[[Path, nn.Module], object]) -> nn.Module:
         """The model with the weights that `fit` gives it, or gave it in an earlier run."""
@@ -316,55 +309,13 @@ class _Demo:
 
     def latency(self, models: Mapping[str, nn.Module]) -> dict[str, float]:
         """Median milliseconds per call, the models taking turns."""
-        with _seeded(0):
+        with seeded(0):
             x = torch.randn(self.config.latency_batch, *self.info.sample_shape).to(self.device)
-        seconds: dict[str, list[float]] = {name: [] for name in models}
+        calls = {name: partial(model.eval(), x) for name, model in models.items()}
         with torch.inference_mode():
-            for i in range(self.config.latency_rounds + 3):
-                for name, model in models.items():
-                    took = _timed(model.eval(), x)
-                    if i >= 3:  # the first calls choose kernels and pack weights
-                        seconds[name].append(took)
-        return {name: 1e3 * median(values) for name, values in seconds.items()}
-
-
-def save_images(path: Path, generators: Generators, splits: Splits, seed: int, columns: int = 8) -> None:
-    """Writes the images of the report as tensors of one safetensors file.
-
-    "grid" (generators, classes, columns, C, H, W): rows share a label, columns a noise vector.
-    "generated_mean" and "real_mean" (classes, C, H, W): means over 100 generated and all real samples.
-    """
-    classes, copies, device = generators.num_classes, generators.copies, generators.device
-    with _seeded(mix(seed, 100)):
-        noise = torch.randn(copies, 1, columns, generators.noise_size, device=device)
-        many = torch.randn(copies, classes * 100 // copies, generators.noise_size, device=device)
-    labels = torch.arange(classes, device=device).repeat_interleave(columns).expand(copies, -1)
-    grid = generators.generate(labels, noise.expand(-1, classes, -1, -1).flatten(1, 2))
-    drawn = torch.arange(many.shape[1], device=device).remainder(classes).expand(copies, -1)
-    samples = generators.generate(drawn, many)
-    real, real_labels = splits.train.tensors
-    tensors = {
-        "grid": grid.unflatten(1, (classes, columns)),
-        "generated_mean": _class_means(samples.flatten(0, 1), drawn.flatten(), classes),
-        "real_mean": _class_means(real, real_labels, classes),
-    }
-    save_tensors(path, tensors)
-
-
-def demo_table(results: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """The results as a table: its header, and a row per model and property."""
-    students = results["students"]
-    teacher = results["teacher"]
-    header = ["", "teacher", *(s["name"] for s in students)]
-    rows = [
-        ["parameters", f"{teacher['parameters']:,}", *(f"{s['parameters']:,}" for s in students)],
-        ["ratio", "1.0x", *(f"{s['ratio']:.1f}x" for s in students)],
-        ["latency (ms)", *(f"{m['latency_ms']:.1f}" for m in (teacher, *students))],
-    ]
-    for source in SOURCES:
-        own = f"{teacher['accuracy']:.1f}" if source == "tucker" else ""
-        rows.append([TITLES[source], own, *(f"{s['accuracy'][source]:.1f}" for s in students)])
-    return header, rows
+            interleaved(calls, rounds=2)  # the first calls choose kernels and pack weights
+            seconds = interleaved(calls, self.config.latency_rounds)
+        return {name: 1e3 * value for name, value in seconds.items()}
 
 
 def stage_seconds(metrics: MetricsLog) -> dict[str, float]:
@@ -372,20 +323,8 @@ def stage_seconds(metrics: MetricsLog) -> dict[str, float]:
     return {entry["stage"]: entry["seconds"] for entry in metrics.read()}
 
 
-def _class_means(samples: Tensor, labels: Tensor, classes: int) -> Tensor:
-    return torch.stack([samples[labels == k].mean(0) for k in range(classes)])
-
-
 def _parameters(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
-
-
-def _timed(model: nn.Module, x: Tensor) -> float:
-    start = time.perf_counter()
-    model(x)
-    if x.is_cuda:
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
 
 
 def _computes_in_bfloat16(device: torch.device) -> bool:
@@ -396,14 +335,6 @@ def _computes_in_bfloat16(device: torch.device) -> bool:
 
 def _leave(checkpoint: Path, model: nn.Module) -> None:
     """The training of a student that gets none."""
-
-
-@contextmanager
-def _seeded(seed: int) -> Iterator[None]:
-    """Draws from a seed of their own; the global generator is left as it was."""
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        yield
 
 
 def _clear(out: Path) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 from matplotlib.axes import Axes
 
-from kegfast.experiments.demo import SOURCES, TITLES, demo_table
+from kegfast.experiments.demo import SOURCES, TITLES
 from kegfast.files import read_state_dict
 from kegfast.loop import MetricsLog
 from kegfast.report import Page
@@ -55,6 +55,22 @@ def write_demo_report(out: Path) -> Path:
     path = out / "report.html"
     page.write(path)
     return path
+
+
+def demo_table(results: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """The results as a table: its header, and a row per model and property."""
+    students = results["students"]
+    teacher = results["teacher"]
+    header = ["", "teacher", *(s["name"] for s in students)]
+    rows = [
+        ["parameters", f"{teacher['parameters']:,}", *(f"{s['parameters']:,}" for s in students)],
+        ["ratio", "1.0x", *(f"{s['ratio']:.1f}x" for s in students)],
+        ["latency (ms)", *(f"{m['latency_ms']:.1f}" for m in (teacher, *students))],
+    ]
+    for source in SOURCES:
+        own = f"{teacher['accuracy']:.1f}" if source == "tucker" else ""
+        rows.append([TITLES[source], own, *(f"{s['accuracy'][source]:.1f}" for s in students)])
+    return header, rows
 
 
 def _accuracy_against_size(

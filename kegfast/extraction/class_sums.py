@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from kegfast import check
 from kegfast.check import expected
 from kegfast.extraction.teacher import FrozenTeacher
 
@@ -46,8 +47,7 @@ class ClassSums:
     @torch.no_grad()
     def sample(self, n: int) -> tuple[Tensor, None]:
         """Draw `n` rows, (n, *sample_shape) float32, without labels."""
-        if not isinstance(n, int) or n < 1:
-            raise ValueError(expected("n", "a positive int", n))
+        check.count("n", n)
         rows = self.noise.sample(max(BANK * n, BANK * self.num_classes))[0].to(self.teacher.device)
         found = self.teacher(rows)[0].argmax(1)
         rows = rows[found.argsort()]

@@ -7,16 +7,16 @@ from typing import Literal
 import torch
 from torch import nn
 
-from kegfast import processes
+from kegfast import check, processes
 from kegfast.check import expected
 from kegfast.extraction import ranks
-from kegfast.extraction.generators import Generators
+from kegfast.extraction.generators import Generators, check_samples
 from kegfast.extraction.networks import Decoder, Range
-from kegfast.extraction.recipe import Labels, Recipe, check_sizes, resolve
+from kegfast.extraction.recipe import Labels, Recipe, resolve
 from kegfast.extraction.step import Objective, Step
 from kegfast.extraction.teacher import FrozenTeacher
 from kegfast.extraction.terms import Term
-from kegfast.loop import MetricsLog, run_steps
+from kegfast.loop import MetricsLog, run_steps, seeded
 
 
 def extract(
@@ -90,11 +90,13 @@ def extract(
         FloatingPointError: The training diverged.
     """
     recipe = resolve(recipe, steps=steps, batch_size=batch_size, learning_rate=learning_rate, labels=labels)
-    check_sizes(num_classes=num_classes, generators=generators, noise_size=noise_size)
-    _check_range(input_range, sample_shape)
+    check.counts(generators=generators, noise_size=noise_size)
+    check_samples(num_classes, sample_shape, input_range)
+    if not all(callable(term) and hasattr(term, "name") and hasattr(term, "weight") for term in extra_terms):
+        raise TypeError(expected("extra_terms", "a list of terms", extra_terms))
     terms = [*recipe.terms(), *extra_terms]
     frozen = FrozenTeacher(teacher, any(term.name == "batch_norm" for term in terms), faithful)
-    device = torch.device(device) if device is not None else frozen.device
+    device = check.device("device", frozen.device if device is None else device)
     frozen.model.to(device)
     frozen.check(num_classes, sample_shape, device)
 
@@ -109,8 +111,7 @@ def extract(
     rank, world = processes.place()
     own = ranks.share(generators, rank, world)
     size = own.stop - own.start
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
+    with seeded(seed):
         result, whole = stack(generators)
         trained = whole
         if world > 1 and size:
@@ -138,21 +139,3 @@ def extract(
         result.history = ranks.mean_history(result.history, size, world)
     result.network.eval()
     return result
-
-
-def _check_range(input_range: Range | None, sample_shape: Sequence[int]) -> None:
-    shape = tuple(sample_shape) if isinstance(sample_shape, Sequence) else ()
-    if not shape or not all(isinstance(n, int) and n > 0 for n in shape):
-        raise ValueError(expected("sample_shape", "a tuple of positive ints", sample_shape))
-    if input_range is None:
-        return
-    if len(shape) != 3:
-        raise ValueError(expected("input_range", "None for samples that are no images", input_range))
-    try:
-        low, high = (torch.as_tensor(v, dtype=torch.float64).expand(shape[0]) for v in input_range)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(
-            expected("input_range", f"(low, high), numbers or {shape[0]} per channel", input_range)
-        ) from error
-    if not bool(((low < high) & low.isfinite() & high.isfinite()).all()):
-        raise ValueError(expected("input_range", "finite with low < high", input_range))

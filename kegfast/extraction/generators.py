@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from kegfast import check
 from kegfast.check import expected
 from kegfast.extraction.networks import Range, make_generator
 from kegfast.extraction.recipe import Labels, check_labels
@@ -28,6 +29,9 @@ class Generators:
         input_range: Smallest and largest value of an image, each a number or one per channel; None
             gives every image mean 0 and deviation 1.
         labels: What `sample` asks for: "one-hot", one class, or "soft", a number in [0, 1) per class.
+
+    Raises:
+        TypeError, ValueError: An argument is none of these.
     """
 
     def __init__(
@@ -40,6 +44,8 @@ class Generators:
         labels: Labels = "one-hot",
     ):
         check_labels(labels)
+        check.counts(copies=copies, noise_size=noise_size)
+        check_samples(num_classes, sample_shape, input_range)
         self.copies = copies
         self.num_classes = num_classes
         self.sample_shape = tuple(sample_shape)
@@ -68,12 +74,33 @@ class Generators:
         labels: Tensor,  # (copies, N) int64, or (copies, N, classes)
         noise: Tensor,  # (copies, N, noise_size)
     ) -> Tensor:  # (copies, N, *sample_shape)
-        """Every generator's samples for the labels and noise given to it."""
+        """Every generator's samples for the labels and noise given to it.
+
+        Args:
+            labels: A class for each sample, (copies, N) int64, or a vector of them, (copies, N, classes).
+            noise: (copies, N, noise_size).
+
+        Raises:
+            ValueError: Labels or noise are of another shape, or no classes.
+        """
+        self._check(labels, noise)
         self.network.eval()
         if labels.dim() == 2:
             labels = one_hot(labels, self.num_classes)
         chunks = zip(labels.split(CHUNK, dim=1), noise.split(CHUNK, dim=1), strict=True)
         return torch.cat([self.network(y, z) for y, z in chunks], dim=1)
+
+    def _check(self, labels: Tensor, noise: Tensor) -> None:
+        shape = (self.copies, *noise.shape[1:2]) if isinstance(noise, Tensor) else ()
+        if len(shape) < 2 or noise.shape != (*shape, self.noise_size):
+            raise ValueError(expected("noise", f"({self.copies}, N, {self.noise_size})", noise))
+        what = f"classes {shape} below {self.num_classes}, or {(*shape, self.num_classes)}"
+        if not isinstance(labels, Tensor) or labels.shape not in (shape, (*shape, self.num_classes)):
+            raise ValueError(expected("labels", what, labels))
+        if labels.dim() == 2 and labels.is_cpu and labels.numel():  # elsewhere it would wait for the device
+            low, high = labels.aminmax()
+            if low < 0 or high >= self.num_classes:
+                raise ValueError(expected("labels", what, f"{low} to {high}"))
 
     def sample(self, n: int) -> tuple[Tensor, Tensor]:
         """Draws n samples, equally many from each generator, shuffled.
@@ -87,9 +114,7 @@ class Generators:
             Samples (n, *sample_shape) float32 and the labels asked for, (n,) int64; of soft ones the
             largest.
         """
-        if not isinstance(n, int) or isinstance(n, bool) or n < 1:
-            raise ValueError(expected("n", "a positive int", n))
-        each = math.ceil(n / self.copies)
+        each = math.ceil(check.count("n", n) / self.copies)
         labels = draw_labels((self.copies, each), self.num_classes, self.labels, self.device)
         noise = torch.randn(self.copies, each, self.noise_size, device=self.device)
         samples = self.generate(labels, noise)
@@ -125,10 +150,27 @@ class Generators:
         try:
             loaded = cls(**json.loads(metadata["config"]))
             loaded.network.load_state_dict(tensors)
-        except (KeyError, TypeError, RuntimeError, json.JSONDecodeError) as error:
+        except (KeyError, TypeError, RuntimeError, ValueError) as error:
             raise ValueError(f"{path}: expected parameters that fit their configuration: {error}") from error
         loaded.network.eval()
         return loaded
+
+
+def check_samples(num_classes: int, sample_shape: Sequence[int], input_range: Range | None) -> None:
+    """Raises TypeError or ValueError unless generators can make such samples of so many classes."""
+    check.count("num_classes", num_classes, 2)
+    shape = check.sizes("sample_shape", sample_shape)
+    if input_range is None:
+        return
+    if len(shape) != 3:
+        raise ValueError(expected("input_range", "None for samples that are no images", input_range))
+    try:
+        low, high = (torch.as_tensor(v, dtype=torch.float64).expand(shape[0]) for v in input_range)
+    except (TypeError, ValueError, RuntimeError) as error:
+        what = f"(low, high), numbers or {shape[0]} per channel"
+        raise ValueError(expected("input_range", what, input_range)) from error
+    if not bool(((low < high) & low.isfinite() & high.isfinite()).all()):
+        raise ValueError(expected("input_range", "finite with low < high", input_range))
 
 
 def draw_labels(

@@ -12,6 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from kegfast import check
 from kegfast.check import expected
 
 MOST = 8
@@ -52,8 +53,8 @@ class DeadLeaves:
         levels: Literal["matched", "uniform"] = "matched",
         device: torch.device | str | None = None,
     ):
-        self.sample_shape = tuple(sample_shape)
-        if len(self.sample_shape) != 3 or min(self.sample_shape) < 1:
+        self.sample_shape = check.sizes("sample_shape", sample_shape)
+        if len(self.sample_shape) != 3:
             raise ValueError(expected("sample_shape", "(channels, height, width)", sample_shape))
         if levels not in ("matched", "uniform"):
             raise ValueError(expected("levels", "'matched' or 'uniform'", levels))
@@ -64,9 +65,7 @@ class DeadLeaves:
 
     def sample(self, n: int) -> tuple[Tensor, None]:
         """Draw `n` images, (n, C, H, W) float32, without labels."""
-        if not isinstance(n, int) or n < 1:
-            raise ValueError(expected("n", "a positive int", n))
-        images = self._draw(n)
+        images = self._draw(check.count("n", n))
         for _ in range(REDRAWS):
             flat = (images.flatten(2).std(2).amax(1) < FLAT).nonzero().flatten()
             if len(flat) == 0:

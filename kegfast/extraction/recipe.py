@@ -3,6 +3,7 @@
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from kegfast import check
 from kegfast.check import expected
 from kegfast.extraction.terms import (
     BatchNormStatistics,
@@ -89,9 +90,11 @@ def resolve(recipe: str | Recipe, **overrides: float | None) -> Recipe:
     if not isinstance(recipe, Recipe):
         raise TypeError(expected("recipe", f"one of {sorted(RECIPES)} or a Recipe", recipe))
     recipe = recipe.but(**overrides)
-    check_sizes(steps=recipe.steps, batch_size=recipe.batch_size)
-    if not recipe.learning_rate > 0:
-        raise ValueError(expected("learning_rate", "a positive number", recipe.learning_rate))
+    check.count("steps", recipe.steps)
+    check.count("batch_size", recipe.batch_size, 2)  # BatchNorm needs a pair
+    check.number("learning_rate", recipe.learning_rate, above=0)
+    for name in ("alpha", "beta", "batch_norm", "total_variation", "class_balance"):
+        check.number(name, getattr(recipe, name), least=0)
     check_labels(recipe.labels)
     return recipe
 
@@ -100,16 +103,3 @@ def check_labels(labels: str) -> None:
     """Raises ValueError unless these are `Labels`."""
     if labels not in ("one-hot", "soft"):
         raise ValueError(expected("labels", "'one-hot' or 'soft'", labels))
-
-
-_LEAST = {"num_classes": 2, "batch_size": 2}  # one class needs no classifier; BatchNorm needs a pair
-
-
-def check_sizes(**sizes: int) -> None:
-    """Raises TypeError or ValueError unless all are ints of at least 1, or of what their name asks for."""
-    for name, value in sizes.items():
-        least = _LEAST.get(name, 1)
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise TypeError(expected(name, f"an int of at least {least}", value))
-        if value < least:
-            raise ValueError(expected(name, f"an int of at least {least}", value))

@@ -3,6 +3,8 @@
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kegfast import check
+
 
 class LeNet5(nn.Module):
     """Three 5x5 convolutions (6, 16, 120 channels) and two linear layers (84, classes); 61,706 parameters.
@@ -10,10 +12,14 @@ class LeNet5(nn.Module):
     Args:
         in_channels: channels of the images.
         num_classes: number of logits.
+
+    Raises:
+        TypeError, ValueError: one of them is no positive int.
     """
 
     def __init__(self, in_channels: int = 1, num_classes: int = 10) -> None:
         super().__init__()
+        check.counts(in_channels=in_channels, num_classes=num_classes)
         self.conv1 = nn.Conv2d(in_channels, 6, 5)
         self.conv2 = nn.Conv2d(6, 16, 5)
         self.conv3 = nn.Conv2d(16, 120, 5)

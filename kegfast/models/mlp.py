@@ -4,6 +4,8 @@ from itertools import pairwise
 
 from torch import Tensor, nn
 
+from kegfast import check
+
 
 class MLP(nn.Module):
     """Hidden layers of equal width with ELU, then one linear layer.
@@ -14,12 +16,17 @@ class MLP(nn.Module):
         units: width of the hidden layers.
         depth: number of hidden layers.
         dropout: probability after each hidden layer.
+
+    Raises:
+        TypeError, ValueError: a size is no positive int, or `dropout` is outside [0, 1].
     """
 
     def __init__(
         self, in_features: int, num_classes: int, *, units: int = 100, depth: int = 11, dropout: float = 0.0
     ) -> None:
         super().__init__()
+        check.counts(in_features=in_features, num_classes=num_classes, units=units, depth=depth)
+        check.number("dropout", dropout, least=0, most=1)
         widths = [in_features] + [units] * depth
         hidden = [
             nn.Sequential(nn.Linear(before, after), nn.ELU(), nn.Dropout(dropout))

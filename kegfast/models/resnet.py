@@ -3,6 +3,8 @@
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kegfast import check
+
 
 class BasicBlock(nn.Module):
     """Two 3x3 convolutions with batch normalisation around a shortcut without parameters (option A).
@@ -44,10 +46,14 @@ class ResNet14(nn.Module):
     Args:
         in_channels: channels of the images.
         num_classes: number of logits.
+
+    Raises:
+        TypeError, ValueError: one of them is no positive int.
     """
 
     def __init__(self, in_channels: int = 1, num_classes: int = 10) -> None:
         super().__init__()
+        check.counts(in_channels=in_channels, num_classes=num_classes)
         self.conv1 = nn.Conv2d(in_channels, 16, 3, padding=1)
         self.norm1 = nn.BatchNorm2d(16)
         self.layers1 = _stage(16, 16, stride=1)

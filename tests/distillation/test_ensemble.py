@@ -1,5 +1,7 @@
 """Several teachers as one."""
 
+import math
+
 import pytest
 import torch
 from torch import nn
@@ -43,7 +45,9 @@ def test_one_model_answers_for_itself():
 @pytest.mark.parametrize(
     ("options", "argument"),
     [
-        ({"models": []}, "weights"),
+        ({"models": []}, "models"),
+        ({"models": [3]}, "models"),
+        ({"weights": [1.0, math.inf]}, "weights"),
         ({"weights": [1.0]}, "weights"),
         ({"weights": [1.0, -1.0]}, "weights"),
         ({"average": "median"}, "average"),

@@ -198,12 +198,16 @@ def test_enormous_logits_stay_finite(name, scale):
         (lambda s, t, y: soft_target(s, t, alpha=1.5), "alpha"),
         (lambda s, t, y: soft_target(s, t, alpha=0.5), "labels"),
         (lambda s, t, y: soft_target(s, t, y[1:], alpha=0.5), "labels"),
+        (lambda s, t, y: soft_target(s, t, y + s.shape[1], alpha=0.5), "labels"),
+        (lambda s, t, y: soft_target(s, t, y.double(), alpha=0.5), "labels"),
+        (lambda s, t, y: soft_target(s, t, temperature="4"), "temperature"),
         (lambda s, t, y: soft_target(s, t.to("meta")), "teacher"),
         (lambda s, t, y: noisy_logits(s, t, share=2), "share"),
         (lambda s, t, y: noisy_logits(s, t, std=-1), "std"),
         (lambda s, t, y: decoupled(s[:, :1], t[:, :1]), "student"),
+        (lambda s, t, y: decoupled(s, t, y - 2 * s.shape[1]), "labels"),
     ],
 )
 def test_bad_arguments_are_named(logits, call, argument):
-    with pytest.raises(ValueError, match=f"^{argument} must be"):
+    with pytest.raises((ValueError, TypeError), match=f"^{argument} must be"):
         call(*logits)

@@ -1,5 +1,7 @@
 """Sources: shapes, ranges, repeatability, shares, and the teacher's kept answers."""
 
+import math
+
 import pytest
 import torch
 from torch import nn
@@ -176,21 +178,51 @@ def test_a_mixture_takes_shares_and_marks_unlabelled_samples():
         (lambda: GaussianNoise((2, 0)), "sample_shape"),
         (lambda: GaussianNoise((2,), std=0), "std"),
         (lambda: InMemory(torch.ones(0, 2)), "samples"),
-        (lambda: InMemory(torch.ones(3, 2), torch.ones(2)), "labels"),
+        (lambda: UniformNoise((2,), 0, math.inf), "high"),
+        (lambda: UniformNoise(3), "sample_shape"),
+        (lambda: UniformNoise((2.5,)), "sample_shape"),
+        (lambda: UniformNoise((2,), device="abacus"), "device"),
+        (lambda: UniformNoise((2,)).sample(-1), "n"),
+        (lambda: GaussianNoise((2,), std="1"), "std"),
+        (lambda: GaussianNoise((2,), mean=math.nan), "mean"),
+        (lambda: InMemory([1.0, 2.0]), "samples"),
+        (lambda: InMemory(torch.ones(3, 2), torch.ones(2, dtype=int)), "labels"),
+        (lambda: InMemory(torch.ones(3, 2), torch.ones(3)), "labels"),
+        (lambda: InMemory(torch.ones(3, 2)).sample(0), "n"),
+        (lambda: Augmented(torch.ones(3, 2), lambda x: x[:1]).sample(3), "change"),
         (lambda: Pool(UniformNoise((2,)), 0), "size"),
         (lambda: Noisy(UniformNoise((2,)), std=-1), "std"),
         (lambda: Munge(torch.ones(1, 2)), "samples"),
         (lambda: Munge(torch.ones(3, 2), swap=2), "swap"),
         (lambda: Munge(torch.ones(3, 2), sharpness=0), "sharpness"),
-        (lambda: Mixture([]), "weights"),
+        (lambda: Mixture([]), "sources"),
+        (lambda: Mixture(torch.ones(3, 2)), "sources"),
+        (lambda: Mixture([torch.ones(3, 2), torch.ones(3, 4)]).sample(4), "sources"),
+        (lambda: Mixture([UniformNoise((2,))] * 2, [math.nan, 1.0]), "weights"),
         (lambda: Mixture([UniformNoise((2,))], [0.0]), "weights"),
         (lambda: as_source(DataLoader([])).sample(1), "source"),
         (lambda: as_source([]), "source"),
     ],
 )
 def test_bad_arguments_are_named(call, argument):
-    with pytest.raises(ValueError, match=f"^{argument}"):
+    with pytest.raises((ValueError, TypeError), match=f"^{argument} must be"):
         call()
+
+
+class Named(Dataset):
+    """Samples whose labels are words."""
+
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, index):
+        return torch.ones(2), "cat"
+
+
+@pytest.mark.parametrize("source", [Named(), DataLoader(Named(), batch_size=2)], ids=["set", "loader"])
+def test_words_are_no_labels(source):
+    with pytest.raises(TypeError, match=r"labels must be integers, got .*cat"):
+        as_source(source).sample(2)
 
 
 @pytest.mark.parametrize("thing", [3, None, iter([1])])
