@@ -217,6 +217,22 @@ def verify(calls: dict[str, Callable[[], Tensor]], dtype: torch.dtype) -> None:
             raise AssertionError(f"{name}: relative error {error:.2g}")
 
 
+def error_over_sequential(shape: Shape) -> float:
+    """Our float32 error over that of the Sequential, one image, both against float64; the worse layout."""
+    torch.manual_seed(0)
+    layer = TuckerConv2d(
+        shape.channels, shape.features, shape.kernel, shape.ranks, shape.stride, shape.padding
+    ).requires_grad_(False)
+    sequential = layer.to_sequential()
+    x = torch.randn(1, shape.channels, shape.size, shape.size)
+    want = copy.deepcopy(sequential).double()(x.double())
+    ratios = []
+    for layout in (torch.contiguous_format, torch.channels_last):
+        ours, theirs = (model(x.contiguous(memory_format=layout)) for model in (layer, sequential))
+        ratios.append((ours - want).norm() / (theirs - want).norm())
+    return max(ratios).item()
+
+
 def take_turns(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
     """Median seconds per call; short calls repeat inside a turn.
 
@@ -239,24 +255,27 @@ def geometric_mean(values: list[float]) -> float:
 def measure(
     grid: list[Shape], batch: int, rounds: int, dtype: torch.dtype, training: bool, compiled: bool = False
 ) -> Iterator[dict[str, object]]:
-    """One record per configuration. Shares are of this core's FMA rate and of a copy's bandwidth."""
+    """One record per configuration. Shares are of the cores' FMA rate for dtype and of a copy's bandwidth."""
     threads = torch.get_num_threads()
-    peak, memory = threads * multiply_add_rate(), bandwidth()
+    peak, memory = threads * multiply_add_rate(dtype), bandwidth()
     for shape in grid:
         if training:
             times = take_turns(training_steps(shape, batch), rounds)
         else:
             with torch.inference_mode(False), torch.no_grad():
+                error = error_over_sequential(shape)
                 calls = contenders(shape, batch, dtype, compiled)
                 verify(calls, dtype)
                 times = take_turns(calls, rounds)
         ours = best(times, "kegfast")
-        share = (
-            {"weight_gradient_share": weight_gradient_share(shape, batch, rounds, peak)} if training else {}
+        extra = (
+            {"weight_gradient_share": weight_gradient_share(shape, batch, rounds, peak)}
+            if training
+            else {"float32_error_over_sequential": error}
         )
         yield (
             asdict(shape)
-            | share
+            | extra
             | {
                 "name": shape.name,
                 "batch": batch,

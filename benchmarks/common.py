@@ -48,11 +48,14 @@ def bandwidth(seconds: float = 0.3) -> float:
     return 2 * source.numel() / statistics.median(times)
 
 
-def multiply_add_rate() -> float:
-    """float32 multiply-adds a second that one core does at most (independent ones, in registers)."""
+def multiply_add_rate(dtype: torch.dtype = torch.float32) -> float:
+    """Multiply-adds a second that one core does at most (independent ones, in registers).
+
+    Of bfloat16 where the instruction set has them, else of float32.
+    """
     from kegfast import _C
 
-    return max(_C.multiply_add_rate() for _ in range(20))
+    return max(_C.multiply_add_rate(dtype == torch.bfloat16) for _ in range(20))
 
 
 def vector_issue_rate() -> float:

@@ -38,7 +38,12 @@ double rate_of(int64_t (*issue)(int64_t)) {
 double vector_issue_rate() {
   return rate_of(KEGFAST_SELECT(issue_vectors));
 }
-double multiply_add_rate() {
+double multiply_add_rate(bool bfloat16) {
+#if defined(KEGFAST_HAS_AVX512_BF16)
+  if (bfloat16 && kegfast::active_isa() >= kegfast::Isa::avx512_bf16)
+    return rate_of(KEGFAST_SELECT_BF16(issue_pair_multiply_adds));
+#endif
+  (void)bfloat16;
   return rate_of(KEGFAST_SELECT(issue_multiply_adds));
 }
 
@@ -105,7 +110,7 @@ PYBIND11_MODULE(_C, m) {
       .value("sort", kegfast::L1Kernel::sort)
       .value("pairs", kegfast::L1Kernel::pairs);
   m.def("vector_issue_rate", &vector_issue_rate);
-  m.def("multiply_add_rate", &multiply_add_rate);
+  m.def("multiply_add_rate", &multiply_add_rate, py::arg("bfloat16") = false);
   m.def("force_l1_kernel", &kegfast::force_l1_kernel, py::arg("kernel"));
   m.def("tucker2_winograd", &kegfast::tucker2_winograd);
   m.def("set_tucker2_winograd", &kegfast::set_tucker2_winograd, py::arg("most"));
