@@ -1,7 +1,7 @@
 """The experiments of KegNet (Yoo et al., NeurIPS 2019): teachers, students and what was published."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 from torch import nn
@@ -42,6 +42,7 @@ class Config:
         generator_steps: steps of the generators, all of them at once.
         generator_batch: samples per generator and step.
         probe: held-out samples per source that students are chosen by.
+        calibration: samples that the default recipe's factors are solved on.
         protocol: "equal", or "paper": five times fewer samples of noise than of generators, which are asked
             for soft labels. A data set's budget of that name is `PROTOCOLS`'.
         amp: compute in bfloat16 where torch's autocast deems it safe.
@@ -54,12 +55,13 @@ class Config:
     generator_steps: int = 1_000
     generator_batch: int = 64
     probe: int = 2_000
+    calibration: int = 512
     protocol: Literal["equal", "paper"] = "equal"
     amp: bool = False
 
     def identity(self) -> dict[str, Any]:
         """What results depend on; options at their default are left out, as in files from before them."""
-        later = {"protocol": "equal", "amp": False}
+        later = {"calibration": 512, "protocol": "equal", "amp": False}
         return {name: v for name, v in asdict(self).items() if name not in later or v != later[name]}
 
 
@@ -79,14 +81,23 @@ class Schedule:
     Attributes:
         rates: the learning rate at the start of each leg.
         batchnorm: the mode of the student's BatchNorm layers; see `kegfast.distill`.
+        loss: its text; see `kegfast.distillation.objective`.
+        share: of a table's steps.
     """
 
     rates: tuple[float, ...]
     batchnorm: Literal["train", "eval"]
+    loss: str = "soft_target"
+    share: float = 1.0
 
 
 STRUCTURED = Schedule((2e-3,), "train")
 """For samples that look like images: a student cannot learn too much from them."""
+HINTED = replace(STRUCTURED, loss="soft_target + hint@layers3.0,layers3.1:2.5")
+"""For ResNet14, whose last two blocks are taught one by one: the teacher's logits say little about a block on
+images that look like no class."""
+FINE = replace(HINTED, rates=(5e-4,), share=0.125)
+"""The same from ranks by budget: less is to be learnt than forgotten, and teaching all layers takes long."""
 NOISE = Schedule((1e-5, 1e-4, 1e-3), "eval")
 """For noise and KegNet's samples, from which a student drifts away when it learns fast."""
 TABULAR = Schedule((1e-3,), "train")
@@ -107,6 +118,7 @@ class Paper:
         beta: weight of the generators' diversity term.
         generator_lr: the generators' learning rate.
         training: arguments of `kegfast.training.train` for a teacher that is trained here.
+        shared: the layers before the first that any of its students compresses, from the input on.
     """
 
     dataset: str
@@ -118,17 +130,22 @@ class Paper:
     beta: float
     generator_lr: float = 1e-3
     training: Mapping[str, float] = field(default_factory=dict)
+    shared: tuple[str, ...] = ()
 
     @property
     def tabular(self) -> bool:
         """Whether the samples are rows of a table."""
         return self.model == "MLP"
 
-    def schedule(self, method: str) -> Schedule:
+    def schedule(self, method: str, ranks: str = "paper") -> Schedule:
         """How a student is taught with the samples of a method."""
         if self.tabular:
             return TABULAR
-        return NOISE if method in ("uniform", "gaussian", "kegnet") else STRUCTURED
+        if method in ("uniform", "gaussian", "kegnet"):
+            return NOISE
+        if not self.shared:
+            return STRUCTURED
+        return HINTED if ranks == "paper" else FINE
 
 
 def _kegnet(
@@ -140,6 +157,7 @@ def _kegnet(
 
 _CONV1 = {"layers3.0.conv1": (8, 11), "layers3.1.conv1": (15, 15)}
 _CONV2 = {"layers3.0.conv2": (24, 10), "layers3.1.conv2": (21, 18)}
+_BEFORE = ("conv1", "norm1", "layers1", "layers2")
 _SVHN1 = {"layers3.0.conv1": (2, 2), "layers3.1.conv1": (10, 9)}
 _SVHN2 = {"layers3.0.conv2": (8, 7), "layers3.1.conv2": (21, 10)}
 
@@ -176,14 +194,16 @@ PAPERS = {
                 2: _kegnet(_CONV2, 75.80, None, None, 87.80),
                 3: _kegnet(_CONV1 | _CONV2, 46.55, None, None, 79.95),
             },
-            Config(pool=32_768, steps=1_500, generator_steps=500),
+            Config(pool=8_192, steps=400, generator_steps=100, calibration=128),
             92.50, beta=10.0, generator_lr=1e-2, training={"epochs": 8, "shift": 2},
+            shared=_BEFORE,
         ),
         Paper(
             "svhn", "ResNet14", lambda: ResNet14(in_channels=3),
             {1: Student(_SVHN1), 2: Student(_SVHN2), 3: Student(_SVHN1 | _SVHN2)},
             Config(pool=32_768, steps=1_500, generator_steps=500),
             93.23, beta=1.0, generator_lr=1e-2, training={"epochs": 8, "shift": 2},
+            shared=_BEFORE,
         ),
         _table("pendigits", 16, 10, 5, 3_000, 96.56, 26.44, 78.22, 82.62),
         _table("letter", 16, 26, 10, 3_000, 95.63, 31.40, 76.80, 77.73),

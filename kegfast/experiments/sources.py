@@ -10,9 +10,10 @@ from zlib import crc32
 import torch
 from torch import Tensor, nn
 
+from kegfast.compression.matching import match_statistics
 from kegfast.data import DataInfo
 from kegfast.data.splits import Samples
-from kegfast.distillation import GaussianNoise, InMemory, Pool, UniformNoise
+from kegfast.distillation import Augmented, GaussianNoise, InMemory, Pool, UniformNoise
 from kegfast.distillation.sources import Source
 from kegfast.experiments.ledger import Ledger
 from kegfast.experiments.paper import Config, Paper
@@ -20,8 +21,10 @@ from kegfast.extraction import RECIPES, Generators, extract
 from kegfast.extraction.class_sums import ClassSums
 from kegfast.extraction.procedural import DeadLeaves
 from kegfast.extraction.ranks import own_path
+from kegfast.files import read_tensors, save_tensors
 from kegfast.loop import mix
 from kegfast.processes import place
+from kegfast.training import random_shift
 
 FEWER = 5
 """The paper's noise has so many times fewer samples: one generator's."""
@@ -29,10 +32,14 @@ PROBES = ("uniform", "gaussian", "procedural", "kegnet")
 """Sources whose samples judge a student that was taught with another."""
 MADE_OF = {"kegfast": ("procedural", "gaussian")}
 """Sources that a recipe draws from, and that must not judge its students."""
+MATCHED = 512
+"""Dead leaves that are changed until a teacher's BatchNorm finds them familiar, and shown in many places."""
+SHIFT = 2
+"""By how many pixels at most, and as often mirrored as not: leaves fall anywhere."""
 
 
 class Sources:
-    """The sources of one data set, teacher and seed; generators are trained when first asked for.
+    """The sources of one data set, teacher and seed; what must be trained is, when it is first asked for.
 
     Args:
         paper: the data set's experiment.
@@ -65,7 +72,7 @@ class Sources:
 
     def pool(self, method: str) -> tuple[Pool, float]:
         """The samples of a method, and the CPU seconds that making them took, training included."""
-        source = self.source(method)
+        source = self.source(method)  # training, if any, keeps its own time
         start = time.process_time()
         with _seeded(self.seed, method):
             pool = Pool(source, self._size(method))
@@ -90,6 +97,10 @@ class Sources:
         with _seeded(self.seed, f"{method} held out"):
             return source.sample(n)[0]
 
+    def calibration(self, n: int) -> Tensor:
+        """What the default recipe solves factors on: `n` samples, matched ones as they were matched."""
+        return self.matched()[:n] if self.has_norms else self.draw("kegfast", n)
+
     def has(self, method: str) -> bool:
         """Whether there is such a source: no dead leaves for tables, no oracle without data."""
         if method == "procedural":
@@ -103,12 +114,16 @@ class Sources:
             return UniformNoise(shape, -(3**0.5), 3**0.5)
         if method == "gaussian":
             return GaussianNoise(shape)
-        if method == "procedural" or (method == "kegfast" and not self.paper.tabular):
+        if method == "procedural":
             return DeadLeaves(shape, self.info.mean, self.info.std)
         if method == "oracle":
             return InMemory(self.train.tensors[0])
-        if method == "kegfast":
+        if method == "kegfast" and self.paper.tabular:
             return ClassSums(self.teacher, self.info.num_classes, GaussianNoise(shape))
+        if method == "kegfast":
+            return (
+                Augmented(InMemory(self.matched()), _moved) if self.has_norms else self.source("procedural")
+            )
         generators = self.generators()
         generators.labels = "soft" if self.config.protocol == "paper" else "one-hot"
         return generators
@@ -146,12 +161,40 @@ class Sources:
         return made
 
     @property
+    def has_norms(self) -> bool:
+        """Whether the teacher remembers statistics of its data."""
+        return any(isinstance(layer, nn.modules.batchnorm._BatchNorm) for layer in self.teacher.modules())
+
+    def matched(self) -> Tensor:
+        """Dead leaves with the teacher's BatchNorm statistics, made where there are none yet."""
+        path = self.output / f"matched-{self.seed}.safetensors"
+        if path.exists():
+            return read_tensors(path)[0]["samples"]
+        start, parts = time.process_time(), []
+        with _seeded(self.seed, "matched"):
+            left = self.source("procedural").sample(MATCHED)[0]
+        while len(left):
+            parts.append(match_statistics(self.teacher, left))
+            left = left[len(parts[-1]) :]
+        seconds = time.process_time() - start
+        self.ledger.cell(f"matched/{self.seed}", lambda: {"seconds": seconds})
+        made = torch.cat(parts)
+        save_tensors(path, {"samples": made})
+        return made
+
+    @property
     def key(self) -> str:
         """The generators' cell in the ledger."""
         return f"generators/{self.seed}"
 
     def _training_seconds(self, method: str) -> float:
-        return self.ledger.cells[self.key]["seconds"] if method == "kegnet" else 0.0
+        key = {"kegnet": self.key, "kegfast": f"matched/{self.seed}"}.get(method)
+        return self.ledger.cells[key]["seconds"] if key in self.ledger.cells else 0.0
+
+
+def _moved(images: Tensor) -> Tensor:  # (N, C, H, W)
+    mirrored = torch.rand(len(images), 1, 1, 1, device=images.device) < 0.5
+    return random_shift(torch.where(mirrored, images.flip(3), images), SHIFT)
 
 
 @contextmanager

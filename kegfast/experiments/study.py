@@ -4,6 +4,7 @@ import logging
 import time
 from collections.abc import Iterable, Sequence
 from copy import deepcopy
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,11 @@ from torch import Tensor, nn
 from kegfast import compression
 from kegfast.check import expected
 from kegfast.data import DataInfo, Splits
-from kegfast.distillation import Pool, distill
+from kegfast.distillation import InMemory, distill
 from kegfast.experiments.ledger import Ledger
-from kegfast.experiments.paper import METHODS, Config, Paper
+from kegfast.experiments.paper import METHODS, Config, Paper, Schedule
 from kegfast.experiments.sources import Sources
+from kegfast.experiments.tails import head_outputs, tail
 from kegfast.loop import mix
 from kegfast.processes import agreed, place, replicated
 from kegfast.training import evaluate
@@ -28,8 +30,23 @@ RANKS = ("paper", "budget")
 BUDGETED = ("tucker-only", "kegfast", "oracle")
 """Methods that are run at both kinds of ranks unless ranks are asked for: where ranks by budget start, end,
 and could end. The others were published at the paper's."""
-CALIBRATION = 512
-"""Samples that the default recipe's factors are solved on."""
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """What students of one method are taught with.
+
+    Attributes:
+        pool: what they see: samples, or what the layers that they share with the teacher make of them.
+        shared: these layers.
+        schedule: of the method.
+        seed: of the order.
+    """
+
+    pool: InMemory
+    shared: Sequence[str]
+    schedule: Schedule
+    seed: int
 
 
 class Study:
@@ -117,9 +134,9 @@ class Study:
     def starts(self, number: int, ranks: str, method: str, seed: int) -> list[nn.Module]:
         """Freshly compressed students, among which agreement on other sources' samples decides.
 
-        The default recipe adds those whose factors are solved anew on its artificial samples, with the
-        BatchNorm statistics that `compress` gives them and with the teacher's. A table's at the paper's ranks
-        stay as they are: so few are left that solving layer by layer leads astray.
+        The default recipe adds those whose factors are solved anew on its artificial samples. At the paper's
+        ranks a table's stay as they are, so few are left that solving layer by layer leads astray; and those
+        of networks that share layers with the teacher, of which nothing but statistics would be solved.
         """
         if number not in self.paper.students:
             raise ValueError(expected("students", f"of {sorted(self.paper.students)}", number))
@@ -129,17 +146,11 @@ class Study:
         if ranks == "budget":
             spend = {"budget": {"params": 1 / report.ratio}}
             plain = compression.compress(self.teacher, **spend)[0]
-        if method != "kegfast" or (self.paper.tabular and ranks == "paper"):
+        if method != "kegfast" or (ranks == "paper" and (self.paper.tabular or self.paper.shared)):
             return [plain]
-        samples = self.sources(seed).draw(method, CALIBRATION)
-        calibrated = compression.compress(self.teacher, calibration=samples, samples=CALIBRATION, **spend)[0]
-        if not any(isinstance(layer, nn.modules.batchnorm._BatchNorm) for layer in calibrated.modules()):
-            return [plain, calibrated]
-        kept = deepcopy(calibrated)
-        statistics = dict(self.teacher.named_buffers())
-        for name, buffer in kept.named_buffers():
-            buffer.copy_(statistics[name])
-        return [plain, calibrated, kept]
+        samples = self.sources(seed).calibration(self.config.calibration)
+        solved = compression.compress(self.teacher, calibration=samples, samples=len(samples), **spend)[0]
+        return [plain, solved]
 
     def weights(self, name: str) -> Path:
         """The file of a cell's chosen student."""
@@ -149,11 +160,14 @@ class Study:
         sources = self.sources(seed)
         pool, seconds = (None, 0.0) if method == "tucker-only" else sources.pool(method)
         probes = {} if pool is None else sources.probes(method)
+        lessons: dict[str, Lesson] = {}
         for number, ranks, name in missing:
             log.info("%s %s", self.paper.dataset, name)
             start = time.process_time()
+            if pool is not None and ranks not in lessons:
+                lessons[ranks] = self._lesson(pool, ranks, method, seed)
             starts = self.starts(number, ranks, method, seed)
-            candidates, agreement, chosen = self._candidates(name, starts, pool, probes, method, seed)
+            candidates, agreement, chosen = self._candidates(name, starts, lessons.get(ranks), probes)
             spent = seconds + time.process_time() - start
             compression.save(candidates[chosen], self.weights(name))
             result = {
@@ -168,21 +182,20 @@ class Study:
             for leg in self.output.glob(f"{self.weights(name).stem}-leg*.pt"):
                 leg.unlink()
 
+    def _lesson(self, pool: InMemory, ranks: str, method: str, seed: int) -> Lesson:
+        shared, schedule = self.paper.shared if ranks == "paper" else (), self.paper.schedule(method, ranks)
+        if shared:
+            pool = InMemory(head_outputs(self.teacher, shared, pool.samples))
+        return Lesson(pool, shared, schedule, seed)
+
     def _candidates(
-        self,
-        name: str,
-        starts: list[nn.Module],
-        pool: Pool | None,
-        probes: dict[str, Tensor],
-        method: str,
-        seed: int,
+        self, name: str, starts: list[nn.Module], lesson: Lesson | None, probes: dict[str, Tensor]
     ) -> tuple[list[nn.Module], list[dict[str, float]], int]:
         """The starts, then the best of them after each leg; their agreement; which one agrees best."""
         candidates = list(starts)
         agreement = [self._agreement(model, probes) for model in starts]
-        if pool is not None:
-            student = deepcopy(starts[_best(agreement)])
-            legs = self._teach(name, student, pool, method, seed)
+        if lesson is not None:
+            legs = self._teach(name, deepcopy(starts[_best(agreement)]), lesson)
             candidates += legs
             agreement += [self._agreement(model, probes) for model in legs]
         return candidates, agreement, _best(agreement)
@@ -191,23 +204,24 @@ class Study:
         own, teacher = (sum(p.numel() for p in model.parameters()) for model in (student, self.teacher))
         return {"params": own, "ratio": teacher / own}
 
-    def _teach(
-        self, name: str, student: nn.Module, pool: Pool, method: str, seed: int
-    ) -> list[nn.Module]:  # the student after each leg
-        schedule, config = self.paper.schedule(method), self.config
+    def _teach(self, name: str, student: nn.Module, lesson: Lesson) -> list[nn.Module]:
+        """The student after each leg."""
+        schedule, config = lesson.schedule, self.config
         legs, world = [], place()[1]
         student.to(memory_format=torch.channels_last)
+        taught, teacher = (tail(model, lesson.shared) for model in (student, self.teacher))
         for leg, rate in enumerate(schedule.rates):
             distill(
-                replicated(student),
-                self.teacher,
-                pool,
-                steps=max(1, config.steps // len(schedule.rates)),
+                replicated(taught),
+                teacher,
+                lesson.pool,
+                loss=schedule.loss,
+                steps=max(1, round(schedule.share * config.steps) // len(schedule.rates)),
                 batch_size=max(1, config.batch_size // world),
                 lr=rate,
                 temperature=config.temperature,
                 student_batchnorm=schedule.batchnorm,
-                seed=mix(seed, leg),
+                seed=mix(lesson.seed, leg),
                 amp=config.amp,
                 checkpoint=self.output / f"{self.weights(name).stem}-leg{leg}.pt" if world == 1 else None,
                 resume=world == 1,

@@ -7,7 +7,9 @@ import torch
 
 from kegfast import compression, data
 from kegfast.cli import main
+from kegfast.compression import matching
 from kegfast.data.splits import DataInfo, make_splits
+from kegfast.experiments import sources as sources_module
 from kegfast.experiments import study as study_module
 from kegfast.experiments import tables
 from kegfast.experiments.paper import METHODS, PAPERS, Config, paper
@@ -265,15 +267,56 @@ def test_default_recipe_starts_from_factors_solved_on_leaves(images):
     assert error[1] < 0.8 * error[0]
 
 
-def test_batchnorm_statistics_are_the_samples_own_or_the_teachers(tmp_path):
+def test_factors_are_solved_on_matched_leaves_for_ranks_by_budget(tmp_path, monkeypatch):
+    experiment, info = paper("fashion-mnist"), data.describe("fashion-mnist")
+    monkeypatch.setattr(sources_module, "MATCHED", 8)
+    monkeypatch.setattr(matching, "STEPS", 2)
+    torch.manual_seed(0)
+    study = Study(experiment, info, None, experiment.build(), tmp_path, Config(**TINY))
+    assert len(study.starts(3, "paper", "kegfast", 0)) == 1
+    plain, solved = study.starts(3, "budget", "kegfast", 0)
+    norms = [model.layers3[1].bn2.running_mean for model in (plain, solved)]
+    assert not torch.equal(*norms)
+
+
+def test_leaves_are_matched_once_for_a_teacher_with_statistics(tmp_path, monkeypatch):
+    experiment, info = paper("fashion-mnist"), data.describe("fashion-mnist")
+    monkeypatch.setattr(sources_module, "MATCHED", 20)
+    seen = []
+
+    def match(model, samples):  # a part of them, as the real one
+        seen.append(len(samples))
+        return samples[:12] + 1
+
+    monkeypatch.setattr(sources_module, "match_statistics", match)
+    torch.manual_seed(0)
+    study = Study(experiment, info, None, experiment.build(), tmp_path, Config(**TINY))
+    made = study.sources(0).matched()
+    assert seen == [20, 8]
+    assert torch.equal(study.sources(0).calibration(12), made[:12])
+    pool, seconds = study.sources(0).pool("kegfast")
+    assert seen == [20, 8]
+    assert len(pool) == TINY["pool"]
+    assert seconds > study.ledger.cells["matched/0"]["seconds"] > 0
+    values = set(made.flatten().tolist())
+    assert set(pool.samples.flatten().tolist()) <= values  # moved and mirrored, not changed
+    assert not torch.equal(study.sources(1).matched(), made)
+
+
+@pytest.mark.parametrize(("ranks", "stay"), [("paper", True), ("budget", False)])
+def test_layers_that_a_student_shares_with_its_teacher_stay(ranks, stay, tmp_path):
     experiment, info = paper("fashion-mnist"), data.describe("fashion-mnist")
     torch.manual_seed(0)
     study = Study(experiment, info, None, experiment.build(), tmp_path, Config(**TINY))
-    plain, solved, kept = study.starts(3, "paper", "kegfast", 0)
-    norms = [model.layers3[1].bn2.running_mean for model in (plain, solved, kept)]
-    assert torch.equal(norms[2], norms[0])
-    assert not torch.equal(norms[1], norms[0])
-    assert torch.equal(kept.layers3[0].conv1.core.weight, solved.layers3[0].conv1.core.weight)
+    pool, _ = study.sources(0).pool("procedural")
+    (start,) = study.starts(3, ranks, "procedural", 0)
+    old = {name: p.detach().clone() for name, p in start.named_parameters()}
+    (taught,) = study._teach("s3", start, study._lesson(pool, ranks, "procedural", 0))
+    new = dict(taught.named_parameters())
+    assert not torch.equal(old["linear.weight"], new["linear.weight"])
+    for name, value in old.items():
+        if name.split(".")[0] in experiment.shared:
+            assert torch.equal(value, new[name]) == stay, name
 
 
 def test_factors_of_a_table_are_solved_for_ranks_by_budget_alone(tmp_path):
