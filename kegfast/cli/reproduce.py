@@ -112,7 +112,7 @@ def _run_distillation(args: argparse.Namespace) -> None:
         if (value := getattr(args, name)) is not None:
             raise ValueError(expected(name, f"left out for {args.dataset}", value))
     folder = args.out or Path("runs") / f"reproduce-{args.dataset}"
-    if not args.resume and (folder / "results.json").exists():
+    if not args.resume and any(folder.glob("*.json")):
         raise ValueError(f"out must be an empty folder, or give --resume to continue the run in {folder}")
     experiment = import_module(f"kegfast.experiments.{args.dataset}")
     config = replace(experiment.Config(), seeds=tuple(args.seeds))

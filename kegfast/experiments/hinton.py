@@ -1,12 +1,13 @@
 """Hinton, Vinyals and Dean (2015), section 3, on MNIST: `kegfast reproduce hinton`.
 
 Errors of a thousand-unit teacher, of smaller students trained alone and distilled, of students whose
-transfer set lacks the 3s, or holds 7s and 8s alone; and of one student of five networks.
+transfer set lacks the 3s, or holds 7s and 8s alone; and of one student of five networks
+(`kegfast.experiments.ensemble`).
 """
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 
@@ -14,27 +15,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import kegfast
-from kegfast.data.catalog import ENTRIES, load_entry
-from kegfast.data.splits import DataInfo, Splits
-from kegfast.distillation import Augmented, Ensemble, InMemory, Noisy
+from kegfast.data.splits import Splits
+from kegfast.distillation import Augmented
 from kegfast.distillation.sources import Source
+from kegfast.experiments import ensemble
 from kegfast.experiments.ledger import spread
+from kegfast.experiments.perceptrons import CLASSES, Budget, Learning, load, logits, network, wrong
 from kegfast.experiments.trial import Trial, beginning, spreads, trials
-from kegfast.loop import mix
-from kegfast.training import train
-
-CLASSES = 10
 
 Move = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
-class Config:
-    """What the results depend on.
+class Students(Budget):
+    """What the errors of the teacher and its students depend on.
+
+    The paper's temperature is 20; it finds all above 8 alike from 300 units on, 2.5 to 4 best for 30. In so
+    few passes a low one served 800 units better.
 
     Attributes:
-        seeds: One student of each kind per seed; all learn from one teacher.
         teacher_units: Width of the teacher's two hidden layers, as in the paper.
         student_units: The student's, as in the paper.
         dropout: The teacher's, on its hidden layers.
@@ -43,19 +42,8 @@ class Config:
         zoom: Share by which they grow or shrink, at most; the paper's do not.
         teacher_epochs: Passes of the teacher over the training set.
         student_epochs: Passes of each student; all have the same number of steps.
-        batch_size: Of all runs.
-        lr: Highest learning rate of all runs.
-        temperature: Of the soft targets. The paper has 20 and finds all above 8 alike from 300 units on, 2.5
-            to 4 best for 30; in so few passes a low one served 800 units better.
-        alpha: Weight of the soft targets against the labels; 1 uses none.
-        members: Networks of the ensemble; below 2 leaves it out.
-        member_units: Width of their hidden layers, and of their student's.
-        member_epochs: Passes of each of them.
-        noise: Deviation of what is added to the images that their student sees.
-        amp: Train in bfloat16 where that is safe.
     """
 
-    seeds: tuple[int, ...] = (0, 1, 2)
     teacher_units: int = 1200
     student_units: int = 800
     dropout: float = 0.25
@@ -64,15 +52,21 @@ class Config:
     zoom: float = 0.1
     teacher_epochs: int = 60
     student_epochs: int = 40
-    batch_size: int = 256
-    lr: float = 2e-3
-    temperature: float = 4.0
-    alpha: float = 1.0
-    members: int = 5
-    member_units: int = 100
-    member_epochs: int = 40
-    noise: float = 0.3
-    amp: bool = True
+
+
+@dataclass(frozen=True)
+class Config:
+    """What the results depend on.
+
+    Attributes:
+        seeds: One student of each kind per seed; all learn from one teacher.
+        students: Of the large teacher.
+        several: The ensemble and its student; None leaves them out.
+    """
+
+    seeds: tuple[int, ...] = (0, 1, 2)
+    students: Students = Students()
+    several: ensemble.Config | None = field(default_factory=ensemble.Config)
 
 
 def run(
@@ -81,8 +75,8 @@ def run(
     """Run what is missing of the experiment.
 
     Args:
-        output: A folder for results.json and, while a model trains, its checkpoint. A
-            stopped run continues from there.
+        output: A folder for the cells, `students.json` and `ensemble.json`, and, while a model trains, its
+            checkpoint. A stopped run continues from there.
         root: The folder with `mnist/`; OpenML's copy when None.
         config: What to run.
         progress: Show bars on a terminal.
@@ -90,110 +84,54 @@ def run(
     Returns:
         Test errors out of 10,000 as mean and spread over the seeds, by name.
     """
-    entry = ENTRIES["mnist"]
-    info = entry.info
-    flat = DataInfo(info.name, info.num_classes, (1, 28, 28), info.mean, info.std)
-    splits = load_entry(replace(entry, info=flat), None if root is None else Path(root))
-    runs = trials(output, config, progress)
-    shared = Trial(0, runs[0].ledger, progress, name="shared")
+    splits = load(root)
+    runs = trials(output, "students", config.seeds, config.students, progress)
+    shared = Learning(runs[0].shared(), config.students, splits)
 
     @cache
     def teacher() -> nn.Module:
-        model = beginning(lambda: _network(config.teacher_units, config.dropout), 0)
-        return _trained(shared, "teacher", model, config.teacher_epochs, config, splits, _mover(config))
+        students = config.students
+        model = beginning(lambda: network(students.teacher_units, students.dropout), 0)
+        return shared.trained("teacher", model, students.teacher_epochs, _mover(students))
 
-    found = [_Run(trial, config, splits, teacher).all() for trial in runs]
-    errors = shared.cell("teacher", lambda: _errors(teacher(), splits))
-    return {"teacher": spread([errors]), **spreads(found)}
-
-
-def _trained(
-    trial: Trial,
-    name: str,
-    model: nn.Module,
-    epochs: int,
-    config: Config,
-    splits: Splits,
-    augment: Move | None = None,
-) -> nn.Module:
-    """A network that learnt from the labels alone."""
-    train(
-        model,
-        splits.train,
-        epochs=epochs,
-        batch_size=config.batch_size,
-        lr=config.lr,
-        weight_decay=0.0,
-        augment=augment,
-        amp=config.amp,
-        **trial.resumed(name),
-    )
-    return model
+    errors = shared.errors("teacher", lambda name: teacher())
+    found = [_Run(trial, config.students, splits, teacher).all() for trial in runs]
+    results = {"teacher": spread([errors]), **spreads(found)}
+    if config.several is not None:
+        results |= ensemble.run(output, config.seeds, config.several, splits, progress)
+    return results
 
 
-class _Run:
-    """All cells of one seed; its networks of one width begin alike and make the same number of steps."""
+class _Run(Learning):
+    """All cells of one seed; its students begin alike and make the same number of steps."""
 
-    def __init__(self, trial: Trial, config: Config, splits: Splits, teacher: Callable[[], nn.Module]):
-        self.trial, self.config, self.splits, self.teacher = trial, config, splits, teacher
+    def __init__(self, trial: Trial, config: Students, splits: Splits, teacher: Callable[[], nn.Module]):
+        super().__init__(trial, config, splits)
+        self.teacher = teacher
 
     def all(self) -> dict[str, float]:
         found = {
-            "student alone": self._errors("student alone", self._alone),
-            "distilled": self._errors("distilled", self._distilled),
-            "distilled on moved images": self._errors(
+            "student alone": self.errors("student alone", self._alone),
+            "distilled": self.errors("distilled", self._distilled),
+            "distilled on moved images": self.errors(
                 "distilled on moved images", lambda name: self._distilled(name, self._moved())
             ),
         }
         for name, kept in (("without 3", [0, 1, 2, 4, 5, 6, 7, 8, 9]), ("7 and 8 only", [7, 8])):
             part = self.trial.cell(name, lambda name=name, kept=kept: self._missing(name, kept))
             found |= {f"{name}: {key}": value for key, value in part.items()}
-        return found | (self._ensemble() if self.config.members > 1 else {})
-
-    def _errors(self, name: str, make: Callable[[str], nn.Module]) -> int:
-        return self.trial.cell(name, lambda: _errors(make(name), self.splits))
+        return found
 
     def _alone(self, name: str) -> nn.Module:
-        config = self.config
-        student = self._beginning(config.student_units)
-        return _trained(self.trial, name, student, config.student_epochs, config, self.splits)
+        return self.trained(name, self.beginning(self.config.student_units), self.config.student_epochs)
 
     def _distilled(self, name: str, source: Source | None = None) -> nn.Module:
-        student = self._beginning(self.config.student_units)
-        return self._taught(name, student, self.teacher(), self.config.student_epochs, source)
-
-    def _beginning(self, units: int, number: int = 0) -> nn.Module:
-        return beginning(lambda: _network(units), mix(self.trial.seed, number))
-
-    def _taught(
-        self, name: str, student: nn.Module, teacher: nn.Module, epochs: int, source: Source | None = None
-    ) -> nn.Module:
-        """Distilled from a source, the training set when None, in as many steps as `epochs` of that set."""
-        config = self.config
-        kegfast.distill(
-            student,
-            teacher,
-            self._transfer_set() if source is None else source,
-            steps=epochs * (len(self.splits.train) // config.batch_size),
-            batch_size=config.batch_size,
-            lr=config.lr,
-            temperature=config.temperature,
-            alpha=config.alpha,
-            amp=config.amp,
-            label=name,
-            **self.trial.resumed(name),
-        )
-        return student
-
-    def _transfer_set(self, kept: list[int] | None = None) -> InMemory:
-        """The training samples of some classes, all when None."""
-        samples, labels = self.splits.train.tensors
-        chosen = slice(None) if kept is None else torch.isin(labels, torch.tensor(kept))
-        return InMemory(samples[chosen], labels[chosen])
+        student = self.beginning(self.config.student_units)
+        return self.taught(name, student, self.teacher(), self.config.student_epochs, source)
 
     def _moved(self) -> Source:
         """The training images as the teacher saw them."""
-        return Augmented(self._transfer_set(), _mover(self.config))
+        return Augmented(self.transfer_set(), _mover(self.config))
 
     def _missing(self, name: str, kept: list[int]) -> dict[str, float]:
         """Errors of a student that never saw some classes, before and after moving their biases.
@@ -202,63 +140,26 @@ class _Run:
         best; here the shift makes these classes as frequent among the unlabelled validation images as
         the teacher finds them.
         """
-        student = self._distilled(name, self._transfer_set(kept))
+        student = self._distilled(name, self.transfer_set(kept))
         absent = [k for k in range(CLASSES) if k not in kept]
         moved = min(kept, absent, key=len)
         images = self.splits.val.tensors[0]
-        shift = _balance(_logits(student, images), _logits(self.teacher(), images), moved)
-        logits, labels = _logits(student, self.splits.test.tensors[0]), self.splits.test.tensors[1]
-        found = {"errors": _wrong(logits, labels)}
-        logits = logits + shift * _columns(moved)
+        shift = _balance(logits(student, images), logits(self.teacher(), images), moved)
+        samples, labels = self.splits.test.tensors
+        answers = logits(student, samples)
+        found = {"errors": wrong(answers, labels)}
+        answers = answers + shift * _columns(moved)
         mine = torch.isin(labels, torch.tensor(moved))
-        right = float((logits.argmax(dim=1) == labels)[mine].float().mean())
+        right = float((answers.argmax(dim=1) == labels)[mine].float().mean())
         return {
             **found,
-            "errors after the shift": _wrong(logits, labels),
+            "errors after the shift": wrong(answers, labels),
             "percent right of the moved classes": 100 * right,
             "shift": shift,
         }
 
-    def _ensemble(self) -> dict[str, float]:
-        """One network's errors (mean of the members), those of all together, and of a student of all."""
-        config = self.config
-        units, epochs, numbers = config.member_units, config.member_epochs, range(1, config.members + 1)
 
-        @cache
-        def member(number: int) -> nn.Module:
-            network = self._beginning(units, number)
-            return _trained(self.trial, f"member {number}", network, epochs, config, self.splits)
-
-        @cache
-        def together() -> nn.Module:
-            return Ensemble([member(number) for number in numbers], temperature=config.temperature)
-
-        noisy = Noisy(self._transfer_set(), config.noise)
-        errors = [self._errors(f"member {number}", lambda name, n=number: member(n)) for number in numbers]
-        return {
-            "one network": sum(errors) / len(errors),
-            "ensemble": self._errors("ensemble", lambda name: together()),
-            "distilled from the ensemble": self._errors(
-                "distilled from the ensemble",
-                lambda name: self._taught(name, self._beginning(units), together(), epochs, noisy),
-            ),
-        }
-
-
-def _network(units: int, dropout: float = 0.0) -> nn.Sequential:
-    return nn.Sequential(
-        nn.Flatten(),
-        nn.Linear(784, units),
-        nn.ReLU(),
-        nn.Dropout(dropout),
-        nn.Linear(units, units),
-        nn.ReLU(),
-        nn.Dropout(dropout),
-        nn.Linear(units, CLASSES),
-    )
-
-
-def _mover(config: Config) -> Move:
+def _mover(config: Students) -> Move:
     """Moves, turns and scales every image of a batch by its own draws."""
 
     def move(images: Tensor) -> Tensor:  # (N, C, H, W)
@@ -272,21 +173,6 @@ def _mover(config: Config) -> Move:
         return F.grid_sample(images, grid, padding_mode="border", align_corners=False)
 
     return move
-
-
-def _errors(model: nn.Module, splits: Splits) -> int:
-    samples, labels = splits.test.tensors
-    return _wrong(_logits(model, samples), labels)
-
-
-def _logits(model: nn.Module, samples: Tensor) -> Tensor:
-    model.eval()
-    with torch.inference_mode():
-        return torch.cat([model(part) for part in samples.split(1000)])
-
-
-def _wrong(logits: Tensor, labels: Tensor) -> int:
-    return int((logits.argmax(dim=1) != labels).sum())
 
 
 def _balance(student: Tensor, teacher: Tensor, classes: list[int]) -> float:

@@ -28,6 +28,10 @@ class Trial:
         self.seed, self.ledger, self.progress = seed, ledger, progress
         self.name = f"seed {seed}" if name is None else name
 
+    def shared(self) -> "Trial":
+        """The trial of what all seeds have in common."""
+        return Trial(0, self.ledger, self.progress, name="shared")
+
     def cell(self, name: str, compute: Callable[[], Any]) -> Any:
         """The value of a cell, computed where it is missing."""
         log.info("%s: %s", self.name, name)
@@ -40,11 +44,12 @@ class Trial:
         return {"seed": self.seed, "checkpoint": checkpoint, "resume": True, "progress": self.progress}
 
 
-def trials(output: str | Path, config: Any, progress: bool = False) -> list[Trial]:
-    """A trial for each of `config.seeds`; the ledger, `output`/results.json, is for the rest of `config`."""
-    settings = {key: value for key, value in asdict(config).items() if key != "seeds"}
-    ledger = Ledger(Path(output) / "results.json", settings)
-    return [Trial(seed, ledger, progress) for seed in config.seeds]
+def trials(
+    output: str | Path, part: str, seeds: Sequence[int], config: Any, progress: bool = False
+) -> list[Trial]:
+    """A trial for each seed of a part of an experiment; `output`/`part`.json holds its cells."""
+    ledger = Ledger(Path(output) / f"{part}.json", asdict(config))
+    return [Trial(seed, ledger, progress) for seed in seeds]
 
 
 def spreads(found: Sequence[dict[str, float]]) -> dict[str, dict[str, float]]:

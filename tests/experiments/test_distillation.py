@@ -11,7 +11,7 @@ import torch
 from benchmarks import readme
 from kegfast.cli import main
 from kegfast.data.splits import DataInfo, Samples, Splits
-from kegfast.experiments import boundary, hinton
+from kegfast.experiments import boundary, ensemble, few_data, hinton, lenets, perceptrons
 
 
 def blobs(side: int) -> Splits:
@@ -30,8 +30,9 @@ def blobs(side: int) -> Splits:
     return Splits(part(600, 0), part(100, 1), part(200, 2))
 
 
-HINTON = hinton.Config(
-    seeds=(0,),
+BUDGET = {"batch_size": 20, "lr": 3e-3}
+STUDENTS = hinton.Students(
+    **BUDGET,
     teacher_units=64,
     student_units=64,
     jitter=0.5,
@@ -39,17 +40,14 @@ HINTON = hinton.Config(
     zoom=0.01,
     teacher_epochs=5,
     student_epochs=5,
-    batch_size=20,
-    lr=3e-3,
-    members=2,
-    member_units=32,
-    member_epochs=5,
     amp=False,
 )
+SEVERAL = ensemble.Config(**BUDGET, members=2, units=32, member_epochs=5, student_epochs=5, amp=False)
+HINTON = hinton.Config(seeds=(0,), students=STUDENTS, several=SEVERAL)
 
 
 def test_hinton(tmp_path, monkeypatch):
-    monkeypatch.setattr(hinton, "load_entry", lambda entry, root: blobs(entry.info.sample_shape[1]))
+    monkeypatch.setattr(perceptrons, "load_entry", lambda entry, root: blobs(entry.info.sample_shape[1]))
     found = hinton.run(tmp_path, config=HINTON)
     for name in (
         "teacher", "student alone", "distilled", "one network", "ensemble", "distilled from the ensemble",
@@ -69,12 +67,14 @@ def test_hinton(tmp_path, monkeypatch):
         "| ensemble: percent of its gain kept by one student, 80 at least | 80 | yes |",
     ):
         assert row in table
-    cells = json.loads((tmp_path / "results.json").read_text())["cells"]
+    cells = json.loads((tmp_path / "students.json").read_text())["cells"]
     assert cells["shared: teacher"] == found["teacher"]["mean"]
-    monkeypatch.setattr(hinton, "_network", None)  # all is in the file
+    monkeypatch.setattr(perceptrons, "network", None)  # all is in the files
     assert hinton.run(tmp_path, config=HINTON) == found
-    with pytest.raises(ValueError, match="must be results of"):
-        hinton.run(tmp_path, config=replace(HINTON, alpha=0.5))
+    with pytest.raises(ValueError, match=r"ensemble.json must be results of"):
+        hinton.run(tmp_path, config=replace(HINTON, several=replace(SEVERAL, noise=0.5)))
+    with pytest.raises(ValueError, match=r"students.json must be results of"):
+        hinton.run(tmp_path, config=replace(HINTON, students=replace(STUDENTS, alpha=0.5)))
 
 
 def test_images_are_moved_turned_and_scaled_within_their_limits():
@@ -85,7 +85,7 @@ def test_images_are_moved_turned_and_scaled_within_their_limits():
     def centres(**limits):
         torch.manual_seed(0)
         still = {"jitter": 0.0, "turn": 0.0, "zoom": 0.0}
-        moved = hinton._mover(replace(HINTON, **(still | limits)))(images)[:, 0]
+        moved = hinton._mover(replace(STUDENTS, **(still | limits)))(images)[:, 0]
         position = torch.arange(28) - 13.5
         mass = moved.sum(dim=(1, 2))
         return (moved.sum(dim=1) @ position) / mass, (moved.sum(dim=2) @ position) / mass
@@ -117,14 +117,10 @@ def test_boundary(tmp_path, monkeypatch):
     monkeypatch.setattr(boundary.data, "load", lambda name, root: blobs(32))
     config = boundary.Config(
         seeds=(0,),
-        shares=(0.1,),
-        teacher_epochs=4,
-        steps=60,
-        long=60,
-        batch_size=20,
-        lr=3e-3,
-        compared=60,
-        methods=("alone", "soft_target", "hint"),
+        comparison=boundary.Comparison(**BUDGET, teacher_epochs=4, steps=60, samples=60),
+        few=few_data.Config(
+            **BUDGET, teacher_epochs=4, shares=(0.1,), steps=60, methods=("alone", "soft_target", "hint")
+        ),
     )
     found = boundary.run(tmp_path, config=config)
     assert found["teacher"]["mean"] > 95
@@ -136,6 +132,8 @@ def test_boundary(tmp_path, monkeypatch):
     assert found["boundaries: percent of bases accepted"]["mean"] > 50
     assert found["boundaries: percent of the accepted across"]["mean"] == 100
     assert len(list(tmp_path.glob("*.hint.pt"))) == 1
+    monkeypatch.setattr(lenets, "train", None)  # all is in the files
+    assert boundary.run(tmp_path, config=config) == found
     table = readme.boundary(found)
     assert f"| alone | {found['10 %, alone']['mean']:.2f} |" in table
     gain = found["10 %, hint"]["mean"] - found["10 %, alone"]["mean"]
@@ -143,9 +141,9 @@ def test_boundary(tmp_path, monkeypatch):
 
 
 def test_a_part_has_equally_many_of_each_class():
-    part = boundary._part(blobs(32).train, 0.1, seed=0)
+    part = few_data._part(blobs(32).train, 0.1, seed=0)
     assert torch.bincount(part.tensors[1]).tolist() == [6] * 10
-    other = boundary._part(blobs(32).train, 0.1, seed=1)
+    other = few_data._part(blobs(32).train, 0.1, seed=1)
     assert not torch.equal(part.tensors[0], other.tensors[0])
 
 
@@ -155,7 +153,7 @@ def test_the_command_runs_and_resumes_them(tmp_path, monkeypatch, capsys):
     def run(output, root, config, progress):
         calls.append((output, root, config.seeds))
         (tmp_path / "out").mkdir(exist_ok=True)
-        (tmp_path / "out" / "results.json").write_text("{}")
+        (tmp_path / "out" / "students.json").write_text("{}")
         return {"distilled": {"mean": 74.0, "std": 1.5, "n": 2}}
 
     monkeypatch.setattr(hinton, "run", run)

@@ -1,0 +1,90 @@
+"""Each loss with little data: a part of boundary's experiment."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import TensorDataset
+
+from kegfast.data.splits import Splits
+from kegfast.experiments.lenets import PAPER, Budget, Learning, Loss
+from kegfast.experiments.trial import spreads, trials
+from kegfast.loop import mix
+from kegfast.training import evaluate
+
+LOSSES: dict[str, Loss] = {
+    "alone": "hard_label",
+    "soft_target": "hard_label+soft_target",
+    "logit_regression": "hard_label+logit_regression",
+    "noisy_logits": "hard_label+noisy_logits",
+    # On the last embedding, as in the paper: on the logits the angles drive this student into one point.
+    "rkd": "hard_label+rkd_distance@fc1:25+rkd_angle@fc1:50",
+    "hint": "hard_label+soft_target",  # after a stage on conv2's features
+    "boundary": PAPER,
+}
+"""What each student minimises; all of them see the labels."""
+
+HINT_LAYERS = "conv2"
+
+
+@dataclass(frozen=True)
+class Config(Budget):
+    """What the results depend on.
+
+    Attributes:
+        shares: Parts of the training set that students see.
+        steps: Of each student, whatever its share; a hint's stage has a third of them.
+        methods: Keys of `LOSSES`.
+    """
+
+    shares: tuple[float, ...] = (0.01, 0.1)
+    steps: int = 1200
+    methods: tuple[str, ...] = tuple(LOSSES)
+
+
+def run(
+    output: str | Path,
+    seeds: Sequence[int],
+    config: Config,
+    splits: Splits,
+    teacher: Callable[[], nn.Module],
+    progress: bool = False,
+) -> dict[str, dict[str, float]]:
+    """Test accuracies in percent of every share and method, over the seeds."""
+    runs = trials(output, "few_data", seeds, config, progress)
+    return spreads([_Run(trial, config, splits, teacher).all() for trial in runs])
+
+
+class _Run(Learning):
+    """All cells of one seed."""
+
+    def all(self) -> dict[str, float]:
+        found = {}
+        for share in self.config.shares:
+            for method in self.config.methods:
+                name = f"{100 * share:g} %, {method}"
+                found[name] = self.trial.cell(name, lambda n=name, m=method, s=share: self._accuracy(n, m, s))
+        return found
+
+    def _accuracy(self, name: str, method: str, share: float) -> float:
+        config, first = self.config, self.config.steps // 3
+        samples = _part(self.splits.train, share, self.trial.seed)
+        options = {"steps": config.steps}
+        if method == "hint":
+            options = {"layers": HINT_LAYERS, "hint_steps": first, "steps": config.steps - first}
+        return evaluate(self.student(name, LOSSES[method], samples, **options), self.splits.test)
+
+
+def _part(dataset: TensorDataset, share: float, seed: int) -> TensorDataset:
+    """The same number of samples of every class, drawn by the seed."""
+    samples, labels = dataset.tensors
+    if share == 1.0:
+        return dataset
+    generator = torch.Generator().manual_seed(mix(seed, 2))
+    order = torch.randperm(len(labels), generator=generator)
+    classes = labels.unique()
+    each = round(share * len(labels) / len(classes))
+    chosen: list[Tensor] = [order[labels[order] == k][:each] for k in classes]
+    return TensorDataset(*(x[torch.cat(chosen)] for x in (samples, labels)))

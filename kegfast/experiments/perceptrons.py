@@ -1,0 +1,132 @@
+"""Networks of two hidden layers on MNIST: how the parts of Hinton's experiment train, teach and count."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+import kegfast
+from kegfast.data.catalog import ENTRIES, load_entry
+from kegfast.data.splits import DataInfo, Splits
+from kegfast.distillation import InMemory
+from kegfast.distillation.sources import Source
+from kegfast.experiments.trial import Trial, beginning
+from kegfast.loop import mix
+from kegfast.training import train
+
+CLASSES = 10
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How every network learns.
+
+    Attributes:
+        batch_size: Samples of a step.
+        lr: Highest learning rate.
+        temperature: Of the soft targets.
+        alpha: Weight of the soft targets against the labels; 1 uses none.
+        amp: Train in bfloat16 where that is safe.
+    """
+
+    batch_size: int = 256
+    lr: float = 2e-3
+    temperature: float = 4.0
+    alpha: float = 1.0
+    amp: bool = True
+
+
+class Learning:
+    """The networks of one trial; those of one width and number begin alike."""
+
+    def __init__(self, trial: Trial, config: Budget, splits: Splits):
+        self.trial, self.config, self.splits = trial, config, splits
+
+    def errors(self, name: str, make: Callable[[str], nn.Module]) -> int:
+        """The cell of this name: errors of the network that is made for it."""
+        return self.trial.cell(name, lambda: errors(make(name), self.splits))
+
+    def beginning(self, units: int, number: int = 0) -> nn.Module:
+        return beginning(lambda: network(units), mix(self.trial.seed, number))
+
+    def trained(
+        self, name: str, model: nn.Module, epochs: int, augment: Callable[[Tensor], Tensor] | None = None
+    ) -> nn.Module:
+        """A network that learnt from the labels alone."""
+        config = self.config
+        train(
+            model,
+            self.splits.train,
+            epochs=epochs,
+            batch_size=config.batch_size,
+            lr=config.lr,
+            weight_decay=0.0,
+            augment=augment,
+            amp=config.amp,
+            **self.trial.resumed(name),
+        )
+        return model
+
+    def taught(
+        self, name: str, student: nn.Module, teacher: nn.Module, epochs: int, source: Source | None = None
+    ) -> nn.Module:
+        """Distilled from a source, the training set when None, in as many steps as `epochs` of that set."""
+        config = self.config
+        kegfast.distill(
+            student,
+            teacher,
+            self.transfer_set() if source is None else source,
+            steps=epochs * (len(self.splits.train) // config.batch_size),
+            batch_size=config.batch_size,
+            lr=config.lr,
+            temperature=config.temperature,
+            alpha=config.alpha,
+            amp=config.amp,
+            label=name,
+            **self.trial.resumed(name),
+        )
+        return student
+
+    def transfer_set(self, kept: list[int] | None = None) -> InMemory:
+        """The training samples of some classes, all when None."""
+        samples, labels = self.splits.train.tensors
+        chosen = slice(None) if kept is None else torch.isin(labels, torch.tensor(kept))
+        return InMemory(samples[chosen], labels[chosen])
+
+
+def load(root: str | Path | None) -> Splits:
+    """MNIST as images of 28 x 28, from `root`, from OpenML when None."""
+    entry = ENTRIES["mnist"]
+    info = entry.info
+    flat = DataInfo(info.name, info.num_classes, (1, 28, 28), info.mean, info.std)
+    return load_entry(replace(entry, info=flat), None if root is None else Path(root))
+
+
+def network(units: int, dropout: float = 0.0) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Flatten(),
+        nn.Linear(784, units),
+        nn.ReLU(),
+        nn.Dropout(dropout),
+        nn.Linear(units, units),
+        nn.ReLU(),
+        nn.Dropout(dropout),
+        nn.Linear(units, CLASSES),
+    )
+
+
+def errors(model: nn.Module, splits: Splits) -> int:
+    samples, labels = splits.test.tensors
+    return wrong(logits(model, samples), labels)
+
+
+def logits(model: nn.Module, samples: Tensor) -> Tensor:
+    model.eval()
+    with torch.inference_mode():
+        return torch.cat([model(part) for part in samples.split(1000)])
+
+
+def wrong(logits: Tensor, labels: Tensor) -> int:
+    return int((logits.argmax(dim=1) != labels).sum())
