@@ -34,8 +34,8 @@ class Comparison(Budget):
         samples: Test samples whose perturbations, towards nine classes each, are compared.
     """
 
-    steps: int = 1500
-    samples: int = 500
+    steps: int = 3000
+    samples: int = 1000
 
 
 @dataclass(frozen=True)
