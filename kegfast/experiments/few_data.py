@@ -4,14 +4,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-from torch import Tensor, nn
-from torch.utils.data import TensorDataset
+from torch import nn
 
 from kegfast.data.splits import Splits
 from kegfast.experiments.lenets import PAPER, Budget, Learning, Loss
-from kegfast.experiments.trial import spreads, trials
-from kegfast.loop import mix
+from kegfast.experiments.trial import part, spreads, trials
 from kegfast.training import evaluate
 
 LOSSES: dict[str, Loss] = {
@@ -39,6 +36,7 @@ class Config(Budget):
         methods: Keys of `LOSSES`.
     """
 
+    batch_size: int = 32
     shares: tuple[float, ...] = (0.01, 0.1)
     steps: int = 1200
     methods: tuple[str, ...] = tuple(LOSSES)
@@ -70,21 +68,8 @@ class _Run(Learning):
 
     def _accuracy(self, name: str, method: str, share: float) -> float:
         config, first = self.config, self.config.steps // 3
-        samples = _part(self.splits.train, share, self.trial.seed)
+        samples = part(self.splits.train, share, self.trial.seed)
         options = {"steps": config.steps}
         if method == "hint":
             options = {"layers": HINT_LAYERS, "hint_steps": first, "steps": config.steps - first}
         return evaluate(self.student(name, LOSSES[method], samples, **options), self.splits.test)
-
-
-def _part(dataset: TensorDataset, share: float, seed: int) -> TensorDataset:
-    """The same number of samples of every class, drawn by the seed."""
-    samples, labels = dataset.tensors
-    if share == 1.0:
-        return dataset
-    generator = torch.Generator().manual_seed(mix(seed, 2))
-    order = torch.randperm(len(labels), generator=generator)
-    classes = labels.unique()
-    each = round(share * len(labels) / len(classes))
-    chosen: list[Tensor] = [order[labels[order] == k][:each] for k in classes]
-    return TensorDataset(*(x[torch.cat(chosen)] for x in (samples, labels)))

@@ -1,7 +1,7 @@
 """Hinton, Vinyals and Dean (2015), section 3, on MNIST: `kegfast reproduce hinton`.
 
-Errors of a thousand-unit teacher, of smaller students trained alone and distilled, of students whose
-transfer set lacks the 3s, or holds 7s and 8s alone; and of one student of five networks
+Errors of a thousand-unit teacher and of smaller students, trained alone and distilled; of students whose
+transfer set lacks classes (`kegfast.experiments.missing`); of one student of five networks
 (`kegfast.experiments.ensemble`).
 """
 
@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from kegfast.data.splits import Splits
 from kegfast.distillation import Augmented
 from kegfast.distillation.sources import Source
-from kegfast.experiments import ensemble
+from kegfast.experiments import ensemble, missing
 from kegfast.experiments.ledger import spread
-from kegfast.experiments.perceptrons import CLASSES, Budget, Learning, load, logits, network, wrong
+from kegfast.experiments.perceptrons import Budget, Learning, load, network
 from kegfast.experiments.trial import Trial, beginning, spreads, trials
 
 Move = Callable[[Tensor], Tensor]
@@ -41,7 +41,7 @@ class Students(Budget):
         turn: Degrees by which they turn, at most; the paper's do not.
         zoom: Share by which they grow or shrink, at most; the paper's do not.
         teacher_epochs: Passes of the teacher over the training set.
-        student_epochs: Passes of each student; all have the same number of steps.
+        student_epochs: Passes of each student, in steps.
     """
 
     teacher_units: int = 1200
@@ -51,7 +51,7 @@ class Students(Budget):
     turn: float = 10.0
     zoom: float = 0.1
     teacher_epochs: int = 60
-    student_epochs: int = 40
+    student_epochs: int = 25
 
 
 @dataclass(frozen=True)
@@ -61,11 +61,13 @@ class Config:
     Attributes:
         seeds: One student of each kind per seed; all learn from one teacher.
         students: Of the large teacher.
+        lacking: The students that never see some classes; None leaves them out.
         several: The ensemble and its student; None leaves them out.
     """
 
     seeds: tuple[int, ...] = (0, 1, 2)
     students: Students = Students()
+    lacking: missing.Config | None = field(default_factory=missing.Config)
     several: ensemble.Config | None = field(default_factory=ensemble.Config)
 
 
@@ -75,8 +77,8 @@ def run(
     """Run what is missing of the experiment.
 
     Args:
-        output: A folder for the cells, `students.json` and `ensemble.json`, and, while a model trains, its
-            checkpoint. A stopped run continues from there.
+        output: A folder for the cells, `students.json`, `missing.json` and `ensemble.json`, and, while
+            a model trains, its checkpoint. A stopped run continues from there.
         root: The folder with `mnist/`; OpenML's copy when None.
         config: What to run.
         progress: Show bars on a terminal.
@@ -92,71 +94,44 @@ def run(
     def teacher() -> nn.Module:
         students = config.students
         model = beginning(lambda: network(students.teacher_units, students.dropout), 0)
-        return shared.trained("teacher", model, students.teacher_epochs, _mover(students))
+        return shared.trained("teacher", model, students.teacher_epochs, augment=_mover(students))
 
     errors = shared.errors("teacher", lambda name: teacher())
     found = [_Run(trial, config.students, splits, teacher).all() for trial in runs]
     results = {"teacher": spread([errors]), **spreads(found)}
+    if config.lacking is not None:
+        results |= missing.run(output, config.seeds, config.lacking, splits, teacher, progress)
     if config.several is not None:
         results |= ensemble.run(output, config.seeds, config.several, splits, progress)
     return results
 
 
 class _Run(Learning):
-    """All cells of one seed; its students begin alike and make the same number of steps."""
+    """All cells of one seed; its students begin alike."""
 
     def __init__(self, trial: Trial, config: Students, splits: Splits, teacher: Callable[[], nn.Module]):
         super().__init__(trial, config, splits)
         self.teacher = teacher
 
     def all(self) -> dict[str, float]:
-        found = {
+        return {
             "student alone": self.errors("student alone", self._alone),
             "distilled": self.errors("distilled", self._distilled),
             "distilled on moved images": self.errors(
                 "distilled on moved images", lambda name: self._distilled(name, self._moved())
             ),
         }
-        for name, kept in (("without 3", [0, 1, 2, 4, 5, 6, 7, 8, 9]), ("7 and 8 only", [7, 8])):
-            part = self.trial.cell(name, lambda name=name, kept=kept: self._missing(name, kept))
-            found |= {f"{name}: {key}": value for key, value in part.items()}
-        return found
 
     def _alone(self, name: str) -> nn.Module:
         return self.trained(name, self.beginning(self.config.student_units), self.config.student_epochs)
 
     def _distilled(self, name: str, source: Source | None = None) -> nn.Module:
         student = self.beginning(self.config.student_units)
-        return self.taught(name, student, self.teacher(), self.config.student_epochs, source)
+        return self.taught(name, student, self.teacher(), self.steps(self.config.student_epochs), source)
 
     def _moved(self) -> Source:
         """The training images as the teacher saw them."""
         return Augmented(self.transfer_set(), _mover(self.config))
-
-    def _missing(self, name: str, kept: list[int]) -> dict[str, float]:
-        """Errors of a student that never saw some classes, before and after moving their biases.
-
-        The paper shifts the biases of what was shown too often or never by what serves the test set
-        best; here the shift makes these classes as frequent among the unlabelled validation images as
-        the teacher finds them.
-        """
-        student = self._distilled(name, self.transfer_set(kept))
-        absent = [k for k in range(CLASSES) if k not in kept]
-        moved = min(kept, absent, key=len)
-        images = self.splits.val.tensors[0]
-        shift = _balance(logits(student, images), logits(self.teacher(), images), moved)
-        samples, labels = self.splits.test.tensors
-        answers = logits(student, samples)
-        found = {"errors": wrong(answers, labels)}
-        answers = answers + shift * _columns(moved)
-        mine = torch.isin(labels, torch.tensor(moved))
-        right = float((answers.argmax(dim=1) == labels)[mine].float().mean())
-        return {
-            **found,
-            "errors after the shift": wrong(answers, labels),
-            "percent right of the moved classes": 100 * right,
-            "shift": shift,
-        }
 
 
 def _mover(config: Students) -> Move:
@@ -173,23 +148,3 @@ def _mover(config: Students) -> Move:
         return F.grid_sample(images, grid, padding_mode="border", align_corners=False)
 
     return move
-
-
-def _balance(student: Tensor, teacher: Tensor, classes: list[int]) -> float:
-    """The bias that lets the student choose these classes as often as the teacher does."""
-    columns = _columns(classes)
-    often = int(torch.isin(teacher.argmax(dim=1), torch.tensor(classes)).sum())
-    low, high = -50.0, 50.0
-    for _ in range(40):
-        middle = (low + high) / 2
-        chosen = (student + middle * columns).argmax(dim=1)
-        if int(torch.isin(chosen, torch.tensor(classes)).sum()) < often:
-            low = middle
-        else:
-            high = middle
-    return high
-
-
-def _columns(classes: list[int]) -> Tensor:  # (C,)
-    """1 for these classes, 0 for the others."""
-    return torch.zeros(CLASSES).index_fill_(0, torch.tensor(classes), 1.0)

@@ -44,7 +44,7 @@ class Budget:
 
     Attributes:
         teacher_epochs: Passes of the teacher over the whole set.
-        batch_size: Samples of a step.
+        batch_size: Samples of a student's step.
         lr: First learning rate of the students' Adam.
     """
 
@@ -59,8 +59,7 @@ def teacher(trial: Trial, config: Budget, splits: Splits) -> Callable[[], nn.Mod
     @cache
     def make() -> nn.Module:
         model = beginning(LeNet5, 0)
-        options = {"epochs": config.teacher_epochs, "batch_size": config.batch_size}
-        train(model, splits.train, **options, **trial.resumed("teacher"))
+        train(model, splits.train, epochs=config.teacher_epochs, **trial.resumed("teacher"))
         return model.eval()
 
     return make

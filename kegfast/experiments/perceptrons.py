@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import TensorDataset
 
 import kegfast
 from kegfast.data.catalog import ENTRIES, load_entry
@@ -52,13 +53,18 @@ class Learning:
         return beginning(lambda: network(units), mix(self.trial.seed, number))
 
     def trained(
-        self, name: str, model: nn.Module, epochs: int, augment: Callable[[Tensor], Tensor] | None = None
+        self,
+        name: str,
+        model: nn.Module,
+        epochs: int,
+        samples: TensorDataset | None = None,
+        augment: Callable[[Tensor], Tensor] | None = None,
     ) -> nn.Module:
-        """A network that learnt from the labels alone."""
+        """A network that learnt from the labels alone, of the training set when no samples are given."""
         config = self.config
         train(
             model,
-            self.splits.train,
+            self.splits.train if samples is None else samples,
             epochs=epochs,
             batch_size=config.batch_size,
             lr=config.lr,
@@ -70,15 +76,15 @@ class Learning:
         return model
 
     def taught(
-        self, name: str, student: nn.Module, teacher: nn.Module, epochs: int, source: Source | None = None
+        self, name: str, student: nn.Module, teacher: nn.Module, steps: int, source: Source | None = None
     ) -> nn.Module:
-        """Distilled from a source, the training set when None, in as many steps as `epochs` of that set."""
+        """Distilled from a source, the training set when None."""
         config = self.config
         kegfast.distill(
             student,
             teacher,
             self.transfer_set() if source is None else source,
-            steps=epochs * (len(self.splits.train) // config.batch_size),
+            steps=steps,
             batch_size=config.batch_size,
             lr=config.lr,
             temperature=config.temperature,
@@ -88,6 +94,10 @@ class Learning:
             **self.trial.resumed(name),
         )
         return student
+
+    def steps(self, epochs: int) -> int:
+        """Steps that visit as many samples as passes over the training set."""
+        return epochs * (len(self.splits.train) // self.config.batch_size)
 
     def transfer_set(self, kept: list[int] | None = None) -> InMemory:
         """The training samples of some classes, all when None."""

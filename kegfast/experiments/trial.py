@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils.data import TensorDataset
 
 from kegfast.experiments.ledger import Ledger, spread
+from kegfast.loop import mix
 
 log = logging.getLogger(__name__)
 
@@ -62,3 +64,16 @@ def beginning(make: Callable[[], nn.Module], seed: int) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return make()
+
+
+def part(dataset: TensorDataset, share: float, seed: int) -> TensorDataset:
+    """The same number of samples of every class, drawn by the seed."""
+    samples, labels = dataset.tensors
+    if share == 1.0:
+        return dataset
+    generator = torch.Generator().manual_seed(mix(seed, 2))
+    order = torch.randperm(len(labels), generator=generator)
+    classes = labels.unique()
+    each = round(share * len(labels) / len(classes))
+    chosen: list[Tensor] = [order[labels[order] == k][:each] for k in classes]
+    return TensorDataset(*(x[torch.cat(chosen)] for x in (samples, labels)))

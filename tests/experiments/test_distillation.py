@@ -11,7 +11,7 @@ import torch
 from benchmarks import readme
 from kegfast.cli import main
 from kegfast.data.splits import DataInfo, Samples, Splits
-from kegfast.experiments import boundary, ensemble, few_data, hinton, lenets, perceptrons
+from kegfast.experiments import boundary, ensemble, few_data, hinton, lenets, missing, perceptrons, trial
 
 
 def blobs(side: int) -> Splits:
@@ -42,8 +42,11 @@ STUDENTS = hinton.Students(
     student_epochs=5,
     amp=False,
 )
-SEVERAL = ensemble.Config(**BUDGET, members=2, units=32, member_epochs=5, student_epochs=5, amp=False)
-HINTON = hinton.Config(seeds=(0,), students=STUDENTS, several=SEVERAL)
+SEVERAL = ensemble.Config(
+    **BUDGET, share=0.5, members=2, units=32, member_epochs=10, student_steps=150, amp=False
+)
+MISSING = missing.Config(**BUDGET, temperature=4.0, units=64, epochs=5, amp=False)
+HINTON = hinton.Config((0,), STUDENTS, MISSING, SEVERAL)
 
 
 def test_hinton(tmp_path, monkeypatch):
@@ -72,7 +75,7 @@ def test_hinton(tmp_path, monkeypatch):
     monkeypatch.setattr(perceptrons, "network", None)  # all is in the files
     assert hinton.run(tmp_path, config=HINTON) == found
     with pytest.raises(ValueError, match=r"ensemble.json must be results of"):
-        hinton.run(tmp_path, config=replace(HINTON, several=replace(SEVERAL, noise=0.5)))
+        hinton.run(tmp_path, config=replace(HINTON, several=replace(SEVERAL, units=33)))
     with pytest.raises(ValueError, match=r"students.json must be results of"):
         hinton.run(tmp_path, config=replace(HINTON, students=replace(STUDENTS, alpha=0.5)))
 
@@ -107,7 +110,7 @@ def test_the_shift_makes_classes_as_frequent_as_the_teacher_finds_them():
     teacher = torch.randn(500, 10)
     student = teacher.clone()
     student[:, 3] -= 4
-    shift = hinton._balance(student, teacher, [3])
+    shift = missing._balance(student, teacher, [3])
     student[:, 3] += shift
     often = (teacher.argmax(1) == 3).sum().item()
     assert (student.argmax(1) == 3).sum().item() == pytest.approx(often, abs=1)
@@ -117,9 +120,9 @@ def test_boundary(tmp_path, monkeypatch):
     monkeypatch.setattr(boundary.data, "load", lambda name, root: blobs(32))
     config = boundary.Config(
         seeds=(0,),
-        comparison=boundary.Comparison(**BUDGET, teacher_epochs=4, steps=60, samples=60),
+        comparison=boundary.Comparison(**BUDGET, teacher_epochs=10, steps=60, samples=60),
         few=few_data.Config(
-            **BUDGET, teacher_epochs=4, shares=(0.1,), steps=60, methods=("alone", "soft_target", "hint")
+            **BUDGET, teacher_epochs=10, shares=(0.1,), steps=60, methods=("alone", "soft_target", "hint")
         ),
     )
     found = boundary.run(tmp_path, config=config)
@@ -141,10 +144,20 @@ def test_boundary(tmp_path, monkeypatch):
 
 
 def test_a_part_has_equally_many_of_each_class():
-    part = few_data._part(blobs(32).train, 0.1, seed=0)
+    part = trial.part(blobs(32).train, 0.1, seed=0)
     assert torch.bincount(part.tensors[1]).tolist() == [6] * 10
-    other = few_data._part(blobs(32).train, 0.1, seed=1)
+    other = trial.part(blobs(32).train, 0.1, seed=1)
     assert not torch.equal(part.tensors[0], other.tensors[0])
+
+
+def test_blended_images_lie_between_two_of_their_batch():
+    torch.manual_seed(0)
+    batch = torch.eye(8).view(8, 1, 2, 4)
+    blended = ensemble.blend(batch)
+    assert torch.allclose(blended.sum(dim=(1, 2, 3)), torch.ones(8))
+    shares = blended.flatten(1)
+    assert ((shares > 0).sum(dim=1) <= 2).all()
+    assert ((shares > 0.05) & (shares < 0.95)).any()
 
 
 def test_the_command_runs_and_resumes_them(tmp_path, monkeypatch, capsys):
