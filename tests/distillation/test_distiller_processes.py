@@ -3,7 +3,8 @@
 from pathlib import Path
 
 import torch
-import torch.multiprocessing
+import torch.distributed
+import two_processes
 from small_models import convolutional
 from torch.nn.parallel import DistributedDataParallel
 
@@ -21,15 +22,11 @@ class ByRank:
         return part[:n], None
 
 
-def _in_process(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    address = f"file://{folder}/meet"
-    torch.distributed.init_process_group("gloo", init_method=address, rank=rank, world_size=2)
+def _in_process(rank: int, folder: Path) -> None:
     teacher, student = convolutional(6, seed=1).eval(), convolutional(4)
-    batch = torch.load(f"{folder}/batch.pt")
+    batch = torch.load(folder / "batch.pt")
     kegfast.distill(DistributedDataParallel(student), teacher, ByRank(batch, 2), batch_size=8, **DISTRIBUTED)
-    torch.save(student.state_dict(), f"{folder}/{rank}.pt")
-    torch.distributed.destroy_process_group()
+    torch.save(student.state_dict(), folder / f"{rank}.pt")
 
 
 # Neither term mixes the samples of a batch, so that two halves give the gradient of the whole.
@@ -45,7 +42,7 @@ def test_two_processes_train_one_student(tmp_path: Path):
     torch.manual_seed(0)
     batch = torch.randn(16, 1, 9, 9)
     torch.save(batch, tmp_path / "batch.pt")
-    torch.multiprocessing.spawn(_in_process, (str(tmp_path),), nprocs=2)
+    two_processes.run(_in_process, tmp_path, tmp_path)
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
 
     class Whole:
@@ -71,10 +68,7 @@ class HalfLabelled:
         return self.batch[:n], self.labels[:n]
 
 
-def _boundary_in_process(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    address = f"file://{folder}/meet"
-    torch.distributed.init_process_group("gloo", init_method=address, rank=rank, world_size=2)
+def _boundary_in_process(rank: int, folder: Path) -> None:
     teacher = convolutional(6, seed=1).eval()
     student = convolutional(6, seed=1)  # agrees with the teacher: every sample it is given is a base sample
     start = student[6].weight.detach().clone()
@@ -84,12 +78,11 @@ def _boundary_in_process(rank: int, folder: str) -> None:
         parallel, teacher, source, loss="soft_target+boundary:1", steps=3, batch_size=16, log_every=1
     )
     result = {"losses": [entry["boundary"] for entry in history], "moved": student[6].weight - start}
-    torch.save(result | {"weights": dict(student.named_parameters())}, f"{folder}/{rank}.pt")
-    torch.distributed.destroy_process_group()
+    torch.save(result | {"weights": dict(student.named_parameters())}, folder / f"{rank}.pt")
 
 
 def test_boundary_samples_of_one_process_alone_hold_nobody_up(tmp_path: Path):
-    torch.multiprocessing.spawn(_boundary_in_process, (str(tmp_path),), nprocs=2)
+    two_processes.run(_boundary_in_process, tmp_path, tmp_path)
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     assert any(first["losses"])
     assert not any(second["losses"])
