@@ -4,6 +4,7 @@
 #include <pybind11/stl.h>
 
 #include <chrono>
+#include <cstring>
 
 #include "cpu/isa.h"
 #include "cpu/peak.h"
@@ -92,10 +93,32 @@ PyObject* forget_tucker2(PyObject*, PyObject* address) {
   Py_RETURN_NONE;
 }
 
+// A number that changes with any of up to 32 floats, spread over `count` from an address.
+PyObject* sample_of(PyObject*, PyObject* const* arguments, Py_ssize_t given) {
+  if (given != 2) {
+    PyErr_SetString(PyExc_TypeError, "sample_of takes an address and a number of floats");
+    return nullptr;
+  }
+  const auto* const bytes = static_cast<const char*>(PyLong_AsVoidPtr(arguments[0]));
+  const int64_t count = PyLong_AsLongLong(arguments[1]);
+  if (PyErr_Occurred()) return nullptr;
+  constexpr int64_t kSamples = 32;
+  uint64_t sum = 1469598103934665603u;  // FNV-1a, word by word
+  const int64_t samples = count < kSamples ? count : kSamples;
+  for (int64_t i = 0; i < samples; ++i) {
+    uint32_t word;
+    std::memcpy(&word, bytes + i * count / samples * 4, 4);
+    sum = (sum ^ word) * 1099511628211u;
+  }
+  return PyLong_FromUnsignedLongLong(sum);
+}
+
 PyMethodDef plain_functions[] = {
     {"run_tucker2", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&run_tucker2)), METH_FASTCALL,
      "Run a call of tucker2_prepare on x, given by _cdata and address, into y; whether it still held."},
     {"tucker2_tensors", &tucker2_tensors, METH_O, "The _cdata of the tensors of a call of tucker2_prepare."},
+    {"sample_of", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&sample_of)), METH_FASTCALL,
+     "A number that changes with samples of so many floats from an address."},
     {"forget_tucker2", &forget_tucker2, METH_O, "Free a call of tucker2_prepare."},
     {nullptr, nullptr, 0, nullptr}};
 

@@ -30,24 +30,42 @@ def versions() -> dict[str, object]:
     }
 
 
+def releases() -> dict[str, str]:
+    """What a packaged table for processors holds for: a build of torch for another device changes nothing."""
+    return {"kegfast": __version__, "torch": torch.__version__.split("+")[0]}
+
+
 def read_choices(path: Path, forms: Collection[str]) -> dict[str, str]:
     """The form of each shape by a file of `write_choices`, none where other versions wrote it.
 
     Raises:
         ValueError: for a file that holds anything else than `forms`.
     """
-    wrong = ValueError(expected("path", "a file of forms that autotune measured", path))
     try:
         content = json.loads(path.read_text())
     except ValueError as error:
-        raise wrong from error
-    found = content.get("forms") if isinstance(content, dict) else None
-    if not isinstance(found, dict) or not all(isinstance(f, str) and f in forms for f in found.values()):
-        raise wrong
+        raise _wrong(path) from error
+    found = checked_forms(content, forms, path)
     if content.get("versions") != versions():
         _log.info("%s was measured under %s and is left aside", path, content.get("versions"))
         return {}
     return found
+
+
+def checked_forms(content: object, forms: Collection[str], path: Path) -> dict[str, str]:
+    """The form of each shape in what was read from `path`.
+
+    Raises:
+        ValueError: where it holds anything else than `forms`.
+    """
+    found = content.get("forms") if isinstance(content, dict) else None
+    if not isinstance(found, dict) or not all(isinstance(f, str) and f in forms for f in found.values()):
+        raise _wrong(path)
+    return found
+
+
+def _wrong(path: Path) -> ValueError:
+    return ValueError(expected("path", "a file of forms that autotune measured", path))
 
 
 def write_choices(path: Path, found: Mapping[str, str]) -> None:

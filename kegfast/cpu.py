@@ -1,22 +1,28 @@
-"""Which form a float32 Tucker-2 layer takes on the CPU: measured where `autotune` has run, else calculated.
+"""Which form a float32 Tucker-2 layer takes on the CPU: measured where that was done, else calculated.
 
 Without a measurement the kernels choose by themselves: Winograd where its tiles are enough to pay for its
-transforms, else the direct sum. What was measured is kept in a file and read by later processes.
+transforms, else the direct sum. `cpu_table.json` beside this file has, for each class of machines that was
+measured, the shapes where that is not the fastest form; what `autotune` measures is kept in the user's file
+and goes before it.
 """
 
+import json
 import logging
+import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
 
-from kegfast import native, reference
+from kegfast import native
 from kegfast.check import expected
-from kegfast.choices import cache_folder, keep_choices, read_choices
+from kegfast.choices import cache_folder, checked_forms, keep_choices, read_choices, releases
+from kegfast.files import write_json
 from kegfast.timing import interleaved
 
 if TYPE_CHECKING:
@@ -26,6 +32,8 @@ Form = Literal["direct", "winograd", "convolutions"]
 FORMS: tuple[Form, ...] = ("direct", "winograd", "convolutions")
 Geometry = tuple[tuple[int, int], tuple[int, int], tuple[int, int]]  # stride, padding, dilation
 Shape = tuple[int, ...]  # (N, C, H, W, R1, R2, K, kernel, geometry, channels_last, threads), pairs as two
+
+PACKAGED = Path(__file__).with_name("cpu_table.json")
 
 _log = logging.getLogger(__name__)
 _table: dict[Shape, Form] | None = None  # None: no file was read yet
@@ -42,7 +50,7 @@ def shape_of(x: Tensor, core: Tensor, features: int, geometry: Geometry) -> Shap
 
 
 def takes(x: Tensor, core: Tensor, features: int, geometry: Geometry) -> bool:
-    """Whether the compiled operator takes this call outside autograd; else torch's convolutions do."""
+    """Whether the compiled operator takes a layer's call outside autograd; else torch's convolutions do."""
     if _table is None:
         table()
     if not _unfused or x.dtype != torch.float32 or native._backend == "native":
@@ -62,12 +70,12 @@ def autotune(model: torch.nn.Module, example_input: Tensor) -> dict[str, dict[Fo
         geometry = layer.core.stride, layer.core.padding, layer.core.dilation
         shape = shape_of(x, layer.core.weight, layer.last.out_channels, geometry)
         if shape not in times and x.dtype == torch.float32:
-            times[shape] = _measure(layer, x, shape)
+            times[shape] = measure(layer, x, shape)
     known = table()
     known.update({shape: min(seconds, key=seconds.__getitem__) for shape, seconds in times.items()})
     for shape, seconds in times.items():
         _log.info("%s: %s of %s", name_of(shape), known[shape], seconds)
-        _choose(shape, known[shape])
+        choose(shape, known[shape])
     keep_choices(cache_path(), {" ".join(map(str, shape)): form for shape, form in known.items()}, FORMS)
     return {name_of(shape): seconds for shape, seconds in times.items()}
 
@@ -103,43 +111,27 @@ def _evaluating(model: torch.nn.Module) -> Iterator[None]:
             module.training = mode
 
 
-def _measure(layer: "TuckerConv2d", x: Tensor, shape: Shape) -> dict[Form, float]:
-    """Median seconds of each form that this layer has, in turns."""
+def measure(layer: "TuckerConv2d", x: Tensor, shape: Shape) -> dict[Form, float]:
+    """Median seconds of each form that this layer has, in turns; leaves the last one chosen."""
+    chosen: Form | None = None
 
-    def convolutions() -> Tensor:
-        weights = layer.first.weight, layer.core.weight, layer.last.weight, layer.last.bias
-        geometry = layer.core.stride, layer.core.padding, layer.core.dilation
-        return reference.tucker_conv2d(x, *weights, *geometry, layer.activation)
+    def call(form: Form) -> None:
+        nonlocal chosen
+        if form != chosen:
+            choose(shape, form)
+            chosen = form
+        layer(x)
 
-    def fused() -> Tensor:
-        return layer(x)
-
-    runs: dict[Form, Callable[[], Tensor]] = {
-        "direct": fused,
-        "winograd": fused,
-        "convolutions": convolutions,
-    }
     with torch.no_grad():
-        repeats = {}
-        for form, run in list(runs.items()):
-            _choose(shape, form, for_good=False)
-            run()
-            if form == "winograd" and not native._C.last_kernel().startswith("winograd"):
-                del runs[form]
-                continue
-            seconds = interleaved({form: run}, 1)[form]
-            repeats[form] = max(2, round(_TURN / max(seconds, 1e-7)))
+        forms = [form for form in FORMS if call(form) or runs() == form]
+        # the first call of a turn settles the form
+        return interleaved({form: partial(call, form) for form in forms}, 9, turn=_TURN, warm=True)
 
-        def turn(form: Form) -> Callable[[], None]:
-            def run() -> None:
-                _choose(shape, form, for_good=False)
-                for _ in range(repeats[form]):
-                    runs[form]()
 
-            return run
-
-        turns = interleaved({form: turn(form) for form in runs}, 9)
-    return {form: seconds / repeats[form] for form, seconds in turns.items()}
+def runs() -> Form:
+    """The form of the last call."""
+    kernel = native._C.last_kernel().split()[0]
+    return "convolutions" if kernel == "unfused" else kernel
 
 
 def name_of(shape: Shape) -> str:
@@ -170,30 +162,36 @@ def _processor() -> str:
     return re.sub(r"[^a-z0-9]+", "-", " ".join([*names, isa]).lower()).strip("-")
 
 
+def machine_class() -> str:
+    """What the packaged table is asked for: the instruction set and the sizes of the core's own caches."""
+    isa = native._C.build_info()["isa_active"] if native._C is not None else "none"
+    names = "SC_LEVEL1_DCACHE_SIZE", "SC_LEVEL2_CACHE_SIZE"
+    sizes = [os.sysconf(name) >> 10 if name in os.sysconf_names else 0 for name in names]
+    return f"{isa}, {sizes[0]} KiB L1, {sizes[1]} KiB L2"
+
+
 def table() -> dict[Shape, Form]:
-    """What is known of this machine and these versions; reads the file when first asked."""
+    """What is known of this machine and these versions; reads the files when first asked."""
     global _table
     if _table is None:
         _table = {}
-        try:
-            if cache_path().exists():
-                _table = read_table(cache_path())
-        except (ValueError, OSError, RuntimeError) as error:
-            _log.warning("measured forms are left aside: %s", error)
+        for path, read in ((PACKAGED, read_packaged), (cache_path(), read_table)):
+            try:
+                _table.update(read(path) if path.exists() else {})
+            except (ValueError, OSError, RuntimeError) as error:
+                _log.warning("measured forms are left aside: %s", error)
         for shape, form in _table.items():
-            _choose(shape, form)
+            choose(shape, form)
     return _table
 
 
-def _choose(shape: Shape, form: Form, for_good: bool = True) -> None:
-    """What later calls of this shape run; `for_good` also sends them to torch's convolutions."""
+def choose(shape: Shape, form: Form | None) -> None:
+    """What later calls of this shape run; None for what the kernels choose by themselves."""
     if native._C is None:
         return
-    forms = native._C.Tucker2Form
-    native._C.choose_tucker2(shape, getattr(forms, "automatic" if form == "convolutions" else form))
-    _unfused.discard(shape)
-    if for_good and form == "convolutions":
-        _unfused.add(shape)
+    native_form = "automatic" if form in (None, "convolutions") else form
+    native._C.choose_tucker2(shape, getattr(native._C.Tucker2Form, native_form))
+    (_unfused.add if form == "convolutions" else _unfused.discard)(shape)
 
 
 def read_table(path: Path) -> dict[Shape, Form]:
@@ -202,7 +200,31 @@ def read_table(path: Path) -> dict[Shape, Form]:
     Raises:
         ValueError: for a file that holds anything else.
     """
-    found = read_choices(path, FORMS)
+    return _by_shape(read_choices(path, FORMS), path)
+
+
+def read_packaged(path: Path) -> dict[Shape, Form]:
+    """The entries of the packaged table for this class of machines, none where other releases made them.
+
+    Raises:
+        ValueError: for a file that holds anything else.
+    """
+    content = json.loads(path.read_text())
+    if not isinstance(content, dict):
+        raise ValueError(expected("path", "a file of forms by class of machines", path))
+    found = content.get(machine_class(), {"forms": {}})
+    forms = _by_shape(checked_forms(found, FORMS, path), path)
+    return forms if found.get("releases") == releases() else {}
+
+
+def write_packaged(found: dict[Shape, Form], path: Path = PACKAGED) -> None:
+    """Puts this machine's class into the packaged table; other classes stay."""
+    content = json.loads(path.read_text()) if path.exists() else {}
+    forms = {" ".join(map(str, shape)): form for shape, form in sorted(found.items())}
+    write_json(path, content | {machine_class(): {"releases": releases(), "forms": forms}})
+
+
+def _by_shape(found: dict[str, Form], path: Path) -> dict[Shape, Form]:
     if not all(re.fullmatch(r"\d+( \d+){16}", key) for key in found):
         raise ValueError(expected("path", "a file of forms that autotune measured", path))
     return {tuple(map(int, key.split())): form for key, form in found.items()}

@@ -6,7 +6,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from kegfast import check, cpu, cuda, diversity, native, reference, tuning
+from kegfast import check, cuda, diversity, native, reference, tuning
 from kegfast.check import expected
 from kegfast.ops import reads_channels_last as reads_channels_last
 from kegfast.ops import tucker2_training
@@ -332,10 +332,7 @@ def _form(
     training: bool,
 ) -> int | None:
     """What takes the call: a number for `tucker2_as` (CUDA), 0 the operator's own choice, None torch."""
-    if x.is_cuda:
-        return cuda.form(x, first, core, last, geometry, training)
-    asked = not training and not torch.compiler.is_compiling()
-    return None if asked and not cpu.takes(x, core, last.shape[0], geometry) else 0
+    return cuda.form(x, first, core, last, geometry, training) if x.is_cuda else 0
 
 
 def fuses_inference(x: Tensor) -> bool:

@@ -9,7 +9,9 @@ from torch.compiler import is_compiling
 
 from kegfast import check, cpu, cuda, functional
 from kegfast.check import expected
+from kegfast.convolutions import PackedConvolutions
 from kegfast.packed import PackedFactors, PreparedCall, Weights
+from kegfast.tuning import note_unfused
 
 if TYPE_CHECKING:
     from kegfast.compression.ranks import RankRule
@@ -112,6 +114,7 @@ class TuckerConv2d(nn.Module):
         self.activation = activation
         self.recompute = False
         self._packed, self._prepared = PackedFactors(), PreparedCall()
+        self._convolutions = PackedConvolutions()
 
     @classmethod
     def from_conv(cls, conv: nn.Conv2d, rank: "RankRule" = "evbmf") -> "TuckerConv2d":
@@ -181,7 +184,10 @@ class TuckerConv2d(nn.Module):
         if x.is_cuda:
             return self._forward_cuda(x, weights, options)
         if not cpu.takes(x, weights[1], weights[2].shape[0], (stride, padding, dilation)):
-            return self._forward_checked(x)
+            y = self._convolutions(x, weights, options)
+            if y is not None:
+                note_unfused()
+                return y
         packed = self._packed(*weights[:3], stride, dilation, functional.reads_channels_last(x))
         arguments = *stride, *padding, *dilation, activation is not None
         try:

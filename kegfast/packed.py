@@ -90,7 +90,7 @@ class PreparedCall:
     def __call__(self, x: Tensor, weights: Weights, options: tuple[object, ...]) -> Tensor | None:
         """The layer's output, or None: then call the operator. `options`: all else that decides it."""
         call = self._call
-        if call is None or type(x) is not Tensor or _watched() or native._backend == "reference":
+        if call is None or type(x) is not Tensor or watched() or native._backend == "reference":
             return None
         try:
             if _key(weights, options) != call.key or x.is_neg():
@@ -110,11 +110,11 @@ class PreparedCall:
         arguments: tuple[int | bool, ...],
     ) -> None:
         """Settles the call that has just given y, when it is the second of its shape in a row."""
-        if _watched():
+        if watched():
             return
         seen, self._seen = self._seen, (x.shape, x.stride())
         small = y.numel() * 4 <= _MOST_BYTES and x.dtype is torch.float32
-        if packed is None or not small or seen != self._seen or not _dense(x):
+        if packed is None or not small or seen != self._seen or not is_dense(x):
             return
         address = torch.ops.kegfast.tucker2_prepare(x, *weights, packed, *arguments)
         if address:
@@ -130,7 +130,7 @@ class PreparedCall:
         return PreparedCall()
 
 
-def _watched() -> bool:
+def watched() -> bool:
     """Whether something wants to see operators, or to change them."""
     return bool(_dispatch_modes() or _profiled() or _autocast()) or _tracing() is not None
 
@@ -144,6 +144,6 @@ def _key(weights: Weights, options: tuple[object, ...]) -> tuple[object, ...]:
     )  # fmt: skip
 
 
-def _dense(x: Tensor) -> bool:
-    """Whether x has the strides that the kernels of both layouts expect."""
+def is_dense(x: Tensor) -> bool:
+    """Whether x, of four dimensions, is all of its memory in one of the two layouts."""
     return x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last)
