@@ -8,7 +8,6 @@ and goes before it.
 
 import json
 import logging
-import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -124,13 +123,15 @@ def measure(layer: "TuckerConv2d", x: Tensor, shape: Shape) -> dict[Form, float]
 
     with torch.no_grad():
         forms = [form for form in FORMS if call(form) or runs() == form]
-        # the first call of a turn settles the form
-        return interleaved({form: partial(call, form) for form in forms}, 9, turn=_TURN, warm=True)
+        # The first call of a turn settles the form. Other processes cost one thread's own clock little.
+        clock = "cpu" if torch.get_num_threads() == 1 else "wall"
+        calls = {form: partial(call, form) for form in forms}
+        return interleaved(calls, 9, turn=_TURN, warm=True, clock=clock)
 
 
 def runs() -> Form:
     """The form of the last call."""
-    kernel = native._C.last_kernel().split()[0]
+    kernel = native._C.last_kernel().split()[0].removesuffix("_f4")
     return "convolutions" if kernel == "unfused" else kernel
 
 
@@ -163,11 +164,14 @@ def _processor() -> str:
 
 
 def machine_class() -> str:
-    """What the packaged table is asked for: the instruction set and the sizes of the core's own caches."""
+    """What the packaged table is asked for: the instruction set and the sizes of a core's own caches."""
     isa = native._C.build_info()["isa_active"] if native._C is not None else "none"
-    names = "SC_LEVEL1_DCACHE_SIZE", "SC_LEVEL2_CACHE_SIZE"
-    sizes = [os.sysconf(name) >> 10 if name in os.sysconf_names else 0 for name in names]
-    return f"{isa}, {sizes[0]} KiB L1, {sizes[1]} KiB L2"
+    sizes = {}
+    for cache in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*"):
+        level, kind, size = ((cache / name).read_text().strip() for name in ("level", "type", "size"))
+        if kind != "Instruction":
+            sizes[level] = size
+    return f"{isa}, L1 {sizes.get('1', 'unknown')}, L2 {sizes.get('2', 'unknown')}"
 
 
 def table() -> dict[Shape, Form]:
