@@ -42,8 +42,14 @@ sanitize-cuda: $(STAMPS)/dev
 
 bench: bench-diversity bench-tucker2
 
-bench-diversity bench-tucker2: bench-%: $(STAMPS)/dev
-	$(PYTHON) -m benchmarks.bench_$*
+bench-diversity: $(STAMPS)/dev
+	$(PYTHON) -m benchmarks.bench_diversity
+
+bench-tucker2: $(STAMPS)/dev
+	$(PYTHON) -m benchmarks.bench_tucker2
+	$(PYTHON) -m benchmarks.bench_tucker2 --threads 2 --batches 8 64
+	$(PYTHON) -m benchmarks.bench_tucker2 --dtype bfloat16
+	$(PYTHON) -m benchmarks.bench_tucker2 --training --batches 8 64
 
 bench-cuda: $(STAMPS)/dev
 	$(PYTHON) -m benchmarks.bench_cuda --seconds $(BENCH_SECONDS)

@@ -1,8 +1,9 @@
 """The fused Tucker-2 convolution against everything a user could run instead.
 
 `python -m benchmarks.bench_tucker2` prints the goals with pass or "fall short", and writes
-benchmarks/results/tucker2*.json. Every result is verified before it is timed; contenders take turns,
-and all figures are ratios of medians of the same rounds.
+benchmarks/results/tucker2*.json; `make bench-tucker2` does so on one thread and two, for bfloat16 and for
+training. Every result is verified before it is timed; contenders take turns, and all figures are ratios of
+medians of the same rounds.
 """
 
 import argparse
@@ -11,6 +12,7 @@ import importlib.util
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +20,8 @@ from torch import Tensor, nn
 from benchmarks.common import bandwidth, multiply_add_rate, write_results
 from kegfast import timing
 from kegfast.nn import TuckerConv2d
+
+TURN = 3e-4  # seconds
 
 
 @dataclass(frozen=True)
@@ -207,6 +211,35 @@ def weight_gradient_share(shape: Shape, batch: int, rounds: int, peak: float) ->
     return shape.multiply_adds(batch) / (times["all"] - times["x"]) / peak
 
 
+def speedup_by_threads(shape: Shape, batch: int, dtype: torch.dtype, rounds: int) -> float:
+    """Our time on one thread over that on all of them, each in its faster layout, in turns."""
+    every = torch.get_num_threads()
+    x = torch.randn(batch, shape.channels, shape.size, shape.size).to(dtype)
+    turns, repeats = {}, {}
+    for threads in (1, every):
+        for layout in (torch.contiguous_format, torch.channels_last):
+            layer = TuckerConv2d(
+                shape.channels, shape.features, shape.kernel, shape.ranks, shape.stride, shape.padding
+            )
+            call = partial(layer.to(dtype).eval(), x.contiguous(memory_format=layout))
+
+            def turn(name: tuple, call: Callable[[], Tensor] = call, threads: int = threads) -> None:
+                torch.set_num_threads(threads)
+                try:
+                    for _ in range(repeats[name]):
+                        call()
+                finally:
+                    torch.set_num_threads(every)
+
+            name = (threads, layout)
+            turns[name], repeats[name] = partial(turn, name), 1
+            once = timing.interleaved({name: turns[name]}, 2)[name]
+            repeats[name] = max(1, round(TURN / once))
+    times = {name: t / repeats[name] for name, t in timing.interleaved(turns, rounds).items()}
+    fastest = {n: min(t for (threads, _), t in times.items() if threads == n) for n in (1, every)}
+    return fastest[1] / fastest[every]
+
+
 def verify(calls: dict[str, Callable[[], Tensor]], dtype: torch.dtype) -> None:
     """Every contender against the dense layer, before anything is timed."""
     want = calls["dense planes"]().float()
@@ -239,7 +272,7 @@ def take_turns(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str,
     One thread is timed by its own CPU clock: what else runs on the machine then costs caches only.
     """
     clock = "cpu" if torch.get_num_threads() == 1 else "wall"
-    return timing.interleaved(calls, rounds, turn=3e-4, clock=clock)
+    return timing.interleaved(calls, rounds, turn=TURN, clock=clock)
 
 
 def best(times: dict[str, float], prefix: str = "") -> float:
@@ -259,20 +292,19 @@ def measure(
     threads = torch.get_num_threads()
     peak, memory = threads * multiply_add_rate(dtype), bandwidth()
     for shape in grid:
+        extra: dict[str, float] = {}
         if training:
             times = take_turns(training_steps(shape, batch), rounds)
+            extra["weight_gradient_share"] = weight_gradient_share(shape, batch, rounds, peak)
         else:
             with torch.inference_mode(False), torch.no_grad():
-                error = error_over_sequential(shape)
+                extra["float32_error_over_sequential"] = error_over_sequential(shape)
                 calls = contenders(shape, batch, dtype, compiled)
                 verify(calls, dtype)
                 times = take_turns(calls, rounds)
+                if threads > 1:
+                    extra["speedup_by_threads"] = speedup_by_threads(shape, batch, dtype, rounds)
         ours = best(times, "kegfast")
-        extra = (
-            {"weight_gradient_share": weight_gradient_share(shape, batch, rounds, peak)}
-            if training
-            else {"float32_error_over_sequential": error}
-        )
         yield (
             asdict(shape)
             | extra
@@ -298,6 +330,8 @@ GOALS = {  # by batch 1, 8, 64
     "dense layer": (9.0, 6.5, 5.5),
 }
 WEIGHT_SHARE = "weight gradients, share of peak"
+SPEEDUP, SPEEDUP_SHARE = "two threads over one", "two threads over one, share of at least 1.8"
+THREADS_GOALS = {SPEEDUP: (math.nan, 1.8, 1.8), SPEEDUP_SHARE: (math.nan, 1.0, 1.0)}
 TRAINING_GOALS = {"best rival": (math.nan, 1.4, 1.4), WEIGHT_SHARE: (math.nan, 0.7, 0.7)}
 BF16_GOALS = {"best rival": (5.0, 2.0, 1.6)}
 
@@ -323,6 +357,10 @@ def summary(records: list[dict]) -> dict[str, float]:
         "the rivals' share": geometric_mean([r["rival_share_of_peak"] for r in records]),
         "share of the bandwidth": geometric_mean([r["share_of_bandwidth"] for r in records]),
     }
+    if "speedup_by_threads" in records[0]:
+        speedups = [r["speedup_by_threads"] for r in records]
+        rows[SPEEDUP] = geometric_mean(speedups)
+        rows[SPEEDUP_SHARE] = sum(speedup >= 1.8 for speedup in speedups) / len(speedups)
     if "weight_gradient_share" in records[0]:
         rows[WEIGHT_SHARE] = geometric_mean([r["weight_gradient_share"] for r in records])
     if "dense planes" in records[0]["seconds"]:
@@ -333,7 +371,7 @@ def summary(records: list[dict]) -> dict[str, float]:
 def print_table(tables: dict[int, dict[str, float]], goals: dict[str, tuple[float, ...]]) -> None:
     """Rival / kegfast per line and batch, with the goal and the verdict."""
     batches = (1, 8, 64)
-    print(f"{'rival / kegfast':36}" + "".join(f"{f'batch {b}':>26}" for b in batches))
+    print(f"{'rival / kegfast':44}" + "".join(f"{f'batch {b}':>26}" for b in batches))
     for row, goal in goals.items():
         cells = []
         for b, need in zip(batches, goal, strict=True):
@@ -343,7 +381,7 @@ def print_table(tables: dict[int, dict[str, float]], goals: dict[str, tuple[floa
             else:
                 verdict = "pass" if got >= need else "fall short"
                 cells.append(f"{got:.2f} (>= {need:.2f} {verdict})")
-        print(f"{row:36}" + "".join(f"{cell:>26}" for cell in cells))
+        print(f"{row:44}" + "".join(f"{cell:>26}" for cell in cells))
 
 
 def main() -> None:
@@ -373,11 +411,13 @@ def main() -> None:
                 print(f"{batch:3} {record['name']:28} {ratio:5.2f} {rate:6.1f} {micro}", flush=True)
         tables[batch] = summary(found)
         records += found
-    goals = TRAINING_GOALS if options.training else GOALS
-    print_table(tables, BF16_GOALS if dtype == torch.bfloat16 else goals)
+    goals = TRAINING_GOALS if options.training else BF16_GOALS if dtype == torch.bfloat16 else GOALS
+    print_table(tables, goals | (THREADS_GOALS if options.threads > 1 and not options.training else {}))
     for batch, table in tables.items():
         shares = ", ".join(f"{table[name]:.0%} {name}" for name in SHARES)
         print(f"batch {batch}: {shares}")
+    if options.family:
+        return  # the results are those of all families
     kind = "training" if options.training else options.dtype
     kind += "_compiled" if options.compiled else ""
     write_results(

@@ -36,6 +36,8 @@ def tucker2(summary: dict[str, dict[str, float]]) -> str:
         "NCHW Sequential",
         "dense layer",
         "weight gradients, share of peak",
+        "two threads over one",
+        "two threads over one, share of at least 1.8",
     ]
     rows = [
         [name, *(f"{figures[name]:.2f}" for figures in summary.values())]
