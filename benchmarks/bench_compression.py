@@ -1,22 +1,24 @@
 """Accuracy straight after compression, with no training of any kind, and latency beside the original.
 
     python -m benchmarks.bench_compression curve --teacher fashion --root ../shared [--json FILE]
-    python -m benchmarks.bench_compression latency [--models lenet5 resnet14 ...] [--json FILE [--again]]
+    python -m benchmarks.bench_compression latency [--models lenet5 resnet14 ...] [--json FILE]
+
+Cells are added to the file as they are done, and those that it has are left out, so that a run that was
+stopped goes on; --again measures them anew.
 
 curve: one published teacher at rising ratios; how the ranks are chosen is the only difference between the
 columns. evbmf has no ratio to ask for: it stands with the paper's layers and with all layers. Images are the
-first of the test set; calibration never sees a label or a test image.
+first of the test set; calibration never sees a label or a test image. Made samples are 1,024, real ones 256.
 latency: the ranks of 1.5x, 2x and 4x fewer parameters, compressed with an example of batch 1, 8 and 64, on
 one thread and on two. The original and its three students then take turns once more, and those medians are
 what is written; layers that compress rolled back leave a ratio below the one asked for. Ranks of ResNet-18
-and ResNet-50 are multiples of 8. Each (model, threads, batch) is added to the file as it is done, and what
-the file has is left out, so that a run that was stopped goes on; --again measures it anew.
+and ResNet-50 are multiples of 8.
 """
 
 import argparse
 import json
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -30,6 +32,7 @@ from benchmarks.resnet import resnet18, resnet50
 from kegfast import Generators, compress, data, load_weights
 from kegfast.compression.costs import factor_parameters
 from kegfast.compression.ranks import layer_rank
+from kegfast.compression.report import CompressionReport
 from kegfast.distillation import Mixture
 from kegfast.extraction.procedural import DeadLeaves
 from kegfast.files import write_json
@@ -49,7 +52,11 @@ MODELS = {  # model, sample, the multiples that its ranks are
 }
 ASKED = (1.5, 2.0, 4.0)
 
+MADE, REAL = 1024, 256
+"""Samples to calibrate with."""
+
 Cell = dict[str, Any]
+Place = tuple[Any, ...]
 
 
 def main() -> None:
@@ -69,11 +76,12 @@ def main() -> None:
     parser.add_argument("--batches", type=int, nargs="+", default=(1, 8, 64))
     parser.add_argument("--threads", type=int, nargs="+", default=(1, 2))
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--again", action="store_true", help="latency: also what the file has already")
+    parser.add_argument("--again", action="store_true", help="also what the file has already")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    cells: list[Cell] = [] if args.what == "curve" else known(args.json)
-    for found in curve(args) if args.what == "curve" else latency(args, cells):
+    cells = known(args.json)
+    done = set() if args.again else {place(cell) for cell in cells}
+    for found in {"curve": curve, "latency": latency}[args.what](args, done):
         for cell in found:
             print("  ".join(f"{key} {value}" for key, value in cell.items()), flush=True)
         cells = [cell for cell in cells if place(cell) != place(found[0])] + found
@@ -86,9 +94,9 @@ def known(path: Path | None) -> list[Cell]:
     return json.loads(path.read_text(encoding="utf-8"))["cells"] if path and path.exists() else []
 
 
-def place(cell: Cell) -> tuple[Any, ...]:
-    """What one run of a benchmark fills at once."""
-    keys = ("model", "threads", "batch") if "model" in cell else ("teacher", "ratio", "way")
+def place(cell: Cell) -> Place:
+    """What is measured at once."""
+    keys = ("model", "threads", "batch") if "model" in cell else ("teacher", "asked", "way")
     return tuple(cell[key] for key in keys)
 
 
@@ -97,46 +105,59 @@ def about(args: argparse.Namespace) -> dict[str, Any]:
     return {"command": args.what, **({"images": args.images} if args.what == "curve" else {}), **machine()}
 
 
-def curve(args: argparse.Namespace) -> Iterator[list[Cell]]:
+def curve(args: argparse.Namespace, done: set[Place]) -> Iterator[list[Cell]]:
     """Accuracy of every way to choose ranks at every ratio."""
     make, name, mean, std, layers = TEACHERS[args.teacher]
     weights = args.root / f"pretrained/kegnet/{args.teacher}.pth.tar"
     teacher = load_weights(make(), weights).eval()
     splits = data.load(name, args.root / "data")
     images, labels = (t[: args.images] for t in splits.test.tensors)
+    score = partial(accuracy, images=images, labels=labels)
+    rules = {"ratio": float, "energy": "energy={:.6f}".format}
+    ways = calibrations(args, splits.train.tensors[0], DeadLeaves((1, 32, 32), mean, std))
+
+    def run(way: str, asked: float | None) -> tuple[nn.Module, CompressionReport | None]:
+        if way == "teacher":
+            return teacher, None
+        if asked is None:
+            return compress(teacher, include=layers if "paper" in way else None)
+        if way in rules:
+            return compress(teacher, rules[way](number_for(teacher, asked, rules[way])))
+        return compress(teacher, budget={"params": 1 / asked}, **ways[way])
+
+    fixed = ["teacher", "evbmf, the paper's layers", "evbmf, all layers"]
+    places = [(None, way) for way in fixed] + list(product(args.ratios, [*rules, *ways]))
+    for asked, way in places:
+        chosen = args.ways is None or any(word in way for word in args.ways)
+        if chosen and (args.teacher, asked, way) not in done:
+            start = time.perf_counter()
+            student, report = run(way, asked)
+            yield [
+                {
+                    "teacher": args.teacher,
+                    "asked": asked,
+                    "ratio": round(report.ratio, 3) if report else 1.0,
+                    "way": way,
+                    "accuracy": score(student),
+                    "seconds": round(time.perf_counter() - start, 2),
+                }
+            ]
+
+
+def calibrations(args: argparse.Namespace, images: Tensor, leaves: DeadLeaves) -> dict[str, dict[str, Any]]:
+    """What each budget's column gives to compress."""
     torch.manual_seed(0)
-    real = splits.train.tensors[0][torch.randperm(len(splits.train))[:256]]
-    leaves = DeadLeaves((1, 32, 32), mean, std).sample(256)[0]
-    example = torch.zeros(1, 1, 32, 32)
+    real = images[torch.randperm(len(images))[:REAL]]
     ways: dict[str, dict[str, Any]] = {
         "budget, weights alone": {},
-        "budget, noise": {"example_input": example, "measure": False},
-        "budget, dead leaves": {"calibration": leaves},
+        "budget, noise": {"example_input": torch.zeros(1, 1, 32, 32), "measure": False},
+        "budget, dead leaves": {"calibration": leaves.sample(MADE)[0], "samples": MADE},
     }
     if args.generators is not None:
-        mixture = Mixture([Generators.load(args.generators), DeadLeaves((1, 32, 32), mean, std)])
         torch.manual_seed(1)
-        ways["budget, generators and leaves"] = {"calibration": mixture.sample(256)[0]}
-    ways["budget, 256 real"] = {"calibration": real}
-    score = partial(accuracy, images=images, labels=labels)
-    start = {"teacher": args.teacher, "ratio": 1.0, "way": "teacher"}
-    yield [{**start, "accuracy": score(teacher), "seconds": 0.0}]
-    for way, include in (("evbmf, the paper's layers", layers), ("evbmf, all layers", None)):
-        yield [cell(args.teacher, way, lambda include=include: compress(teacher, include=include), score)]
-    rules = {"ratio": float, "energy": "energy={:.6f}".format}
-    for ratio in args.ratios:
-        for way in wanted(rules, args.ways):
-            rank = rules[way](number_for(teacher, ratio, rules[way]))
-            yield [cell(args.teacher, way, lambda rank=rank: compress(teacher, rank), score)]
-        for way in wanted(ways, args.ways):
-            options = ways[way]
-            budget = {"params": 1 / ratio}
-            run = partial(compress, teacher, budget=budget, **options)
-            yield [cell(args.teacher, way, run, score)]
-
-
-def wanted(ways: Iterable[str], words: list[str] | None) -> list[str]:
-    return [way for way in ways if words is None or any(word in way for word in words)]
+        mixture = Mixture([Generators.load(args.generators), leaves]).sample(MADE)[0]
+        ways["budget, generators and leaves"] = {"calibration": mixture, "samples": MADE}
+    return {**ways, "budget, 256 real": {"calibration": real}}
 
 
 def number_for(teacher: nn.Module, ratio: float, rule: Callable[[float], Any]) -> float:
@@ -157,19 +178,6 @@ def number_for(teacher: nn.Module, ratio: float, rule: Callable[[float], Any]) -
     return low
 
 
-def cell(teacher: str, way: str, run: Callable[[], Any], score: Callable[[nn.Module], float]) -> Cell:
-    start = time.perf_counter()
-    student, report = run()
-    seconds = time.perf_counter() - start
-    return {
-        "teacher": teacher,
-        "ratio": round(report.ratio, 3),
-        "way": way,
-        "accuracy": score(student),
-        "seconds": round(seconds, 2),
-    }
-
-
 @torch.inference_mode()
 def accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
     model.eval()
@@ -178,9 +186,8 @@ def accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
     return round(100 * right / len(labels), 2)
 
 
-def latency(args: argparse.Namespace, cells: list[Cell]) -> Iterator[list[Cell]]:
+def latency(args: argparse.Namespace, done: set[Place]) -> Iterator[list[Cell]]:
     """The original and its students of all ratios, in one interleaved run for each batch and thread count."""
-    done = set() if args.again else {place(cell) for cell in cells}
     for name in args.models:
         open_ = [(t, b) for t, b in product(args.threads, args.batches) if (name, t, b) not in done]
         if not open_:

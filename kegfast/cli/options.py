@@ -5,6 +5,7 @@ import importlib
 import json
 import math
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -183,15 +184,23 @@ def build_model(name: str | None, info: "DataInfo | None") -> "nn.Module":
 def load_model(name: str | None, weights: Path, info: "DataInfo | None") -> "nn.Module":
     """The model of --weights, in eval mode; --model may be missing where the file tells its structure itself.
 
+    A file of a student that other code compressed (see `from_state_dict`) gives that student.
+
     Raises:
         OSError, ValueError: there is no such model, or the file is none of its weights.
     """
-    from kegfast.compression import load, saving
-    from kegfast.files import load_weights, read_tensors
+    from kegfast.compression import from_state_dict, load, saving
+    from kegfast.files import load_weights, read_state_dict, read_tensors
 
     if weights.suffix == ".safetensors" and read_tensors(weights)[1].get("format") == saving.FORMAT:
         return load(weights, None if name is None else build_model(name, info))
-    return load_weights(build_model(name, info), weights).eval()
+    model = build_model(name, info)
+    try:
+        return load_weights(model, weights).eval()
+    except ValueError:
+        with suppress(ValueError):
+            return from_state_dict(model, read_state_dict(weights)).eval()
+        raise
 
 
 def save_model(model: "nn.Module", path: Path, name: str | None) -> None:

@@ -25,6 +25,20 @@ STEPS = 12
 CHUNK = 64
 """Samples that run at once."""
 
+WEIGHINGS = {
+    "sensitivity": {
+        "sensitivity": 0.0,
+        "half relative sensitivity": 0.5,
+        "mostly relative sensitivity": 0.75,
+        "relative sensitivity": 1.0,
+    },
+    "error": {"error": 0.0, "relative error": 1.0},
+}
+"""For each kind of error the ways to count it, and the power of each layer's own size that it is divided by.
+
+Sensitivity is true of small errors; large ones hurt beyond it, which the relative ones foresee.
+"""
+
 Plan = dict[str, Rank | None]
 """The ranks of each layer; None stays dense."""
 
@@ -54,8 +68,9 @@ def plans(
 
     Returns:
         "sensitivity" (what an error does to the outputs), "relative sensitivity" (the same as a share of
-        each layer's all), "error" (of the weight), "relative error", and "ratio" and "energy", one number
-        for all layers. Without metrics there is "relative error" alone: nothing could tell plans apart.
+        each layer's all), two between them, "error" (of the weight), "relative error", and "ratio" and
+        "energy", one number for all layers. Without metrics there is "relative error" alone: nothing could
+        tell plans apart.
 
     Raises:
         ValueError: the budget is below what the cheapest ranks cost.
@@ -115,18 +130,20 @@ def _tables(
     ways: dict[str, dict[str, Table]] = {}
     for name, (site, cost, dense) in priced.items():
         weight = site.module.weight
-        for way, metric in {"sensitivity": metrics.get(name), "error": None}.items():
-            if way == "sensitivity" and not metrics:
+        for kind, shares in WEIGHINGS.items():
+            if kind == "sensitivity" and not metrics:
                 continue
+            metric = metrics.get(name) if kind == "sensitivity" else None
             if name in fixed:
                 table, size = settled(fixed[name], _price_of(fixed[name], cost, dense)), 1.0
             else:
-                table = tabulate(weight, cost, dense, metric=metric, step=step)
+                white = whiten(weight, metric)
+                table = tabulate(white, cost, dense, step=step)
                 table = table.capped(limits[name]) if name in limits else table
-                size = max(float(whiten(weight, metric).square().sum()), 1e-30)
-            if metrics:
-                ways.setdefault(way, {})[name] = table
-            ways.setdefault(f"relative {way}", {})[name] = table.scaled(1 / size)
+                size = max(float(white.square().sum()), 1e-30)
+            for way, share in shares.items():
+                if metrics or way == "relative error":
+                    ways.setdefault(way, {})[name] = table.scaled(size**-share)
     return ways
 
 

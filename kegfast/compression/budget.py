@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -26,12 +27,16 @@ class Option(NamedTuple):
 
 @dataclass
 class Table:
-    """Every option of one layer, and the convex hull that the Lagrangian path walks on."""
+    """Every option of one layer."""
 
     ranks: np.ndarray  # (n, 2) in and out rank, 0 for a side without a factor; (0, 0) is the dense layer
     costs: np.ndarray  # (n,)
     errors: np.ndarray  # (n,) squared, in the metric that all layers share
-    hull: np.ndarray  # indices, by rising cost
+
+    @cached_property
+    def hull(self) -> np.ndarray:
+        """Indices of the options that the Lagrangian path walks on, by rising cost."""
+        return _lower_hull(self.costs, self.errors)
 
     def option(self, index: int) -> Option:
         rank = tuple(int(side) or None for side in self.ranks[index])
@@ -52,8 +57,7 @@ class Table:
         below = ((self.ranks <= limits) & ((self.ranks == 0) == (limits == 0))).all(axis=1)
         dense, cheapest = ~self.ranks.any(axis=1), self.costs == self.costs.min()
         fits = next(rows for rows in (below, dense, cheapest) if rows.any())
-        costs, errors = self.costs[fits], self.errors[fits]
-        return Table(self.ranks[fits], costs, errors, _lower_hull(costs, errors))
+        return Table(self.ranks[fits], self.costs[fits], self.errors[fits])
 
     def dearest(self) -> Option:
         """The option that costs most, of those the one with the least error."""
@@ -87,13 +91,13 @@ def tabulate(
     ranks = np.concatenate([ranks[cheaper], [[0, 0]]])
     costs = np.append(costs[cheaper], dense_cost)
     errors = np.append(np.maximum(errors[cheaper], 0), 0.0)
-    return Table(ranks, costs, errors, _lower_hull(costs, errors))
+    return Table(ranks, costs, errors)
 
 
 def settled(rank: Rank | None, cost: float) -> Table:
     """The table of a layer whose ranks are no longer open."""
     row = np.array([[side or 0 for side in rank or (None, None)]])
-    return Table(row, np.array([cost]), np.zeros(1), np.zeros(1, dtype=np.int64))
+    return Table(row, np.array([cost]), np.zeros(1))
 
 
 def _hosvd_errors(weight: Tensor) -> tuple[np.ndarray, np.ndarray]:

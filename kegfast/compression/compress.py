@@ -16,7 +16,7 @@ from kegfast.compression import costs, ranks
 from kegfast.compression.allocation import Plan, choose, plans
 from kegfast.compression.budget import Rank
 from kegfast.compression.choice import keep_fastest
-from kegfast.compression.decompose import Factors, Metric, factorize, relative_error
+from kegfast.compression.decompose import Decomposition, Factors, Metric, relative_error
 from kegfast.compression.evidence import Evidence, collect
 from kegfast.compression.norms import reestimate_norms, transfer_norms
 from kegfast.compression.ranks import RankRules, Side
@@ -71,8 +71,8 @@ def compress(
             `.sample(n)` such as Generators). Errors are weighted by them, last factors and biases solved
             anew, BatchNorm statistics re-estimated. Samples that are visibly not what the model was
             trained on are first changed until BatchNorm finds them familiar (`match_statistics`, at
-            most 256 images of 32 x 32 or their like); then nothing is solved anew, and BatchNorm
-            statistics are moved as they move on both models.
+            most 256 images of 32 x 32 or their like); BatchNorm statistics are then moved as they move
+            on both models.
         samples: how many to draw from `calibration`.
         measure: time dense, unfused and fused layers on `example_input` and keep what is fastest;
             the whole model is then never slower than before. Under a budget or explicit ranks a layer
@@ -175,12 +175,15 @@ class _Decomposer:
 
     def __init__(self, metrics: Mapping[str, Metric]):
         self._metrics = metrics
+        self._layers: dict[str, Decomposition] = {}
         self._known: dict[tuple[str, Rank], Factors] = {}
 
     def __call__(self, site: Site, rank: Rank) -> Factors:
         key = site.name, rank
         if key not in self._known:
-            self._known[key] = factorize(site.module.weight, rank, self._metrics.get(site.name))
+            if site.name not in self._layers:
+                self._layers[site.name] = Decomposition(site.module.weight, self._metrics.get(site.name))
+            self._known[key] = self._layers[site.name].at(rank)
         return self._known[key]
 
 
@@ -201,9 +204,8 @@ def _trial(model: nn.Module, decompose: _Decomposer, evidence: Evidence, plan: P
     for site in survey(student):
         if plan.get(site.name) is not None:
             student = replace(student, site, build(site.module, decompose(site, plan[site.name])))
-    if not evidence.synthetic:
-        refit(student, model, evidence.samples)
     if not evidence.probes:  # noise runs by its own statistics
+        refit(student, model, evidence.samples)
         _adapt_norms(student, model, evidence)
     return student
 
@@ -223,7 +225,7 @@ def _adapt(student: nn.Module, teacher: nn.Module, evidence: Evidence, report: C
     """Lets the student's last factors and BatchNorms answer for what the ranks took away."""
     if evidence.samples is None or not report.ranks:
         return
-    if not evidence.synthetic:  # least squares would fit what only made samples have in common
+    if not evidence.probes:  # least squares would fit what only noise has in common
         refit(student, teacher, evidence.samples)
         report.notes.append(f"last factors and biases solved anew on {len(evidence.samples)} inputs")
     if note := _adapt_norms(student, teacher, evidence):

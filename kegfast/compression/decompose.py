@@ -16,6 +16,10 @@ DOUBLE_UNTIL = 1 << 20
 """Weights of at most this many entries are decomposed in float64."""
 
 
+TENSORLY_UNTIL = 1 << 18
+"""Larger weights are decomposed by their Gram matrices."""
+
+
 class Factors(NamedTuple):
     """weight = last core first; a side without a factor is None, and the core spans its channels."""
 
@@ -45,7 +49,7 @@ class Metric:
 
     @cached_property
     def roots(self) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-        """The square root of each and its inverse."""
+        """A square root of each (root root^T is the matrix) and its inverse."""
         return _root(self.inputs), _root(self.output)
 
 
@@ -71,26 +75,42 @@ def factorize(
     Raises:
         ValueError: a rank outside 1..channels, or a weight that is not finite.
     """
-    in_rank, out_rank = explicit_rank(rank, weight.shape[1], weight.shape[0])
-    dtype = torch.float64 if weight.numel() <= DOUBLE_UNTIL else torch.float32
-    target = weight.detach().to(dtype)
-    if not bool(target.isfinite().all()):
-        raise ValueError("weight must be finite, got NaN or infinite values")
-    if metric is not None:
-        (_, inputs), (_, output) = metric.roots
-        factors = factorize(whiten(target, metric), rank)
-        return _unwhiten(factors, inputs.to(target), output.to(target)).to(weight)
-    matrix = weight[0, 0].numel() == 1
-    if matrix and (in_rank is None or out_rank is None):
-        factors = _low_rank(target, in_rank, out_rank)
-    else:
-        factors = _tucker2(target, in_rank, out_rank)
-    return factors.to(weight)
+    return Decomposition(weight, metric).at(rank)
 
 
-def _low_rank(matrix: Tensor, in_rank: Side, out_rank: Side) -> Factors:
+class Decomposition:
+    """`factorize` at several ranks: what does not depend on them is computed once."""
+
+    def __init__(self, weight: Tensor, metric: Metric | None = None):
+        self._weight, self._metric = weight.detach(), metric
+        if not bool(self._weight.isfinite().all()):
+            raise ValueError("weight must be finite, got NaN or infinite values")
+
+    @cached_property
+    def _target(self) -> Tensor:
+        return whiten(self._weight, self._metric)
+
+    @cached_property
+    def _svd(self) -> tuple[Tensor, Tensor, Tensor]:
+        return torch.linalg.svd(self._target.flatten(1), full_matrices=False)
+
+    def at(self, rank: tuple[Side, Side]) -> Factors:
+        """The factors of one pair of ranks."""
+        in_rank, out_rank = explicit_rank(rank, self._weight.shape[1], self._weight.shape[0])
+        matrix = self._weight[0, 0].numel() == 1
+        if matrix and (in_rank is None or out_rank is None):
+            factors = _low_rank(self._target, self._svd, in_rank, out_rank)
+        else:
+            factors = _tucker2(self._target, in_rank, out_rank)
+        if self._metric is not None:
+            (_, inputs), (_, output) = self._metric.roots
+            factors = _unwhiten(factors, inputs.to(self._target), output.to(self._target))
+        return factors.to(self._weight)
+
+
+def _low_rank(matrix: Tensor, svd: tuple[Tensor, Tensor, Tensor], in_rank: Side, out_rank: Side) -> Factors:
     shape = matrix.shape[2:]
-    u, s, v = torch.linalg.svd(matrix.flatten(1), full_matrices=False)
+    u, s, v = svd
     rank = min(in_rank or out_rank or 0, len(s))
     root = s[:rank].sqrt()  # shared between both factors, so that neither is badly scaled
     left, right = u[:, :rank] * root, root[:, None] * v[:rank]
@@ -113,7 +133,7 @@ def _tucker2(weight: Tensor, in_rank: Side, out_rank: Side) -> Factors:
 
 def _hooi(weight: Tensor, ranks: dict[int, int]) -> tuple[Tensor, dict[int, Tensor]]:
     """The one place that calls tensorly; it takes a full SVD a step, which large weights do not stand."""
-    if weight.numel() > DOUBLE_UNTIL:
+    if weight.numel() > TENSORLY_UNTIL:
         return _hooi_by_gram(weight, ranks)
     with tensorly.backend_context("pytorch", local_threadsafe=True), warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -145,22 +165,22 @@ def _project(weight: Tensor, bases: dict[int, Tensor]) -> Tensor:
 
 
 def _root(moments: Tensor) -> tuple[Tensor, Tensor]:  # (C, C) -> (C, C), (C, C)
-    """The square root and its inverse of a positive semidefinite matrix, slightly damped."""
+    """A square root and its inverse of a positive semidefinite matrix, slightly damped."""
     moments = moments.double() if moments.numel() <= DOUBLE_UNTIL else moments
     values, vectors = torch.linalg.eigh((moments + moments.T) / 2)
     floor = values.clamp_min(0).mean() * 1e-4
     values = values.clamp_min(floor if floor > 0 else 1.0)
-    return (vectors * values.sqrt()) @ vectors.T, (vectors * values.rsqrt()) @ vectors.T
+    return vectors * values.sqrt(), (vectors * values.rsqrt()).T
 
 
 def whiten(weight: Tensor, metric: Metric | None) -> Tensor:
-    """The weight in the basis where the metric is the plain squared error."""
+    """The weight in a basis where the metric is the plain squared error."""
     dtype = torch.float64 if weight.numel() <= DOUBLE_UNTIL else torch.float32
     weight = weight.detach().to(dtype)
     if metric is None:
         return weight
     (inputs, _), (output, _) = metric.roots
-    return torch.einsum("ik,kc...,cj->ij...", output.to(weight), weight, inputs.to(weight))
+    return torch.einsum("ki,kc...,cj->ij...", output.to(weight), weight, inputs.to(weight))
 
 
 def _unwhiten(factors: Factors, inputs: Tensor, output: Tensor) -> Factors:
@@ -169,8 +189,8 @@ def _unwhiten(factors: Factors, inputs: Tensor, output: Tensor) -> Factors:
     if first is None:
         core = torch.einsum("rc...,cj->rj...", core, inputs)
     if last is None:
-        core = torch.einsum("ik,kr...->ir...", output, core)
-    return Factors(None if first is None else first @ inputs, core, None if last is None else output @ last)
+        core = torch.einsum("ki,kr...->ir...", output, core)
+    return Factors(None if first is None else first @ inputs, core, None if last is None else output.T @ last)
 
 
 def reconstruct(factors: Factors) -> Tensor:  # (K, C, kh, kw) or (K, C)

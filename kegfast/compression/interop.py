@@ -29,8 +29,15 @@ def from_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
         the state dict.
 
     Raises:
-        ValueError: a factor that does not fit, missing or unexpected weights.
+        TypeError: `model` is no module, or `state` no mapping.
+        ValueError: a factor that does not fit, missing or unexpected weights, NaN or infinite values.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(expected("model", "a torch.nn.Module", model))
+    if not isinstance(state, Mapping):
+        raise TypeError(expected("state", "a state dict", state))
+    if bad := [name for name, tensor in state.items() if not bool(tensor.isfinite().all())]:
+        raise ValueError(f"state must hold finite weights, got NaN or infinity in {', '.join(bad[:3])}")
     student = copy.deepcopy(model)
     rest = dict(state)
     layers = [

@@ -18,8 +18,8 @@ from kegfast.extraction.teacher import FrozenTeacher
 
 log = logging.getLogger(__name__)
 
-STEPS = 60
-RATE = 0.05
+STEPS = 120
+RATE = 0.1
 """Of Adam at its first step; it falls to 0 along half a cosine."""
 SPREAD = 0.1
 """Weight of the cross-entropy that spreads the samples over all classes, where the outputs are logits."""

@@ -124,7 +124,16 @@ def test_a_rule_limits_the_ranks_that_a_budget_may_give(rule):
             assert side <= limit if side and limit else name == "linear"
 
 
-PLANS = {"sensitivity", "relative sensitivity", "error", "relative error", "ratio", "energy"}
+PLANS = {
+    "sensitivity",
+    "half relative sensitivity",
+    "mostly relative sensitivity",
+    "relative sensitivity",
+    "error",
+    "relative error",
+    "ratio",
+    "energy",
+}
 
 
 def test_no_other_plan_would_have_changed_the_outputs_less():
