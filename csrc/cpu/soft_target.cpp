@@ -2,13 +2,11 @@
 #include "soft_target.h"
 
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
 
 #include <tuple>
 #include <vector>
 
-#include "check.h"
+#include "soft_target_call.h"
 
 namespace kegfast {
 namespace {
@@ -19,32 +17,15 @@ using torch::stable::Tensor;
 constexpr int64_t kEntriesPerThread =
     1 << 15;  // some 20 microseconds, several times what waking a thread costs
 
-Tensor with_dense_rows(const Tensor& x) {
-  return x.stride(1) == 1 || x.size(1) == 1 ? x : torch::stable::contiguous(x);
-}
-
-void check(const Tensor& x, const char* name) {
-  KEGFAST_CHECK(x.dim() == 2, name, "2-dimensional", x.dim());
-  KEGFAST_CHECK(x.scalar_type() == ScalarType::Float, name, "float32", static_cast<int>(x.scalar_type()));
-  KEGFAST_CHECK(x.numel() > 0, name, "not empty", x.numel());
-}
-
 std::tuple<Tensor, Tensor> soft_target_forward(const Tensor& given_student,  // [B, C]
                                                const Tensor& given_teacher,  // [B, C]
                                                double temperature, bool want_gradient) {
-  check(given_student, "student");
-  check(given_teacher, "teacher");
-  KEGFAST_CHECK(given_teacher.size(0) == given_student.size(0), "teacher", "of the student's batch",
-                given_teacher.size(0));
-  KEGFAST_CHECK(given_teacher.size(1) == given_student.size(1), "teacher", "of the student's classes",
-                given_teacher.size(1));
-  KEGFAST_CHECK(temperature > 0, "temperature", "above 0", temperature);
+  check_soft_target(given_student, given_teacher, temperature);
+  KEGFAST_CHECK(given_student.scalar_type() == ScalarType::Float, "student", "float32",
+                static_cast<int>(given_student.scalar_type()));
   const Tensor student = with_dense_rows(given_student), teacher = with_dense_rows(given_teacher);
   const int64_t B = student.size(0), C = student.size(1);
-  const int64_t none[] = {0}, shape[] = {B, C};
-  Tensor gradient =
-      want_gradient ? torch::stable::new_empty(student, shape) : torch::stable::new_empty(student, none);
-  Tensor loss = torch::stable::new_empty(student, torch::headeronly::IntHeaderOnlyArrayRef(none, size_t{0}));
+  const auto [loss, gradient] = new_soft_target_result(student, want_gradient);
 
   std::vector<double> divergence(B);
   SoftTargetParams p{};

@@ -1,14 +1,12 @@
 // soft_target on CUDA: checks, allocation, two kernels on the current stream.
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
 
 #include <limits>
 #include <tuple>
 
-#include "check.h"
 #include "launch.h"
 #include "soft_target.cuh"
+#include "soft_target_call.h"
 
 namespace kegfast::cuda {
 namespace {
@@ -16,17 +14,13 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-void check(const Tensor& x, const char* name) {
-  KEGFAST_CHECK(x.dim() == 2, name, "2-dimensional", x.dim());
-  KEGFAST_CHECK(x.is_cuda(), name, "on a CUDA device", "another one");
-  KEGFAST_CHECK(x.numel() > 0, name, "not empty", x.numel());
+void check(const Tensor& student, const Tensor& teacher) {
+  KEGFAST_CHECK(student.is_cuda(), "student", "on a CUDA device", "another one");
+  KEGFAST_CHECK(teacher.is_cuda() && teacher.get_device() == student.get_device(), "teacher",
+                "on the student's device", "another one");
   for (int64_t dim : {0, 1})
-    KEGFAST_CHECK(x.size(dim) < std::numeric_limits<int32_t>::max() / 2, name, "below 2^30 in every size",
-                  x.size(dim));
-}
-
-Tensor with_dense_rows(const Tensor& x) {
-  return x.stride(1) == 1 || x.size(1) == 1 ? x : torch::stable::contiguous(x);
+    KEGFAST_CHECK(student.size(dim) < std::numeric_limits<int32_t>::max() / 2, "student",
+                  "below 2^30 in every size", student.size(dim));
 }
 
 template <class T>
@@ -45,23 +39,11 @@ void run(const Tensor& student, const Tensor& teacher, const Tensor& loss, const
 std::tuple<Tensor, Tensor> soft_target_forward(const Tensor& given_student,  // [B, C]
                                                const Tensor& given_teacher,  // [B, C]
                                                double temperature, bool want_gradient) {
-  check(given_student, "student");
-  check(given_teacher, "teacher");
-  KEGFAST_CHECK(given_teacher.size(0) == given_student.size(0), "teacher", "of the student's batch",
-                given_teacher.size(0));
-  KEGFAST_CHECK(given_teacher.size(1) == given_student.size(1), "teacher", "of the student's classes",
-                given_teacher.size(1));
-  KEGFAST_CHECK(given_teacher.get_device() == given_student.get_device() &&
-                    given_teacher.scalar_type() == given_student.scalar_type(),
-                "teacher", "of the student's device and dtype", int(given_teacher.get_device()));
-  KEGFAST_CHECK(temperature > 0, "temperature", "above 0", temperature);
-
+  check_soft_target(given_student, given_teacher, temperature);
+  check(given_student, given_teacher);
   const Launcher launcher(given_student);
   const Tensor student = with_dense_rows(given_student), teacher = with_dense_rows(given_teacher);
-  const int64_t none[] = {0}, shape[] = {student.size(0), student.size(1)};
-  Tensor gradient =
-      want_gradient ? torch::stable::new_empty(student, shape) : torch::stable::new_empty(student, none);
-  Tensor loss = torch::stable::new_empty(student, torch::headeronly::IntHeaderOnlyArrayRef(none, size_t{0}));
+  const auto [loss, gradient] = new_soft_target_result(student, want_gradient);
   const Tensor* wanted = want_gradient ? &gradient : nullptr;
   switch (student.scalar_type()) {
     case ScalarType::Float:
