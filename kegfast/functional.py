@@ -5,6 +5,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function
 
 from kegfast import check, cuda, diversity, native, reference, tuning
 from kegfast.check import expected
@@ -197,6 +198,10 @@ def tucker_conv2d(
         TypeError: for something other than floating-point tensors of one dtype.
         ValueError: for shapes, devices or geometry that do not fit together.
     """
+    given = x, first, core, last, bias
+    if has_torch_function(given):  # torch.fx's proxies, and tensors with a mind of their own
+        rest = stride, padding, dilation, activation, recompute
+        return handle_torch_function(tucker_conv2d, given, *given, *rest)
     geometry = _check_tucker2(x, first, core, last, bias, stride, padding, dilation, activation)
     x, first, core, last, bias = _autocast(x, first, core, last, bias)
     weights = (x, first, core, last, bias)
@@ -284,7 +289,7 @@ def _check_tucker2(
             raise TypeError(expected(name, "a floating-point tensor", t))
         if t.device != x.device:
             raise ValueError(expected(name, f"on x's device, {x.device}", t))
-        if t.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
+        if t.dtype != x.dtype and not _autocasts(x):
             raise TypeError(expected(name, f"of x's dtype, {x.dtype}", t))
         if name != "bias" and t.dim() != 4:
             raise ValueError(expected(name, "4-dimensional", t))
@@ -304,12 +309,15 @@ def _check_tucker2(
     return geometry
 
 
+def _autocasts(x: Tensor) -> bool:
+    return not x.is_meta and torch.is_autocast_enabled(x.device.type)
+
+
 def _autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     """Inputs in autocast's dtype where it is on, as torch's own convolutions take them."""
-    device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device) or tensors[0].dtype == torch.float64:
+    if not _autocasts(tensors[0]) or tensors[0].dtype == torch.float64:
         return tensors
-    dtype = torch.get_autocast_dtype(device)
+    dtype = torch.get_autocast_dtype(tensors[0].device.type)
     return tuple(t if t is None else t.to(dtype) for t in tensors)
 
 

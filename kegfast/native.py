@@ -20,6 +20,7 @@ Backend = Literal["auto", "native", "reference"]
 _log = logging.getLogger(__name__)
 _CUDA_LIBRARY = Path(__file__).with_name("_cuda.so")
 _backend: Backend = "auto"
+_transformed, _traced = torch._C._are_functorch_transforms_active, torch._C._get_tracing_state
 
 
 def _load() -> tuple[ModuleType | None, str]:
@@ -57,8 +58,11 @@ def _warn_reference() -> None:
 
 
 def use_native() -> bool:
-    """Whether operators run the compiled kernels now (says once when they are missing)."""
-    if _backend == "reference":
+    """Whether operators run the compiled kernels now (says once when they are missing).
+
+    torch.func's transforms and TorchScript's tracer get torch's own operators, which they know.
+    """
+    if _backend == "reference" or _transformed() or _traced() is not None:
         return False
     if _C is None:
         _warn_reference()

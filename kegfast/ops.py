@@ -113,8 +113,7 @@ class _Tucker2(torch.autograd.Function):
 
 def tucker2_training(*inputs: Tensor | int | bool | None) -> Tensor:
     """The output of `torch.ops.kegfast.tucker2_forward`, with gradients."""
-    traced = torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
-    if traced or torch._C._are_functorch_transforms_active():
+    if torch.compiler.is_compiling():
         return torch.ops.kegfast.tucker2_forward(*inputs)[0]
     return _Tucker2.apply(*inputs)
 
