@@ -55,14 +55,17 @@ def counts(**values: Any) -> None:
         count(argument, value)
 
 
-def integer(argument: str, value: Any) -> int:
-    """The value, which must be an int.
+def seed(argument: str, value: Any) -> int:
+    """The value, which must be a seed that torch takes: an int of 64 bits, negative or not.
 
     Raises:
-        TypeError: for anything else.
+        TypeError: for anything but an int.
+        ValueError: for one beyond 64 bits.
     """
     if not isinstance(value, int):
         raise TypeError(expected(argument, "an int", value))
+    if not -(2**63) <= value < 2**64:
+        raise ValueError(expected(argument, "an int of 64 bits", value))
     return value
 
 

@@ -74,7 +74,7 @@ def seeded(seed: int) -> Iterator[None]:
     """Draws from a seed of their own; the global generators, CUDA's where it is in use, stay as they were."""
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
     with torch.random.fork_rng(devices=list(devices)):
-        torch.manual_seed(check.integer("seed", seed))
+        torch.manual_seed(check.seed("seed", seed))
         yield
 
 

@@ -62,6 +62,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BAD_INPUT as error:
         logging.getLogger(__name__).debug("", exc_info=error)
         return _complain(f"kegfast {args.command}", error)
+    except SystemExit as stop:  # a benchmark's, which has said why
+        return int(stop.code or 0)
     except KeyboardInterrupt as stop:
         print(f"kegfast {args.command}: {stop or 'interrupted'}{_advice(args, argv)}", file=sys.stderr)
         return INTERRUPTED

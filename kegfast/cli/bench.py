@@ -13,7 +13,7 @@ TREE = Path(kegfast.__file__).resolve().parents[1]
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("name", help="operator or run, such as diversity, tucker2 or models")
-    parser.add_argument("rest", nargs=argparse.REMAINDER, help="options of that benchmark")
+    parser.add_argument("rest", nargs=argparse.REMAINDER, metavar="options", help="options of that benchmark")
 
 
 def run(args: argparse.Namespace) -> None:

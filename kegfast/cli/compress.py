@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from kegfast import check
 from kegfast.cli import options, sources
 from kegfast.cli.config import default_out
 
@@ -26,10 +27,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--example", metavar="N,C,H,W", help="shape of an input: measure, and never get slower"
     )
     parser.add_argument("--calibrate", nargs="+", metavar="SOURCE", help=sources.HELP)
-    parser.add_argument("--samples", type=int, default=256, help="samples to calibrate with (default 256)")
-    parser.add_argument("--round-to", type=int, help="make ranks multiples of this")
+    parser.add_argument(
+        "--samples", type=int, default=256, metavar="N", help="samples to calibrate with (default 256)"
+    )
+    parser.add_argument("--round-to", type=int, metavar="N", help="make ranks multiples of this")
     options.add_evaluate(parser)
-    parser.add_argument("--seed", type=int, default=0, help="seed of what is drawn (default 0)")
+    parser.add_argument(
+        "--seed", type=options.seed, default=0, metavar="N", help="seed of what is drawn (default 0)"
+    )
     options.add_device(parser)
     out = default_out("compress") / "student.safetensors"
     parser.add_argument(
@@ -113,7 +118,8 @@ def _example(text: str | None, model: Any) -> Any:
         return None
     like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
     try:
-        return torch.randn([int(n) for n in text.split(",")], device=like.device, dtype=like.dtype)
+        shape = check.sizes("example", [int(n) for n in text.split(",")])
+        return torch.randn(shape, device=like.device, dtype=like.dtype)
     except (ValueError, RuntimeError) as error:
         raise ValueError(f"example must be a shape such as 1,3,224,224, got {text!r}") from error
 

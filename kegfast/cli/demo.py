@@ -7,10 +7,10 @@ from kegfast.cli import options
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.add_data(parser, "data set of 32x32 images (default digits, which needs no download)")
-    parser.add_argument("--teacher-steps", type=int, help="training steps of the teacher")
-    parser.add_argument("--generators", type=int, help="how many generators")
-    parser.add_argument("--generator-steps", type=int, help="training steps of the generators")
-    parser.add_argument("--student-steps", type=int, help="distillation steps of each student")
+    parser.add_argument("--teacher-steps", type=int, metavar="N", help="training steps of the teacher")
+    parser.add_argument("--generators", type=int, metavar="N", help="how many generators")
+    parser.add_argument("--generator-steps", type=int, metavar="N", help="training steps of the generators")
+    parser.add_argument("--student-steps", type=int, metavar="N", help="distillation steps of each student")
     options.add_amp(parser, None, "where it is fast")
     options.add_device(parser)
     options.add_run(parser, "demo")

@@ -15,13 +15,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.add_samples(parser)
     parser.add_argument("--source", nargs="+", required=True, metavar="SOURCE", help=sources.HELP)
     parser.add_argument(
-        "--pool", type=int, help="draw so many samples once, instead of fresh ones at each step"
+        "--pool", type=int, metavar="N", help="draw so many samples once, instead of fresh ones at each step"
     )
-    parser.add_argument("--loss", default="soft_target", help="e.g. soft_target+rkd_distance:25")
-    parser.add_argument("--temperature", type=options.number, default=4.0, help="default 4")
-    parser.add_argument("--steps", type=int, default=1000, help="default 1000")
-    parser.add_argument("--batch-size", type=int, default=128, help="per process (default 128)")
-    parser.add_argument("--lr", type=options.number, default=1e-3, help="of Adam (default 1e-3)")
+    parser.add_argument(
+        "--loss", default="soft_target", metavar="TERMS",
+        help="NAME[@LAYER,...][:WEIGHT] joined by +, such as soft_target+rkd_distance:25 "
+        "(default soft_target)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--temperature", type=options.number, default=4.0, metavar="X",
+        help="by which logits are divided before they become probabilities (default 4)",
+    )  # fmt: skip
+    parser.add_argument("--steps", type=int, default=1000, metavar="N", help="of Adam (default 1000)")
+    parser.add_argument(
+        "--batch-size", type=int, default=128, metavar="N",
+        help="samples of a step and process (default 128)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--lr", type=options.number, default=1e-3, metavar="X",
+        help="first learning rate, which a cosine leads to 0 (default 1e-3)",
+    )  # fmt: skip
     parser.add_argument(
         "--student-batchnorm", choices=("train", "eval"), default="train",
         help="eval keeps the running statistics: for noise (default train)",

@@ -10,8 +10,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         parser, "data set, or an .npz or .safetensors file with samples and labels", required=True
     )
     options.add_model(parser)
-    parser.add_argument("--split", choices=("train", "val", "test"), default="test", help="default test")
-    parser.add_argument("--batch-size", type=int, default=128, help="default 128")
+    parser.add_argument(
+        "--split", choices=("train", "val", "test"), default="test", help="part (default test)"
+    )
+    parser.add_argument(
+        "--batch-size", type=int, default=128, metavar="N", help="samples at a time (default 128)"
+    )
     options.add_compute(parser)
 
 

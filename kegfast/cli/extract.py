@@ -8,14 +8,18 @@ from kegfast.cli import options
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.add_model(parser)
     options.add_samples(parser)
-    parser.add_argument("--generators", type=int, default=5, help="how many (default 5)")
+    parser.add_argument("--generators", type=int, default=5, metavar="N", help="how many (default 5)")
     parser.add_argument(
-        "--recipe", default="kegfast",
+        "--recipe", default="kegfast", metavar="NAME",
         help="kegfast: short, with BatchNorm statistics; paper: as published (default kegfast)",
     )  # fmt: skip
-    parser.add_argument("--steps", type=int, help="default: the recipe's")
-    parser.add_argument("--batch-size", type=int, help="samples per generator; default: the recipe's")
-    parser.add_argument("--lr", type=options.number, help="learning rate; default: the recipe's")
+    parser.add_argument(
+        "--steps", type=int, metavar="N", help="of all generators at once; default: the recipe's"
+    )
+    parser.add_argument(
+        "--batch-size", type=int, metavar="N", help="samples per generator; default: the recipe's"
+    )
+    parser.add_argument("--lr", type=options.number, metavar="X", help="learning rate; default: the recipe's")
     parser.add_argument(
         "--labels", choices=("one-hot", "soft"),
         help="what generators are asked for: a class, or a number per class; default: the recipe's",

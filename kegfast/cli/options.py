@@ -9,6 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kegfast import check
 from kegfast.cli.config import OPTIONS, default_out
 
 if TYPE_CHECKING:  # the commands' own imports are heavy, and --help should not wait for them
@@ -22,6 +23,22 @@ MODELS = ("lenet5", "resnet14", "mlp")
 METRICS = "metrics.jsonl"
 NOT_THE_RUN = {"command", "config", "out", "resume", "verbose", "device"}
 """Options that may differ when a run is resumed."""
+
+
+def positive(text: str) -> int:
+    """An int of at least 1, as an option's type."""
+    value = int(text)
+    if value < 1:
+        raise ValueError(text)
+    return value
+
+
+def seed(text: str) -> int:
+    """A seed, as an option's type."""
+    return check.seed("seed", int(text))
+
+
+positive.__name__, seed.__name__ = "positive int", "64-bit int"  # what argparse calls them
 
 
 def number(text: str) -> float:
@@ -60,7 +77,7 @@ def add_samples(parser: argparse.ArgumentParser) -> None:
         parser, "data set whose shape, classes and normalisation the model expects; or give the next four"
     )
     parser.add_argument("--sample-shape", type=int, nargs="+", metavar="N", help="such as 3 32 32")
-    parser.add_argument("--num-classes", type=int, help="number of logits")
+    parser.add_argument("--num-classes", type=int, metavar="N", help="number of logits")
     for name in ("--mean", "--std"):
         parser.add_argument(
             name, type=number, nargs="+", default=[], metavar="X",
@@ -82,8 +99,8 @@ def sample_info(args: argparse.Namespace) -> "DataInfo":
         raise ValueError(f"std must be above 0, got {min(args.std)}")
     if len(args.mean) != len(args.std) or len(args.mean) not in (0, args.sample_shape[0]):
         raise ValueError(f"mean and std must have {args.sample_shape[0]} values each, one per channel")
-    shape = tuple(args.sample_shape)
-    return data.DataInfo("the samples", args.num_classes, shape, tuple(args.mean), tuple(args.std))
+    shape = check.sizes("sample-shape", args.sample_shape)
+    return data.DataInfo("the options", args.num_classes, shape, tuple(args.mean), tuple(args.std))
 
 
 def add_evaluate(parser: argparse.ArgumentParser) -> None:
@@ -106,8 +123,9 @@ def test_set(args: argparse.Namespace) -> "Samples":
 def add_device(parser: argparse.ArgumentParser) -> None:
     """--device."""
     parser.add_argument(
-        "--device", default="auto", help="cpu, cuda, cuda:1, ...; auto takes cuda where it is"
-    )
+        "--device", default="auto", metavar="NAME",
+        help="cpu, cuda, cuda:1, ...; auto, the default, takes cuda where it is",
+    )  # fmt: skip
 
 
 def add_compute(parser: argparse.ArgumentParser) -> None:
@@ -134,7 +152,9 @@ def _amp(text: str) -> bool:
 def add_run(parser: argparse.ArgumentParser, command: str) -> None:
     """--seed, --out and --resume."""
     default = default_out(command)
-    parser.add_argument("--seed", type=int, default=0, help="seed of everything random (default 0)")
+    parser.add_argument(
+        "--seed", type=seed, default=0, metavar="N", help="seed of everything random (default 0)"
+    )
     parser.add_argument(
         "--out", type=Path, default=default, metavar="FOLDER",
         help=f"folder for the results (default {default})",
@@ -151,12 +171,7 @@ def pick_device(name: str) -> "torch.device":
 
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.empty(0, device=name).device
-        torch.zeros(1, device=device).item()  # meta has no values
-        return device
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ValueError(f"device must be one that this torch can use, got {name!r}") from error
+    return check.device("device", name)
 
 
 def build_model(name: str | None, info: "DataInfo | None") -> "nn.Module":
@@ -218,8 +233,6 @@ def check_fit(model: "nn.Module", info: "DataInfo") -> None:
     """
     import torch
 
-    from kegfast.check import describe
-
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     was_training = model.training
     try:
@@ -228,13 +241,14 @@ def check_fit(model: "nn.Module", info: "DataInfo") -> None:
     except (RuntimeError, ValueError, TypeError, IndexError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(
-            f"model must take samples of shape {info.sample_shape}, as {info.name} has: {reason}"
+            f"model must take samples of shape {info.sample_shape}, those of {info.name}: {reason}"
         ) from error
     finally:
         model.train(was_training)
     if not isinstance(logits, torch.Tensor) or logits.shape != (2, info.num_classes):
         raise ValueError(
-            f"model must give {info.num_classes} logits, as {info.name} has classes, got {describe(logits)}"
+            f"model must give {info.num_classes} logits, one per class of {info.name}, got "
+            f"{check.describe(logits)}"
         )
 
 

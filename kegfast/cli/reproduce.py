@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--teacher", type=Path, metavar="FILE", help="weights of the teacher; without them one is trained"
     )
     parser.add_argument(
-        "--budget-seconds", type=float, metavar="N", help="start no further cell after so long"
+        "--budget-seconds", type=options.number, metavar="N", help="start no further cell after so long"
     )
     parser.add_argument(
         "--protocol", choices=("equal", "paper"),
@@ -50,7 +50,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ("generator-steps", "steps of the generators"),
         ("generator-batch", "samples per generator and step"),
     ):
-        parser.add_argument(f"--{name}", type=int, metavar="N", help=f"{what} (default: the data set's)")
+        parser.add_argument(
+            f"--{name}", type=options.positive, metavar="N", help=f"{what} (default: the data set's)"
+        )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there, with date and build")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="default runs/reproduce-<dataset>")
     parser.add_argument(

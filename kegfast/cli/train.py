@@ -10,14 +10,32 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         parser, "data set, or an .npz or .safetensors file with samples and labels", required=True
     )
     options.add_model(parser, weights="optional")
-    parser.add_argument("--steps", type=int, help="optimizer steps; or give --epochs")
-    parser.add_argument("--epochs", type=options.number, help="passes over the data (default 20)")
-    parser.add_argument("--batch-size", type=int, default=128, help="default 128")
-    parser.add_argument("--optimizer", choices=("adamw", "sgd"), default="adamw", help="default adamw")
-    parser.add_argument("--lr", type=options.number, help="highest rate (default: 2e-3 adamw, 0.1 sgd)")
-    parser.add_argument("--weight-decay", type=options.number, default=5e-4, help="default 5e-4")
-    parser.add_argument("--label-smoothing", type=options.number, default=0.0, help="default 0")
-    parser.add_argument("--shift", type=int, default=0, help="random shift of images in pixels (default 0)")
+    parser.add_argument("--steps", type=int, metavar="N", help="optimizer steps; or give --epochs")
+    parser.add_argument(
+        "--epochs", type=options.number, metavar="X", help="passes over the data (default 20)"
+    )
+    parser.add_argument(
+        "--batch-size", type=int, default=128, metavar="N", help="samples of a step (default 128)"
+    )
+    parser.add_argument(
+        "--optimizer", choices=("adamw", "sgd"), default="adamw", help="sgd with momentum 0.9 (default adamw)"
+    )
+    parser.add_argument(
+        "--lr", type=options.number, metavar="X",
+        help="highest learning rate, after a twentieth of the steps; a cosine leads to 0 "
+        "(default: 2e-3 adamw, 0.1 sgd)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--weight-decay", type=options.number, default=5e-4, metavar="X",
+        help="not of biases and normalisation (default 5e-4)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--label-smoothing", type=options.number, default=0.0, metavar="X",
+        help="share of the target spread over all classes (default 0)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--shift", type=int, default=0, metavar="N", help="random shift of images in pixels (default 0)"
+    )
     options.add_compute(parser)
     options.add_run(parser, "train")
 

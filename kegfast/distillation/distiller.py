@@ -101,7 +101,7 @@ def distill(
         >>> kegfast.distill(student, teacher, source, loss="soft_target+rkd_distance:25", steps=5_000)
     """
     check.counts(steps=steps, batch_size=batch_size, log_every=log_every)
-    seed = check.integer("seed", seed)
+    seed = check.seed("seed", seed)
     teacher = _as_teacher(teacher, temperature)
     device = _place(student, teacher, device)
     source = as_source(source)
