@@ -150,16 +150,6 @@ def test_a_part_has_equally_many_of_each_class():
     assert not torch.equal(part.tensors[0], other.tensors[0])
 
 
-def test_blended_images_lie_between_two_of_their_batch():
-    torch.manual_seed(0)
-    batch = torch.eye(8).view(8, 1, 2, 4)
-    blended = ensemble.blend(batch)
-    assert torch.allclose(blended.sum(dim=(1, 2, 3)), torch.ones(8))
-    shares = blended.flatten(1)
-    assert ((shares > 0).sum(dim=1) <= 2).all()
-    assert ((shares > 0.05) & (shares < 0.95)).any()
-
-
 def test_the_command_runs_and_resumes_them(tmp_path, monkeypatch, capsys):
     calls = []
 
