@@ -74,10 +74,11 @@ def run(
     teacher = lenets.teacher(shared, config.comparison, splits)
     accuracy = shared.cell("teacher", lambda: evaluate(teacher(), splits.test))
     results = {"teacher": spread([accuracy])}
-    if config.few is not None:
-        results |= few_data.run(output, config.seeds, config.few, splits, teacher, progress)
-    found = [_Run(t, config.comparison, splits, teacher).all() for t in runs]
-    return results | spreads(found)
+    results |= spreads([_Run(trial, config.comparison, splits, teacher).all() for trial in runs])
+    if (few := config.few) is not None:
+        runs = trials(output, "few_data", config.seeds, few, progress)
+        results |= spreads([few_data.Run(trial, few, splits, teacher).all() for trial in runs])
+    return results
 
 
 class _Run(Learning):

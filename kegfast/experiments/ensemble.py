@@ -1,17 +1,14 @@
 """Five networks and the one student that learns from all of them: a part of Hinton's experiment."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 
 import torch
 from torch import nn
 
-from kegfast.data.splits import Splits
 from kegfast.distillation import Ensemble, InMemory
 from kegfast.experiments.perceptrons import Budget, Learning
-from kegfast.experiments.trial import part, spreads, trials
+from kegfast.experiments.trial import part
 from kegfast.loop import mix
 
 
@@ -38,18 +35,11 @@ class Config(Budget):
     student_steps: int = 8000
 
 
-def run(
-    output: str | Path, seeds: Sequence[int], config: Config, splits: Splits, progress: bool = False
-) -> dict[str, dict[str, float]]:
-    """Test errors of one network (the members' mean), of all together, of their student; over the seeds."""
-    runs = trials(output, "ensemble", seeds, config, progress)
-    return spreads([_Run(trial, config, splits).all() for trial in runs])
-
-
-class _Run(Learning):
+class Run(Learning):
     """All cells of one seed."""
 
     def all(self) -> dict[str, float]:
+        """Test errors of one network (the members' mean), of all together, of their student."""
         config, numbers = self.config, range(1, self.config.members + 1)
         parts = {n: part(self.splits.train, config.share, mix(self.trial.seed, n)) for n in numbers}
 

@@ -1,14 +1,9 @@
 """Each loss with little data: a part of boundary's experiment."""
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
-from torch import nn
-
-from kegfast.data.splits import Splits
 from kegfast.experiments.lenets import PAPER, Budget, Learning, Loss
-from kegfast.experiments.trial import part, spreads, trials
+from kegfast.experiments.trial import part
 from kegfast.training import evaluate
 
 LOSSES: dict[str, Loss] = {
@@ -42,23 +37,11 @@ class Config(Budget):
     methods: tuple[str, ...] = tuple(LOSSES)
 
 
-def run(
-    output: str | Path,
-    seeds: Sequence[int],
-    config: Config,
-    splits: Splits,
-    teacher: Callable[[], nn.Module],
-    progress: bool = False,
-) -> dict[str, dict[str, float]]:
-    """Test accuracies in percent of every share and method, over the seeds."""
-    runs = trials(output, "few_data", seeds, config, progress)
-    return spreads([_Run(trial, config, splits, teacher).all() for trial in runs])
-
-
-class _Run(Learning):
+class Run(Learning):
     """All cells of one seed."""
 
     def all(self) -> dict[str, float]:
+        """Test accuracies in percent of every share and method."""
         found = {}
         for share in self.config.shares:
             for method in self.config.methods:

@@ -99,10 +99,12 @@ def run(
     errors = shared.errors("teacher", lambda name: teacher())
     found = [_Run(trial, config.students, splits, teacher).all() for trial in runs]
     results = {"teacher": spread([errors]), **spreads(found)}
-    if config.lacking is not None:
-        results |= missing.run(output, config.seeds, config.lacking, splits, teacher, progress)
-    if config.several is not None:
-        results |= ensemble.run(output, config.seeds, config.several, splits, progress)
+    if (lacking := config.lacking) is not None:
+        runs = trials(output, "missing", config.seeds, lacking, progress)
+        results |= spreads([missing.Run(trial, lacking, splits, teacher).all() for trial in runs])
+    if (several := config.several) is not None:
+        runs = trials(output, "ensemble", config.seeds, several, progress)
+        results |= spreads([ensemble.Run(trial, several, splits).all() for trial in runs])
     return results
 
 

@@ -1,15 +1,14 @@
 """Students that never see some classes: a part of Hinton's experiment."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from kegfast.data.splits import Splits
 from kegfast.experiments.perceptrons import CLASSES, Budget, Learning, logits, wrong
-from kegfast.experiments.trial import Trial, spreads, trials
+from kegfast.experiments.trial import Trial
 
 KEPT = {"without 3": [0, 1, 2, 4, 5, 6, 7, 8, 9], "7 and 8 only": [7, 8]}
 """Classes of the transfer sets, as in the paper."""
@@ -30,20 +29,7 @@ class Config(Budget):
     epochs: int = 15
 
 
-def run(
-    output: str | Path,
-    seeds: Sequence[int],
-    config: Config,
-    splits: Splits,
-    teacher: Callable[[], nn.Module],
-    progress: bool = False,
-) -> dict[str, dict[str, float]]:
-    """Test errors and shares of the missing classes, over the seeds."""
-    runs = trials(output, "missing", seeds, config, progress)
-    return spreads([_Run(trial, config, splits, teacher).all() for trial in runs])
-
-
-class _Run(Learning):
+class Run(Learning):
     """All cells of one seed."""
 
     def __init__(self, trial: Trial, config: Config, splits: Splits, teacher: Callable[[], nn.Module]):
@@ -51,6 +37,7 @@ class _Run(Learning):
         self.teacher = teacher
 
     def all(self) -> dict[str, float]:
+        """Test errors and shares of the missing classes."""
         found = {}
         for name, kept in KEPT.items():
             part = self.trial.cell(name, lambda name=name, kept=kept: self._errors(name, kept))
