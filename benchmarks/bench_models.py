@@ -2,8 +2,10 @@
 
 `python -m benchmarks.bench_models` prints dense / kegfast and sequential / kegfast for LeNet5, ResNet14, and
 a ResNet-18 and a ResNet-50 at 224 pixels, every spatial convolution at ranks C/4, and writes
-benchmarks/results/models.json; `--training` times training steps instead (models_training.json). All rows
-come twice: as torch allocates by default, and with THP_MEM_ALLOC_ENABLE=1.
+benchmarks/results/models.json; `--training` times forward and backward passes of batch 8 instead
+(models_training.json). All rows come twice: as torch allocates by default, and with THP_MEM_ALLOC_ENABLE=1.
+`--compiled` adds torch.compile with frozen weights of the dense and the Sequential network
+(models_compiled.json); it takes a minute a network to compile, so it is a command of its own.
 """
 
 import argparse
@@ -21,7 +23,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.bench_tucker2 import take_turns
-from benchmarks.common import multiply_add_rate, write_results
+from benchmarks.common import Traffic, bandwidth, multiply_add_rate, write_results
 from benchmarks.resnet import resnet18, resnet50
 from kegfast.compression import fuse
 from kegfast.files import write_json
@@ -80,46 +82,61 @@ def inference(model: nn.Module, x: Tensor) -> Callable[[], Tensor]:
     return call
 
 
-def training(model: nn.Module, x: Tensor) -> Callable[[], Tensor]:
-    """Forward, backward and an SGD step; returns the loss."""
+def training(model: nn.Module, x: Tensor) -> Callable[[], tuple[Tensor, ...]]:
+    """Forward and backward, nothing else; returns the gradients."""
     model.train()
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-6)
-
-    def step() -> Tensor:
-        optimizer.zero_grad()
-        loss = model(x).square().mean()
-        loss.backward()
-        optimizer.step()
-        return loss.detach()
-
-    return step
+    parameters = list(model.parameters())
+    return lambda: torch.autograd.grad(model(x).square().mean(), parameters)
 
 
-def measure(name: str, batch: int, rounds: int, train: bool) -> dict[str, float]:
-    """Median seconds of each kind of model in its faster layout, and our share of the FMA peak.
+def frozen(model: nn.Module, x: Tensor) -> Callable[[], Tensor]:
+    """The network as inductor makes it with constant weights, compiled."""
+    torch._dynamo.reset()
+    call = inference(torch.compile(model.eval(), options={"freezing": True}, dynamic=False), x)
+    call()
+    return call
+
+
+def contenders(
+    name: str, x: Tensor, layout: torch.memory_format, options: argparse.Namespace
+) -> dict[str, Callable[[], object]]:
+    """Calls of each kind of network in one layout, verified against each other.
 
     In inference each kind also comes with its BatchNorms folded, by the same `kegfast.fuse`.
     """
-    calls, work = {}, 0
+    kinds = networks(name, layout)
+    if not options.training:
+        kinds |= {f"folded {kind}": fuse(model) for kind, model in kinds.items()}
+    with torch.no_grad():
+        results = {kind: model.eval()(x) for kind, model in kinds.items()}
+    for kind in results.keys() - {"dense", "folded dense"}:
+        torch.testing.assert_close(results[kind], results["sequential"], atol=1e-3, rtol=1e-3)
+    calls = {kind: (training if options.training else inference)(model, x) for kind, model in kinds.items()}
+    if options.compiled:
+        with torch.no_grad():
+            calls |= {f"compiled {kind}": frozen(kinds[kind], x) for kind in GOALS}
+    return calls
+
+
+def measure(name: str, batch: int, options: argparse.Namespace) -> dict[str, float]:
+    """Median seconds of each kind of network in its faster layout, and our shares of the machine's limits."""
+    calls: dict[str, Callable[[], object]] = {}
     for layout in (torch.contiguous_format, torch.channels_last):
         x = torch.randn(batch, *MODELS[name][1], generator=torch.Generator().manual_seed(0))
         x = x.contiguous(memory_format=layout)
-        kinds = networks(name, layout)
-        if not train:
-            kinds |= {f"folded {kind}": fuse(model) for kind, model in kinds.items()}
-        with torch.no_grad():
-            results = {kind: model.eval()(x) for kind, model in kinds.items()}
-        for kind in results.keys() - {"dense", "folded dense"}:
-            torch.testing.assert_close(results[kind], results["sequential"], atol=1e-3, rtol=1e-3)
-        steps = {kind: (training if train else inference)(model, x) for kind, model in kinds.items()}
-        with FlopCounterMode(display=False) as counter:
-            steps["kegfast"]()
-        work = counter.get_total_flops() / 2
+        steps = contenders(name, x, layout, options)
         calls |= {f"{kind} {layout}": step for kind, step in steps.items()}
-    times = take_turns(calls, rounds)
+    with FlopCounterMode(display=False) as counter:
+        steps["kegfast"]()
+    with Traffic() as traffic:
+        steps["kegfast"]()
+    times = take_turns(calls, options.rounds)
     seconds = {kind: min(t for call, t in times.items() if call.startswith(kind)) for kind in steps}
     rate = torch.get_num_threads() * multiply_add_rate()
-    return seconds | {"share_of_peak": work / seconds["kegfast"] / rate}
+    return seconds | {
+        "share_of_peak": counter.get_total_flops() / 2 / seconds["kegfast"] / rate,
+        "share_of_bandwidth": traffic.bytes / seconds["kegfast"] / bandwidth(),
+    }
 
 
 def rows(options: argparse.Namespace) -> list[dict[str, object]]:
@@ -130,12 +147,14 @@ def rows(options: argparse.Namespace) -> list[dict[str, object]]:
         torch.set_num_threads(threads)
         for name in options.models:
             for batch in options.batches:
-                seconds = measure(name, batch, options.rounds, options.training)
-                share = seconds.pop("share_of_peak")
+                seconds = measure(name, batch, options)
+                shares = {limit: seconds.pop(limit) for limit in ("share_of_peak", "share_of_bandwidth")}
                 ratios = {kind: seconds[kind] / seconds["kegfast"] for kind in GOALS}
                 if not options.training:
                     own = seconds["folded kegfast"]
                     ratios |= {f"folded {kind}": seconds[f"folded {kind}"] / own for kind in GOALS}
+                if options.compiled:  # which folds BatchNorms too
+                    ratios |= {f"compiled {kind}": seconds[f"compiled {kind}"] / own for kind in GOALS}
                 records.append(
                     {
                         "model": name,
@@ -144,7 +163,7 @@ def rows(options: argparse.Namespace) -> list[dict[str, object]]:
                         "huge_pages": huge,
                         "seconds": seconds,
                     }
-                    | {"share_of_peak": share}
+                    | shares
                     | ratios
                 )
                 verdict = ""
@@ -153,9 +172,10 @@ def rows(options: argparse.Namespace) -> list[dict[str, object]]:
                     verdict = "pass" if passed else "fall short"
                 times = ", ".join(f"{ratio:.2f} x {kind}" for kind, ratio in ratios.items())
                 pages = ", torch's memory in huge pages" if huge else ""
+                peak, traffic = (f"{share:.0%}" for share in shares.values())
                 print(
-                    f"{name:10} {threads} threads, batch {batch:2}{pages}: {times}, {share:.0%} of peak "
-                    f"{verdict}",
+                    f"{name:10} {threads} threads, batch {batch:2}{pages}: {times}, {peak} of the FMA peak, "
+                    f"{traffic} of the bandwidth {verdict}",
                     flush=True,
                 )
     return records
@@ -173,19 +193,22 @@ def with_huge_pages(arguments: list[str]) -> list[dict[str, object]]:
 def main() -> None:
     """Measures, prints, writes."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8])
+    parser.add_argument("--batches", type=int, nargs="+", help="1 and 8; 8 in training")
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--training", action="store_true", help="training steps instead of inference")
+    kind = parser.add_mutually_exclusive_group()
+    kind.add_argument("--training", action="store_true", help="training steps instead of inference")
+    kind.add_argument("--compiled", action="store_true", help="torch.compile with freezing too")
     parser.add_argument("--rows", type=Path, help="write only the rows, here")
     options = parser.parse_args()
+    options.batches = options.batches or ([8] if options.training else [1, 8])
     records = rows(options)
     if options.rows:
         write_json(options.rows, records)
         return
     huge = with_huge_pages(sys.argv[1:])
-    name = "models_training" if options.training else "models"
+    name = "models_training" if options.training else "models_compiled" if options.compiled else "models"
     write_results(name, {"ranks": "C/4", "configurations": records, "huge_pages": huge})
 
 

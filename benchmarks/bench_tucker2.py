@@ -376,7 +376,7 @@ def print_table(tables: dict[int, dict[str, float]], goals: dict[str, tuple[floa
         cells = []
         for b, need in zip(batches, goal, strict=True):
             got = tables.get(b, {}).get(row)
-            if got is None or math.isnan(need):
+            if got is None or math.isnan(need) or math.isnan(got):
                 cells.append("-")
             else:
                 verdict = "pass" if got >= need else "fall short"

@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from kegfast import build_info
 from kegfast.files import atomic_write, write_json
@@ -37,7 +39,7 @@ def _read(path: Path) -> str:
 
 
 def bandwidth(seconds: float = 0.3) -> float:
-    """Bytes a second that one thread moves (reads plus writes) in copies far larger than the caches."""
+    """Bytes a second that torch's threads move (reads plus writes) in copies far larger than the caches."""
     source, target = torch.zeros(2, 64 << 20, dtype=torch.uint8)
     times = []
     end = time.perf_counter() + seconds
@@ -63,6 +65,21 @@ def vector_issue_rate() -> float:
     from kegfast import _C
 
     return max(_C.vector_issue_rate() for _ in range(20))
+
+
+class Traffic(TorchDispatchMode):
+    """Counts the bytes that operators read and write, each tensor once a call; views move none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if not func.is_view:
+            tensors = [t for t in tree_leaves((args, kwargs, out)) if isinstance(t, torch.Tensor)]
+            self.bytes += sum(t.numel() * t.element_size() for t in tensors)
+        return out
 
 
 def write_results(name: str, results: Mapping[str, Any]) -> Path:

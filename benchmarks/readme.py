@@ -60,6 +60,28 @@ def models(results: dict[str, Any]) -> str:
     return markdown_table(["model", "threads", "batch", *headers], rows)
 
 
+def models_training(results: dict[str, Any]) -> str:
+    """Training steps of whole networks, and how near ours come to the machine's limits."""
+    headers = ["model", "threads", "batch", "dense", "Sequential", "huge pages: dense", "Sequential"]
+    rows = [
+        [row["model"], row["threads"], row["batch"]]
+        + [f"{r[kind]:.2f}" for r in (row, huge) for kind in ("dense", "sequential")]
+        + [f"{row[limit]:.0%}" for limit in ("share_of_peak", "share_of_bandwidth")]
+        for row, huge in zip(results["configurations"], results["huge_pages"], strict=True)
+    ]
+    return markdown_table([*headers, "of the FMA peak", "of the bandwidth"], rows)
+
+
+def models_compiled(results: dict[str, Any]) -> str:
+    """Networks compiled with frozen weights over kegfast's with folded BatchNorms, uncompiled."""
+    rows = [
+        [row["model"], row["threads"], row["batch"]]
+        + [f"{row[f'compiled {kind}']:.2f}" for kind in ("dense", "sequential")]
+        for row in results["configurations"]
+    ]
+    return markdown_table(["model", "threads", "batch", "compiled dense", "compiled Sequential"], rows)
+
+
 def curve(cells: list[dict[str, Any]]) -> str:
     """Accuracy straight after compression, by parameter ratio and rule."""
     rules = list(dict.fromkeys(c["way"] for c in cells if c["ratio"] > 1))
@@ -205,6 +227,8 @@ TABLES: dict[str, tuple[str, str, Callable[[Any], str]]] = {
     "tucker2-training": ("tucker2_training_1threads", "summary", tucker2),
     "tucker2-bfloat16": ("tucker2_bfloat16_1threads", "summary", tucker2),
     "models": ("models", "", models),
+    "models-training": ("models_training", "", models_training),
+    "models-compiled": ("models_compiled", "", models_compiled),
     "curve-mnist": ("compression_curve_mnist", "cells", curve),
     "curve-fashion": ("compression_curve_fashion", "cells", curve),
     "compression-latency": ("compression_latency", "cells", speedups),
