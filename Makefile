@@ -2,18 +2,19 @@
 TORCH := torch==2.13.0
 PYTHON := $(shell python3 -c "import importlib.util as u, sys; \
   print(sys.executable if u.find_spec('torch') else '.venv/bin/python')")
-STAMPS := build/stamps
+# One set of stamps per environment: another one, or one that was removed, is built anew.
+STAMPS := build/stamps/$(subst /,-,$(PYTHON))
 SANITIZER := PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer
 BENCH_SECONDS := 200
 NATIVE := setup.py CMakeLists.txt $(wildcard cmake/*) $(shell find csrc -type f)
 
-.PHONY: venv build demo test test-cuda sanitize-cuda bench bench-diversity bench-tucker2 bench-cuda fmt lint clean
+.PHONY: missing venv build demo test test-cuda sanitize-cuda bench bench-diversity bench-tucker2 bench-cuda fmt lint clean
 .DEFAULT_GOAL := build
 
 venv: $(STAMPS)/venv
 build: $(STAMPS)/build
 
-$(STAMPS)/venv: pyproject.toml
+$(STAMPS)/venv: pyproject.toml $(if $(wildcard $(PYTHON)),,missing)
 	test -x $(PYTHON) || python3 -m venv .venv
 	$(PYTHON) -c "import torch" 2>/dev/null || $(PYTHON) -m pip install $(TORCH)
 	$(PYTHON) -m pip install "cmake>=3.22" ninja "pybind11>=2.13" "setuptools>=77" wheel
