@@ -125,6 +125,29 @@ def shares(argument: str, weights: Any, parts: int) -> list[float]:
     return [weight / total for weight in weights]
 
 
+def batches(ndim: int = 2, least: int = 1, **tensors: Any) -> None:
+    """Checks batches of floating-point values that belong together: of one size, on one device.
+
+    Args:
+        ndim: how many dimensions each has at least.
+        least: how many samples.
+        **tensors: by their arguments' names; the first is what the others must fit.
+
+    Raises:
+        TypeError: for anything but floating-point tensors.
+        ValueError: for another shape, size or device.
+    """
+    first = next(iter(tensors.values()))
+    for argument, x in tensors.items():
+        if not isinstance(x, torch.Tensor) or not x.is_floating_point():
+            raise TypeError(expected(argument, "a floating-point tensor", x))
+        if x.ndim < ndim or len(x) < least:
+            what = f"a batch of at least {least}, with {ndim} dimensions or more"
+            raise ValueError(expected(argument, what, x))
+        if len(x) != len(first) or x.device != first.device:
+            raise ValueError(expected(argument, f"a batch of {len(first)} on {first.device}", x))
+
+
 def device(argument: str, value: Any) -> torch.device:
     """The torch device of that name, which must be one that holds values here.
 

@@ -49,7 +49,7 @@ class Samples(TensorDataset):
 
 
 class Splits(NamedTuple):
-    """The three parts of a data set."""
+    """The three parts of a data set: what is trained on, what settings are chosen by, what is reported."""
 
     train: Samples
     val: Samples

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from kegfast import check
 from kegfast.check import expected
 from kegfast.distillation.features import unwrap
-from kegfast.distillation.logit import UNLABELLED, soft_target
+from kegfast.distillation.logit import UNLABELLED, check_labels, soft_target
 
 if TYPE_CHECKING:
     from kegfast.distillation.objective import Batch
@@ -75,11 +75,17 @@ def boundary_samples(
 
     Returns:
         Up to `count` rows, possibly none. Nothing in it carries gradients.
+
+    Raises:
+        TypeError, ValueError: An argument is wrong, or samples, labels and logits do not fit each other.
     """
-    _check(samples, count, steps, eta, epsilon)
+    _check(samples, count, steps, eta, epsilon, bounds)
     if teacher_logits is None:
-        with torch.no_grad():
+        with torch.no_grad(), check.accepts("samples", samples, "teacher"):
             teacher_logits = teacher(samples)
+    check.batches(2, 0, samples=samples, teacher_logits=teacher_logits)
+    if student_logits is not None and student_logits.shape != teacher_logits.shape:
+        raise ValueError(expected("student_logits", "of the teacher's shape", student_logits))
     teacher_logits = teacher_logits.detach()
     labels = _known(labels, teacher_logits)
     index = _base_samples(teacher_logits, student_logits, labels, count)
@@ -154,7 +160,12 @@ def magnitude_similarity(
     first: Tensor,  # (N, ...)
     second: Tensor,  # (N, ...)
 ) -> Tensor:
-    """How alike two models' distances to the boundary are: the mean of min / max of the norms, in [0, 1]."""
+    """How alike two models' distances to the boundary are: the mean of min / max of the norms, in [0, 1].
+
+    Args:
+        first: (N, ...) vectors from samples across one model's boundary, as `perturbations` gives them.
+        second: The same of the other model, for the same samples.
+    """
     first, second = _vectors(first, second)
     norms = torch.stack([first.norm(dim=1), second.norm(dim=1)])
     largest = norms.amax(dim=0)
@@ -168,6 +179,10 @@ def angle_similarity(
     """How alike two models' directions to the boundary are: the mean of (cos + 1) / 2, in [0, 1].
 
     1 is one direction, 1/2 a right angle, 0 opposite directions; a zero vector counts as 1/2.
+
+    Args:
+        first: (N, ...) vectors from samples across one model's boundary, as `perturbations` gives them.
+        second: The same of the other model, for the same samples.
     """
     first, second = _vectors(first, second)
     cosine = torch.cosine_similarity(first, second, dim=1).clamp(-1, 1)
@@ -176,6 +191,8 @@ def angle_similarity(
 
 def _known(labels: Tensor | None, teacher_logits: Tensor) -> Tensor:
     own = teacher_logits.argmax(dim=1)
+    if labels is not None:
+        check_labels(labels, teacher_logits)
     return own if labels is None else torch.where(labels == UNLABELLED, own, labels)
 
 
@@ -243,16 +260,25 @@ def _gap(teacher: nn.Module, x: Tensor, base: Tensor, target: Tensor) -> tuple[T
     return gap.detach(), slope, logits.detach().argmax(dim=1)
 
 
-def _check(samples: Tensor, count: int, steps: int, eta: float, epsilon: float) -> None:
-    if samples.ndim < 2:
-        raise ValueError(expected("samples", "shape (B, ...)", tuple(samples.shape)))
+def _check(
+    samples: Tensor,
+    count: int,
+    steps: int,
+    eta: float,
+    epsilon: float,
+    bounds: tuple[float, float] | None = None,
+) -> None:
+    check.batches(2, 0, samples=samples)
     check.count("count", count, least=min(1, len(samples)))
     check.count("steps", steps)
     check.number("eta", eta, above=0)
     check.number("epsilon", epsilon, above=0)
+    if bounds is not None and not (isinstance(bounds, tuple | list) and bounds[0] < bounds[-1]):
+        raise ValueError(expected("bounds", "(lowest, highest)", bounds))
 
 
 def _vectors(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+    check.batches(2, 0, first=first, second=second)
     if first.shape != second.shape or first.ndim < 2 or len(first) == 0:
         what = f"vectors (N, ...), N > 0, of the other model's shape {tuple(first.shape)}"
         raise ValueError(expected("second", what, tuple(second.shape)))

@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kegfast import check
 from kegfast.check import expected
 from kegfast.distillation.precision import wide, without_autocast
 
@@ -17,6 +18,12 @@ def hint(
     `1/2 * mean((teacher - student)^2)` with the student's features sent through a regressor first
     where the shapes differ (`make_regressor`). The paper sums; the mean leaves the loss's weight
     independent of the layer's size.
+
+    Returns:
+        A scalar, in float32 or wider.
+
+    Raises:
+        TypeError, ValueError: No floating-point tensors, or of different shapes.
     """
     _same_shape(student, teacher)
     student = wide(student)
@@ -40,8 +47,9 @@ def make_regressor(
         kernel_size: 1 or 3 for maps of equal size; 1 when None.
 
     Raises:
-        ValueError: The student's map is smaller, or the ranks differ.
+        TypeError, ValueError: The student's map is smaller, the ranks differ, or they are no features.
     """
+    check.batches(student=student, teacher=teacher)
     if student.ndim != teacher.ndim or student.ndim not in (2, 4):
         what = "features of the student's rank, (B, D) or (B, C, H, W)"
         raise ValueError(expected("teacher", what, tuple(teacher.shape)))
@@ -68,6 +76,8 @@ def attention_map(
     power: float = 2.0,
 ) -> Tensor:
     """Where a layer looks: `sum_c |features_c|^power`, flattened and of unit norm, (B, H * W)."""
+    check.batches(features=features)
+    check.number("power", power, above=0)
     if features.ndim != 4:
         raise ValueError(expected("features", "shape (B, C, H, W)", tuple(features.shape)))
     return F.normalize(wide(features).abs().pow(power).sum(dim=1).flatten(1), dim=1)
@@ -85,9 +95,18 @@ def attention_transfer(
     over the pairs of layers and weight by about 1000, the paper's beta; this squared form is the one
     that weight belongs to. The numbers of channels may differ.
 
+    Args:
+        student: (B, C, H, W) features.
+        teacher: (B, C', H, W) features.
+        power: Of the features' magnitudes in a map, above 0; 2 is the paper's.
+
+    Returns:
+        A scalar, in float32 or wider.
+
     Raises:
-        ValueError: Batch or map sizes differ.
+        TypeError, ValueError: No floating-point tensors, or batch or map sizes that differ.
     """
+    check.batches(student=student, teacher=teacher)
     if student.shape[:1] + student.shape[2:] != teacher.shape[:1] + teacher.shape[2:]:
         what = f"shape ({student.shape[0]}, any, {', '.join(map(str, student.shape[2:]))})"
         raise ValueError(expected("teacher", what, tuple(teacher.shape)))
@@ -103,6 +122,7 @@ def flow(
 
     The larger map is max-pooled to the smaller one's size, as in the paper (section 3.2).
     """
+    check.batches(first=first, second=second)
     if first.ndim != 4 or second.ndim != 4 or first.shape[0] != second.shape[0]:
         what = f"shape (B, C, H, W) with the first layer's batch of {first.shape[0]}"
         raise ValueError(expected("second", what, tuple(second.shape)))
@@ -120,7 +140,16 @@ def fsp(
 
     `mean_b ||flow(teacher)_b - flow(student)_b||_F^2`. Sum over the pairs of layers. The two
     layers need the teacher's numbers of channels; their map sizes are free.
+
+    Returns:
+        A scalar, in float32 or wider.
+
+    Raises:
+        TypeError, ValueError: No pairs of floating-point maps, or other numbers of channels.
     """
+    for name, two in (("student", student), ("teacher", teacher)):
+        if not isinstance(two, tuple | list) or len(two) != 2:
+            raise TypeError(expected(name, "a pair of layers' features", two))
     ours = flow(*student)
     theirs = flow(*(x.detach() for x in teacher)).to(ours.dtype)
     if ours.shape != theirs.shape:
@@ -130,5 +159,6 @@ def fsp(
 
 
 def _same_shape(student: Tensor, teacher: Tensor) -> None:
+    check.batches(student=student, teacher=teacher)
     if student.shape != teacher.shape:
-        raise ValueError(expected("teacher", f"shape {tuple(student.shape)}", tuple(teacher.shape)))
+        raise ValueError(expected("teacher", f"of shape {tuple(student.shape)}", tuple(teacher.shape)))

@@ -41,10 +41,15 @@ class Features:
         paths: Paths as `named_modules` spells them, `""` for the model itself.
 
     Raises:
+        TypeError: No module, or one path in place of several.
         ValueError: A path is not a module of the model.
     """
 
     def __init__(self, model: nn.Module, paths: Iterable[str]):
+        if not isinstance(model, nn.Module):
+            raise TypeError(expected("model", "a torch.nn.Module", model))
+        if isinstance(paths, str) or not isinstance(paths, Iterable):
+            raise TypeError(expected("paths", "a list of modules' paths", paths))
         modules = dict(unwrap(model).named_modules())
         self._modules = {path: _find(modules, path) for path in paths}
         self._outputs: dict[str, Tensor] = {}

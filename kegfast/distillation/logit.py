@@ -57,10 +57,23 @@ def hard_label(
     teacher: Tensor | None,  # unused
     labels: Tensor | None,  # (B,) int64
 ) -> Tensor:
-    """Cross-entropy with the labels, averaged over the samples that have one (label not -100)."""
+    """Cross-entropy with the labels, averaged over the samples that have one (label not -100).
+
+    Args:
+        student: Logits, (B, C).
+        teacher: Not looked at: all losses of an objective are called alike.
+        labels: Classes, (B,) int64, -100 where a sample has none.
+
+    Returns:
+        A scalar, in float32 or wider; 0 where no sample has a label.
+
+    Raises:
+        TypeError, ValueError: Labels are missing, or no classes of these logits.
+    """
+    check.batches(student=student)
     if labels is None:
         raise ValueError(expected("labels", "the class of each sample", None))
-    _check_labels(labels, student)
+    check_labels(labels, student)
     total = F.cross_entropy(wide(student), labels, ignore_index=UNLABELLED, reduction="sum")
     return total / (labels != UNLABELLED).sum().clamp(min=1)
 
@@ -142,7 +155,7 @@ def decoupled(
         raise ValueError(expected("student", "logits of at least two classes", classes))
     target = teacher.argmax(dim=1)
     if labels is not None:
-        _check_labels(labels, student)
+        check_labels(labels, student)
         target = torch.where(labels == UNLABELLED, target, labels)
     student_two, student_rest = _split(student / temperature, target)
     teacher_two, teacher_rest = _split(teacher / temperature, target)
@@ -175,16 +188,15 @@ def _divergence(
 
 def _logits(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
     """Both as (B, C) in float32 or wider, the teacher cut off from the graph."""
-    if student.ndim != 2 or student.shape[0] == 0:
-        raise ValueError(expected("student", "logits of shape (B, C)", tuple(student.shape)))
+    check.batches(student=student, teacher=teacher)
+    if student.ndim != 2:
+        raise ValueError(expected("student", "logits (B, C)", student))
     if teacher.shape != student.shape:
-        raise ValueError(expected("teacher", f"logits of shape {tuple(student.shape)}", tuple(teacher.shape)))
-    if teacher.device != student.device:
-        raise ValueError(expected("teacher", f"logits on {student.device}", teacher.device))
+        raise ValueError(expected("teacher", f"logits of shape {tuple(student.shape)}", teacher))
     return wide(student), wide(teacher.detach())
 
 
-def _check_labels(labels: Tensor, student: Tensor) -> None:  # (B,), (B, C)
+def check_labels(labels: Tensor, student: Tensor) -> None:  # (B,), (B, C)
     """Raises for what are no classes; on a GPU their range is left to its own check, which need not wait."""
     batch, classes = student.shape
     if not isinstance(labels, Tensor) or labels.dtype is not torch.int64:

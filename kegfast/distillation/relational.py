@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kegfast.check import expected
+from kegfast import check
 from kegfast.distillation.precision import wide, without_autocast
 
 _CHUNK_ELEMENTS = 1 << 17
@@ -27,13 +27,18 @@ def rkd_distance(
 
     All distances follow from one Gram matrix in float64, whose memory does not grow with B^2 times the
     feature size: at 128 x 64 as fast as `torch.cdist`'s pairwise form, at 256 x 512 five times. The compiled
-    pairwise kernel (`kegfast.diversity_loss`) gives sums over pairs alone, where Huber needs each.
+    pairwise kernel (`kegfast.functional.diversity_loss`) gives sums over pairs alone; Huber needs each.
+
+    Args:
+        student: (B, ...) features or logits, at least two samples.
+        teacher: (B, ...) of the same samples; the other dimensions may differ.
 
     Returns:
         A scalar, in float32 or wider. A batch whose points all coincide has distances of zero.
 
     Raises:
-        ValueError: Fewer than two samples, or batches of different size.
+        TypeError, ValueError: No floating-point tensors, fewer than two samples, or batches of different
+            size.
     """
     student, teacher = _vectors(student, teacher, 2)
     with without_autocast(student):  # the Gram matrix needs the digits
@@ -52,11 +57,16 @@ def rkd_angle(
     their gradient follow from the Gram matrix, corner by corner, so that memory does not grow with
     B^2 times the feature size. The gradient is of first order only, and the student's.
 
+    Args:
+        student: (B, ...) features or logits, at least three samples.
+        teacher: (B, ...) of the same samples; the other dimensions may differ.
+
     Returns:
         A scalar, in float32 or wider.
 
     Raises:
-        ValueError: Fewer than three samples, or batches of different size.
+        TypeError, ValueError: No floating-point tensors, fewer than three samples, or batches of different
+            size.
     """
     student, teacher = _vectors(student, teacher, 3)
     with without_autocast(student):
@@ -156,9 +166,5 @@ class _Corners:
 
 def _vectors(student: Tensor, teacher: Tensor, least: int) -> tuple[Tensor, Tensor]:
     """Both as (B, D) in float32 or wider."""
-    for name, x in (("student", student), ("teacher", teacher)):
-        if x.ndim < 2 or x.shape[0] < least:
-            raise ValueError(expected(name, f"features (B, ...) of at least {least} samples", tuple(x.shape)))
-    if len(student) != len(teacher):
-        raise ValueError(expected("teacher", f"a batch of {len(student)}", len(teacher)))
+    check.batches(2, least, student=student, teacher=teacher)
     return wide(student.flatten(1)), wide(teacher.flatten(1))

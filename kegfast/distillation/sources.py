@@ -28,7 +28,14 @@ class Source(Protocol):
 
 
 class UniformNoise:
-    """Independent values, uniform in [low, high)."""
+    """Independent values, uniform in [low, high).
+
+    Args:
+        sample_shape: The shape of one sample.
+        low, high: Finite; the defaults cover much of what normalised images take. Variance 1 needs -sqrt(3)
+            and sqrt(3).
+        device: Where samples are made; torch's default device when None.
+    """
 
     def __init__(
         self,
@@ -49,7 +56,13 @@ class UniformNoise:
 
 
 class GaussianNoise:
-    """Independent values from N(mean, std^2)."""
+    """Independent values from N(mean, std^2).
+
+    Args:
+        sample_shape: The shape of one sample.
+        mean, std: Finite, `std` above 0; the defaults are those of normalised data.
+        device: Where samples are made; torch's default device when None.
+    """
 
     def __init__(
         self,

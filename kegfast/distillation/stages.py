@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from kegfast import check
+from kegfast.check import expected
 from kegfast.distillation.distiller import distill
 from kegfast.loop import seeded
 
@@ -68,6 +69,8 @@ def born_again(
         The students, in order; `Ensemble(students)` is the paper's BANE.
     """
     check.count("generations", generations)
+    if not callable(make_student):
+        raise TypeError(expected("make_student", "a function to an untrained student", make_student))
     students = []
     for generation in range(generations):
         with seeded(seed + generation):

@@ -38,7 +38,13 @@ class ClassSums:
     """
 
     def __init__(self, teacher: nn.Module, num_classes: int, noise: object, terms: Sequence[int] = TERMS):
-        if not terms or not all(isinstance(k, int) and k >= 1 for k in terms):
+        if not (hasattr(noise, "sample") and hasattr(noise, "sample_shape")):
+            raise TypeError(expected("noise", "a source of one sample_shape", noise))
+        if (
+            not isinstance(terms, tuple | list)
+            or not terms
+            or not all(isinstance(k, int) and k >= 1 for k in terms)
+        ):
             raise ValueError(expected("terms", "positive ints", terms))
         self.teacher = FrozenTeacher(teacher, watch=False)
         self.teacher.check(num_classes, noise.sample_shape, self.teacher.device)

@@ -214,10 +214,15 @@ def test_perturbations_of_alike_and_of_turned_models(teacher, samples):
         ({"steps": 0}, "steps"),
         ({"eta": 0}, "eta"),
         ({"epsilon": -1}, "epsilon"),
+        ({"steps": 1.5}, "steps"),
+        ({"labels": torch.zeros(2, dtype=int)}, "labels"),
+        ({"labels": torch.tensor(0.0)}, "labels"),
+        ({"bounds": (1.0, 0.0)}, "bounds"),
+        ({"student_logits": torch.zeros(1, 1)}, "student_logits"),
     ],
 )
 def test_bad_arguments_are_named(teacher, samples, options, argument):
-    with pytest.raises(ValueError, match=f"^{argument} must be"):
+    with pytest.raises((ValueError, TypeError), match=f"^{argument} must be"):
         boundary_samples(teacher, samples, **options)
     with pytest.raises(ValueError, match=r"^second must be"):
         magnitude_similarity(samples, samples[1:])

@@ -149,8 +149,13 @@ def test_a_regressor_fits_vectors():
         (lambda: attention_transfer(maps(2, 3), maps(2, 3)), "features"),
         (lambda: flow(maps(2, 3, 4, 4), maps(3, 3, 4, 4)), "second"),
         (lambda: fsp((maps(2, 3, 4, 4),) * 2, (maps(2, 4, 4, 4),) * 2), "teacher"),
+        (lambda: fsp((maps(2, 3, 4, 4),) * 2, maps(2, 4, 4, 4)[:1]), "teacher"),
+        (lambda: hint(maps(0, 3), maps(0, 3)), "student"),
+        (lambda: hint(maps(2, 3), None), "teacher"),
+        (lambda: hint(maps(2, 3).long(), maps(2, 3)), "student"),
+        (lambda: attention_transfer(maps(2, 3, 4, 4), maps(2, 3, 4, 4), power=0), "power"),
     ],
 )
 def test_bad_arguments_are_named(call, argument):
-    with pytest.raises(ValueError, match=f"^{argument} must be"):
+    with pytest.raises((ValueError, TypeError), match=f"^{argument} must be"):
         call()

@@ -172,3 +172,12 @@ def test_compiles_into_one_graph(features, loss):
 def test_bad_arguments_are_named(loss, student, teacher, argument):
     with pytest.raises(ValueError, match=f"^{argument} must be"):
         loss(torch.randn(student), torch.randn(teacher))
+
+
+@pytest.mark.parametrize("loss", [rkd_distance, rkd_angle])
+@pytest.mark.parametrize(
+    "teacher", [None, "maps", torch.ones(4, 3, dtype=int), torch.ones(4, 3, device="meta")]
+)
+def test_what_is_no_batch_of_numbers_is_refused(loss, teacher):
+    with pytest.raises((TypeError, ValueError), match=r"^teacher must be"):
+        loss(torch.randn(4, 3), teacher)
