@@ -68,6 +68,22 @@ def write_json(path: str | Path, obj: Any) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
+def read_json(path: str | Path) -> dict[str, Any]:
+    """Read a JSON object, such as `write_json` wrote of a dict.
+
+    Raises:
+        OSError: the file cannot be opened.
+        ValueError: it is no JSON, or no object.
+    """
+    try:
+        found = json.loads(as_path("path", path).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: expected JSON, got {error}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path}: expected a JSON object, got a {type(found).__name__}")
+    return found
+
+
 def save_tensors(
     path: str | Path,
     tensors: Mapping[str, Tensor],

@@ -44,10 +44,10 @@ class MetricsLog:
             file.write(line + "\n")
 
     def read(self) -> list[dict[str, Any]]:
-        """All lines; one that a killed process left unfinished is skipped."""
+        """All lines; what is none, such as one that a killed process left unfinished, is skipped."""
         if not self.path.exists():
             return []
-        lines = self.path.read_text(encoding="utf-8").splitlines()
+        lines = self.path.read_text(encoding="utf-8", errors="replace").splitlines()
         return [entry for entry in map(_parse, lines) if entry is not None]
 
     def rewind(self, stage: str, step: int) -> None:
@@ -213,9 +213,10 @@ def _read(values: Mapping[str, Tensor | float], label: str, done: int) -> dict[s
 
 def _parse(line: str) -> dict[str, Any] | None:
     try:
-        return json.loads(line)
+        entry = json.loads(line)
     except json.JSONDecodeError:
         return None
+    return entry if isinstance(entry, dict) and {"stage", "step", "seconds"} <= entry.keys() else None
 
 
 @contextmanager

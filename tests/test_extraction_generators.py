@@ -1,10 +1,13 @@
 """Generators as a source: shapes, determinism, files."""
 
+import json
+
 import pytest
 import torch
 from safetensors.torch import save_file
 
 from kegfast.extraction import Generators
+from kegfast.files import read_tensors, save_tensors
 
 SHAPES = [(1, 32, 32), (3, 28, 20), (2, 5, 7), (6,), (4, 9)]
 
@@ -97,6 +100,29 @@ def test_load_refuses_foreign_and_broken_files(tmp_path):
     source.save(tmp_path / "nan.safetensors")
     with pytest.raises(ValueError, match="finite"):
         Generators.load(tmp_path / "nan.safetensors")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"copies": 10**9},
+        {"copies": 0},
+        {"sample_shape": [3, 10**6, 10**6]},
+        {"noise_size": "ten"},
+        {"labels": [1]},
+        {"input_range": [1.0]},
+        {"width": 3},
+    ],
+    ids=str,
+)
+def test_load_refuses_a_configuration_that_is_not_the_files(tmp_path, change):
+    path = tmp_path / "g.safetensors"
+    generators((3, 8, 8)).save(path)
+    tensors, metadata = read_tensors(path)
+    metadata["config"] = json.dumps(json.loads(metadata["config"]) | change)
+    save_tensors(path, tensors, metadata)
+    with pytest.raises(ValueError, match=r"g\.safetensors: expected parameters that fit"):
+        Generators.load(path)
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from torch import nn
 from kegfast.files import (
     atomic_write,
     load_weights,
+    read_json,
     read_state_dict,
     read_tensors,
     save_tensors,
@@ -178,6 +179,13 @@ def test_damaged_files_are_value_errors_that_name_the_file(tmp_path, name, conte
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=name):
         read_state_dict(tmp_path / name)
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"3", b"null", b"\xff\xfe"])
+def test_what_is_no_json_object_is_a_value_error_that_names_the_file(tmp_path, content):
+    (tmp_path / "o.json").write_bytes(content)
+    with pytest.raises(ValueError, match=r"o\.json: expected"):
+        read_json(tmp_path / "o.json")
 
 
 def test_half_a_file_is_a_value_error_that_names_it(tmp_path):

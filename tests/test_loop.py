@@ -203,3 +203,13 @@ def test_metrics_are_json_lines(tmp_path):
     entries = [json.loads(line) for line in log.path.read_text().splitlines()]
     assert [entry["step"] for entry in entries] == [10, 20, 30, 40]
     assert entries[0].keys() == {"stage", "step", "seconds", "loss", "share"}
+
+
+def test_a_log_skips_what_is_no_line_of_it(tmp_path):
+    log = MetricsLog(tmp_path / "metrics.jsonl")
+    log.write("train", 10, 0.5, {"loss": 1.0})
+    with open(log.path, "ab") as file:
+        file.write(b'\xff\xfe\n3\n[1]\n{"loss": 2.0}\n{"stage": "tr')
+    assert [entry["step"] for entry in log.read()] == [10]
+    log.rewind("train", 5)
+    assert log.read() == []

@@ -1,11 +1,12 @@
 """Values for options from a TOML file or from the run that is resumed, under the command line's own."""
 
 import argparse
-import json
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from kegfast.files import read_json
 
 OPTIONS = "options.json"
 """The options of a run, in its folder."""
@@ -42,7 +43,7 @@ def with_defaults(argv: Sequence[str]) -> list[str]:
         values |= _read_toml(known.config, known.command)
     before = (known.out or default_out(argv[0])) / OPTIONS
     if known.resume and before.exists():
-        values |= json.loads(before.read_text(encoding="utf-8"))
+        values |= read_json(before)
     return [argv[0], *_tokens(values), *argv[1:]]
 
 

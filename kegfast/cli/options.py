@@ -2,7 +2,6 @@
 
 import argparse
 import importlib
-import json
 import math
 import sys
 from contextlib import suppress
@@ -269,13 +268,13 @@ class Run:
         }
 
     def __enter__(self) -> "Run":
-        from kegfast.files import write_json
+        from kegfast.files import read_json, write_json
 
         path = self.folder / OPTIONS
         self._before = path.read_bytes() if path.exists() else None
         self._began = self._last_checkpoint()
         if self.resume and self._before is not None:
-            self._compare(json.loads(self._before))
+            self._compare(read_json(path))
         write_json(path, self.options)
         return self
 

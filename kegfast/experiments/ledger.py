@@ -7,7 +7,7 @@ from statistics import mean, stdev
 from typing import Any
 
 from kegfast.check import expected
-from kegfast.files import write_json
+from kegfast.files import read_json, write_json
 from kegfast.processes import place
 
 
@@ -36,7 +36,7 @@ class Ledger:
 
     def _read(self) -> None:
         try:
-            found = json.loads(self.path.read_text(encoding="utf-8"))
+            found = read_json(self.path)
             config, self.cells = found["config"], dict(found["cells"])
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{self.path}: expected an experiment's results, got another file") from error

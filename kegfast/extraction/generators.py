@@ -148,7 +148,11 @@ class Generators:
         if not all(bool(t.isfinite().all()) for t in tensors.values()):
             raise ValueError(f"{path}: expected finite parameters, got NaN or infinite ones")
         try:
-            loaded = cls(**json.loads(metadata["config"]))
+            config = json.loads(metadata["config"])
+            sizes = (config[name] for name in ("copies", "num_classes", "noise_size", "sample_shape"))
+            with torch.device("meta"):  # sizes that are not the file's take no memory
+                make_generator(*sizes, None).load_state_dict(tensors, assign=True)
+            loaded = cls(**config)
             loaded.network.load_state_dict(tensors)
         except (KeyError, TypeError, RuntimeError, ValueError) as error:
             raise ValueError(f"{path}: expected parameters that fit their configuration: {error}") from error
