@@ -17,8 +17,12 @@
 //                                                        faults had been two thirds of it, as malloc gave its heap back
 //   asking for the next part of a factor beyond 256 KB   512@7, batch 1, factors out of cache: 550 -> 458 us at
 //                                                        rank 256; in cache they lose up to 8 % by it
+//   a few lines every 8 steps instead of 40 at once,     64->128@56/2, ranks 16/32: core 285 -> 218 us, all 6 to 10 %;
+//   bands of one height and a next image's whole first   with x out of cache: 128->256@28/2, ranks 32/64,
+//   band, not only what the last band had of rows        794 -> 660, 256@14, rank 64, 795 -> 685
 //   non-temporal stores for outputs from 8 MB on         0 to 15 %
-// Tried without gain: half-width stores instead of masked ones; a pixel's tiles for all outputs before the next
+// Tried without gain: huge pages for outputs and scratch below 2 MB; asking for a call's scratch and factors in
+// its first band (what they cost in 512@7, 280 of 960 us after other work, only moved there); half-width stores instead of masked ones; a pixel's tiles for all outputs before the next
 // pixel's; 14 x 2 tiles whose sums are finished in place (GCC then spills a weight in the loop: 252 -> 185).
 #pragma once
 
@@ -210,8 +214,10 @@ class Forward {
     const int64_t image = next_image ? image_ + count_ : image_;
     const int64_t begin = next_image ? 0 : clamp(have_end_ - p_.padding_h, 0, p_.height);
     const int64_t images = next_image ? smaller(count_, p_.images - image) : 1;
-    const int64_t whole =
-        plan_.group_images > 1 || plan_.band_rows == p_.out_height ? p_.height : rows * p_.stride_h;
+    const int64_t halo = next_image ? (p_.kernel_h - 1) * p_.dilation_h + 1 - p_.padding_h - p_.stride_h : 0;
+    const int64_t whole = plan_.group_images > 1 || plan_.band_rows == p_.out_height
+                              ? p_.height
+                              : plan_.band_rows * p_.stride_h + halo;
     const int64_t height = smaller(whole, p_.height - begin);
     if (images <= 0) return;
     const char* x = static_cast<const char*>(p_.x) + (image * p_.x_image + begin * p_.x_row) * size;
@@ -221,14 +227,17 @@ class Forward {
       ahead_.add(x, height * p_.width * size, p_.x_channel * size, images * p_.channels);
   }
 
-  // Ends of tile segments in a band's core, about: where lines are asked for.
+  // How often the tiles of a band's core ask for lines, about.
   int64_t steps(int64_t rows) const {
-    const int64_t vectors = ceil_div(p_.rank_out * core_group(p_), 2 * kLanes), pixels = max_pixels(2);
+    const int group = plan_.winograd ? 1 : core_group(p_);
+    const int64_t vectors = ceil_div(p_.rank_out * group, 2 * kLanes), pixels = max_pixels(2);
     if (const int64_t edge = plan_.winograd) {
       const int64_t tiles = count_ * ceil_div(rows, edge) * ceil_div(p_.out_width, edge);
-      return points_of(edge) * vectors * ceil_div(tiles, pixels);
+      return points_of(edge) * vectors * ceil_div(tiles, pixels) * ceil_div(p_.rank_in, kAheadSteps);
     }
-    return vectors * count_ * rows * ceil_div(p_.out_width, pixels) * core_window(p_).segments;
+    const Window window = core_window(p_);
+    return vectors * count_ * rows * ceil_div(p_.out_width, pixels) * window.segments *
+           ceil_div(window.length, kAheadSteps * group);
   }
 
   void core(int64_t row, int64_t rows, float* t2) {

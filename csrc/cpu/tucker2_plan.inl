@@ -167,6 +167,7 @@ Tucker2Plan tucker2_plan(const Tucker2Params& p, int64_t threads) {
                 image_pixels = p.out_height * p.out_width;
   const int64_t halo = (p.kernel_h - 1) * p.dilation_h + 1;
   plan.band_rows = clamp(pixels / p.out_width, 1, p.out_height);
+  plan.band_rows = ceil_div(p.out_height, ceil_div(p.out_height, plan.band_rows));  // alike
   if (edge) plan.band_rows = smaller(round_up(plan.band_rows, edge), p.out_height);
   plan.group_images = 1;
   if (2 * image_pixels <= pixels) {

@@ -14,7 +14,10 @@
 namespace kegfast::KEGFAST_ISA {
 namespace {
 
-// Memory that later stages need, asked for while the core computes: a few cache lines per segment of each
+// Steps of k between two requests of Ahead: a burst of them would hold up the loads behind it.
+constexpr int64_t kAheadSteps = 8;
+
+// Memory that later stages need, asked for while the core computes: a few cache lines every kAheadSteps of each
 // tile.
 class Ahead {
  public:
@@ -26,11 +29,11 @@ class Ahead {
   }
   void spread_over(int64_t steps) { per_step_ = (lines_ + steps - 1) / (steps > 0 ? steps : 1); }
   void step() {
-    for (int64_t i = 0; i < per_step_ && current_ < count_; ++i) {
+    for (int64_t left = per_step_; left > 0 && current_ < count_;) {
       Block& block = blocks_[current_];
-      __builtin_prefetch(block.at + offset_, 0, 2);
-      offset_ += 64;
-      if (offset_ < block.run) continue;
+      const char* at = block.at + offset_;
+      for (; left > 0 && offset_ < block.run; --left, offset_ += 64, at += 64) __builtin_prefetch(at, 0, 2);
+      if (offset_ < block.run) return;
       offset_ = 0;
       block.at += block.stride;
       if (--block.runs == 0) ++current_;
@@ -181,30 +184,34 @@ void run_tile(const Tile& t) {
   const int64_t a_step = t.a_step, b_vector = t.b_vector, b_step = kB == B::packed ? kLanes : t.b_step;
   const float* b = t.b;
   for (int64_t s = 0; s < t.segment_count; ++s) {
-    if (t.ahead) t.ahead->step();
     if (kB == B::plain && t.b_segments) b = t.b + t.b_segments[s];
     const float* base[kBases];
     KEGFAST_UNROLL
     for (int i = 0; i < kBases; ++i) base[i] = t.a + t.segments[s] + 3 * i * a_step;
-    for (int64_t k = t.segment_length; k >= Group; k -= Group) {
-      Floats w[Vectors];
-      KEGFAST_UNROLL
-      for (int v = 0; v < Vectors; ++v)
-        w[v] = kB == B::plain && v == Vectors - 1 ? load_first(b + v * kLanes, t.tail)
-               : kB == B::plain                   ? load_unaligned(b + v * kLanes)
-                                                  : load_unaligned(b + v * b_vector);
-      KEGFAST_UNROLL
-      for (int j = 0; j < Pixels; ++j) {
-        const Floats x =
-            splat_group<Group>(kA == A::row_major ? base[j / 3] + (j % 3) * a_step : base[0] + j);
+    for (int64_t left = t.segment_length; left >= Group;) {
+      const int64_t part = t.ahead && left > kAheadSteps * Group ? kAheadSteps * Group : left;
+      if (t.ahead) t.ahead->step();
+      left -= part;
+      for (int64_t k = part; k >= Group; k -= Group) {
+        Floats w[Vectors];
         KEGFAST_UNROLL
-        for (int v = 0; v < Vectors; ++v) acc[j][v] = multiply_add(x, w[v], acc[j][v]);
-      }
-      b += b_step;
-      KEGFAST_UNROLL
-      for (int i = 0; i < kBases; ++i) {
-        base[i] += kA == A::row_major ? Group : a_step;
-        asm("" : "+r"(base[i]));  // keeps one pointer per three pixels instead of one each
+        for (int v = 0; v < Vectors; ++v)
+          w[v] = kB == B::plain && v == Vectors - 1 ? load_first(b + v * kLanes, t.tail)
+                 : kB == B::plain                   ? load_unaligned(b + v * kLanes)
+                                                    : load_unaligned(b + v * b_vector);
+        KEGFAST_UNROLL
+        for (int j = 0; j < Pixels; ++j) {
+          const Floats x =
+              splat_group<Group>(kA == A::row_major ? base[j / 3] + (j % 3) * a_step : base[0] + j);
+          KEGFAST_UNROLL
+          for (int v = 0; v < Vectors; ++v) acc[j][v] = multiply_add(x, w[v], acc[j][v]);
+        }
+        b += b_step;
+        KEGFAST_UNROLL
+        for (int i = 0; i < kBases; ++i) {
+          base[i] += kA == A::row_major ? Group : a_step;
+          asm("" : "+r"(base[i]));  // keeps one pointer per three pixels instead of one each
+        }
       }
     }
     const int rest = Group > 1 ? static_cast<int>(t.segment_length % Group) : 0;
