@@ -22,8 +22,9 @@
 //   band, not only what the last band had of rows        794 -> 660, 256@14, rank 64, 795 -> 685
 //   non-temporal stores for outputs from 8 MB on         0 to 15 %
 // Tried without gain: huge pages for outputs and scratch below 2 MB; asking for a call's scratch and factors in
-// its first band (what they cost in 512@7, 280 of 960 us after other work, only moved there); half-width stores instead of masked ones; a pixel's tiles for all outputs before the next
-// pixel's; 14 x 2 tiles whose sums are finished in place (GCC then spills a weight in the loop: 252 -> 185).
+// its first band (what they cost 512@7 at rank 128 after other work, 280 of 960 us, only moved there); half-width
+// stores instead of masked ones; a pixel's tiles for all outputs before the next pixel's; 14 x 2 tiles whose sums
+// are finished in place (GCC then spills a weight in the loop: 252 -> 185).
 #pragma once
 
 #include "cpu/tucker2_sweep.inl"

@@ -1,6 +1,7 @@
 """Folding what follows a layer into it: BatchNorm into the weights, ReLU into the fused operator."""
 
 import logging
+import operator
 
 import torch
 from torch import Tensor, fx, nn
@@ -22,7 +23,8 @@ def fuse(model: nn.Module) -> nn.Module:
 
     A BatchNorm (by its running statistics) goes into the weights and bias of the convolution or Linear
     before it, factored or dense; a ReLU that follows a TuckerConv2d goes into its operator, which
-    applies it in its last store, at no cost. Both only where nothing else reads the value between.
+    applies it in its last store, at no cost; any other ReLU of a layer's output or of a sum overwrites it,
+    as fresh memory costs more than the ReLU. All only where nothing else reads the value between.
 
     Args:
         model: any module; it stays as it is.
@@ -68,6 +70,9 @@ def _fuse_graph(model: fx.GraphModule) -> None:
         if isinstance(layer, TuckerConv2d) and follower is not None and _is_relu(follower, modules):
             layer.activation = "relu"
             _skip(model, follower)
+    for node in list(model.graph.nodes):
+        if _is_relu(node, modules) and _is_fresh(node.all_input_nodes[0], modules):
+            _overwrite(model, node)
     model.graph.lint()
     model.recompile()
 
@@ -80,6 +85,24 @@ def _is_relu(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
     if node.op == "call_module":
         return type(modules[node.target]) is nn.ReLU
     return node.target in RELU if node.op == "call_function" else node.target in ("relu", "relu_")
+
+
+def _is_fresh(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
+    """Whether it makes memory of its own that only one other node reads."""
+    if len(node.users) != 1:
+        return False
+    if node.op == "call_module":
+        return type(modules[node.target]) in LAYERS
+    is_sum = node.op == "call_function" and node.target in (operator.add, torch.add)
+    return is_sum and "out" not in node.kwargs
+
+
+def _overwrite(model: fx.GraphModule, relu: fx.Node) -> None:
+    with model.graph.inserting_before(relu):
+        args = (relu.all_input_nodes[0],)
+        in_place = model.graph.call_function(nn.functional.relu, args, {"inplace": True})
+    relu.replace_all_uses_with(in_place)
+    model.graph.erase_node(relu)
 
 
 def _skip(model: fx.GraphModule, node: fx.Node) -> None:

@@ -60,6 +60,35 @@ class Twice(nn.Module):
         return torch.relu(self.norm_b(self.b(y))) + self.b(-y)
 
 
+class Rectified(nn.Module):
+    """ReLUs of the input, of a value that is read again, of sums and of a layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.relu = nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1), nn.ReLU()
+
+    def forward(self, x):
+        y = self.a(x)
+        z = self.relu(y) + self.relu(x)
+        z = z + torch.relu(y + x)
+        return self.relu(self.b(torch.relu(z)))
+
+
+def test_a_relu_overwrites_only_what_it_alone_reads():
+    torch.manual_seed(0)
+    model = Rectified().eval()
+    folded, x = fuse(model), X.clone()
+    torch.testing.assert_close(folded(x), model(X))
+    assert torch.equal(x, X)
+    in_place = [node.args[0].name for node in folded.graph.nodes if node.kwargs.get("inplace")]
+    assert in_place == ["add_1", "add_2", "b"]
+    folded(x).sum().backward()
+    wanted = [p.grad.clone() for p in folded.parameters()]
+    model(x).sum().backward()
+    for got, want in zip(wanted, (p.grad for p in model.parameters()), strict=True):
+        torch.testing.assert_close(got, want)
+
+
 def test_values_that_others_read_are_left_alone():
     torch.manual_seed(0)
     model = Twice()
