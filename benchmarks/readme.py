@@ -233,6 +233,7 @@ TABLES: dict[str, tuple[str, str, Callable[[Any], str]]] = {
     "curve-fashion": ("compression_curve_fashion", "cells", curve),
     "compression-latency": ("compression_latency", "cells", speedups),
     "mnist": ("reproduce_mnist", "rows", paper),
+    "fashion": ("reproduce_fashion", "rows", paper),
     "shuttle": ("reproduce_shuttle", "rows", paper),
     "pendigits": ("reproduce_pendigits", "rows", paper),
     "letter": ("reproduce_letter", "rows", paper),
