@@ -130,7 +130,6 @@ def curve(args: argparse.Namespace, done: set[Place]) -> Iterator[list[Cell]]:
     for asked, way in places:
         chosen = args.ways is None or any(word in way for word in args.ways)
         if chosen and (args.teacher, asked, way) not in done:
-            start = time.perf_counter()
             student, report = run(way, asked)
             yield [
                 {
@@ -139,7 +138,6 @@ def curve(args: argparse.Namespace, done: set[Place]) -> Iterator[list[Cell]]:
                     "ratio": round(report.ratio, 3) if report else 1.0,
                     "way": way,
                     "accuracy": score(student),
-                    "seconds": round(time.perf_counter() - start, 2),
                 }
             ]
 

@@ -122,7 +122,7 @@ def compress(
         trial = partial(_trial, model, decompose, evidence)
         way, report.plans = choose(found, model, trial, evidence)
         wanted = found[way]
-        _explain(report, wanted, settled, f"{way}, {evidence.source}")
+        _explain(report, wanted, settled, way, evidence.source)
     replaced = {site.name: site for site in selected if wanted.get(site.name) is not None}
     for name, site in replaced.items():
         factors = decompose(site, wanted[name])
@@ -210,15 +210,15 @@ def _trial(model: nn.Module, decompose: _Decomposer, evidence: Evidence, plan: P
     return student
 
 
-def _explain(report: CompressionReport, plan: Plan, settled: Plan, how: str) -> None:
+def _explain(report: CompressionReport, plan: Plan, settled: Plan, way: str, source: str) -> None:
     for name, rank in plan.items():
         if name not in settled:
             worth = "worth its cost as it is" if rank is None else "its share of the budget"
-            report[name].reason = f"{worth} ({how})"
+            report[name].reason = f"{worth} ({way}, {source})"
             report[name].rank_before_rounding = rank
     if len(report.plans) > 1:
         changes = ", ".join(f"{change:.4f} by {way}" for way, change in report.plans.items())
-        report.notes.append(f"outputs change by {changes}; the least was taken")
+        report.notes.append(f"outputs change by {changes}; {way} was taken")
 
 
 def _adapt(student: nn.Module, teacher: nn.Module, evidence: Evidence, report: CompressionReport) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from kegfast import compress, data
-from kegfast.compression.allocation import choose
+from kegfast.compression.allocation import USUAL, choose
 from kegfast.compression.budget import allocate, tabulate
 from kegfast.compression.costs import parameters
 from kegfast.compression.decompose import factorize, relative_error
@@ -153,7 +153,6 @@ def test_no_other_plan_would_have_changed_the_outputs_less():
 
 def test_every_plan_keeps_the_budget(monkeypatch):
     from kegfast.compression import compress as function
-    from kegfast.compression.allocation import choose
 
     module = __import__("sys").modules[function.__module__]
     x = torch.randn(2, 3, 16, 16)
@@ -173,7 +172,6 @@ def test_every_plan_keeps_the_budget(monkeypatch):
 
 
 def test_the_plan_with_the_least_change_is_taken():
-    from kegfast.compression.allocation import choose
 
     teacher = nn.Linear(4, 3)
 
@@ -314,6 +312,22 @@ def test_plans_are_compared_as_the_students_will_be_refitted() -> None:
     change = float((wanted - found).square().sum() / (wanted - wanted.mean(0)).square().sum())
     change += float((wanted.argmax(1) != found.argmax(1)).float().mean())
     assert change == pytest.approx(min(report.plans.values()), rel=1e-3)
+
+
+@pytest.mark.parametrize(("error", "taken"), [(0.105, USUAL), (0.12, "sensitivity")])
+@pytest.mark.parametrize("synthetic", [True, False])
+def test_made_samples_judge_roughly(synthetic: bool, error: float, taken: str) -> None:
+    """A plan that is better on them by less than they can tell does not win."""
+    inputs = torch.randn(64, 4, 3)  # no table of answers: squared errors alone
+    students = {"sensitivity": nn.Identity(), USUAL: nn.Identity()}
+    for student, size in zip(students.values(), (0.1, error), strict=True):
+        student.register_forward_hook(lambda m, args, out, size=size: (1 + size**0.5) * out)
+    plans = {way: {"": (rank, None)} for rank, way in enumerate(students, start=1)}
+    trial = {plan[""]: students[way] for way, plan in plans.items()}
+    evidence = Evidence(samples=inputs, synthetic=synthetic)
+    way, changes = choose(plans, nn.Identity(), lambda plan: trial[plan[""]], evidence)
+    assert way == (taken if synthetic else "sensitivity")
+    assert min(changes, key=changes.get) == "sensitivity"
 
 
 def test_a_classifiers_answers_count_beside_its_outputs() -> None:
