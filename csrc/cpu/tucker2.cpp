@@ -113,7 +113,7 @@ void keep_intermediates(Tucker2Params& p, Run& run) {
 void run_factors(Tucker2Params& p, const Tensor& first_weight, const Tensor& core_weight,
                  const Tensor& last_weight, const std::optional<Tensor>& packed) {
   choose_form(p);
-  const int64_t threads = threads_for(multiply_adds(p), p.images * p.out_height);
+  const int64_t threads = threads_for(work_of(p), p.images * p.out_height);
   const Tucker2Plan plan = KEGFAST_TUCKER2(p, tucker2_plan)(p, threads);
   const Tucker2Factor first = factor(first_weight), core = factor(core_weight), last = factor(last_weight);
   std::optional<Tensor> fresh;
@@ -207,7 +207,7 @@ int64_t tucker2_prepare(const Tensor& x, const Tensor& first_weight, const Tenso
   p.bias = bias ? bias->const_data_ptr<float>() : nullptr;
   p.packed = packed.const_data_ptr<float>();
   choose_form(p);
-  const int64_t threads = threads_for(multiply_adds(p), p.images * p.out_height);
+  const int64_t threads = threads_for(work_of(p), p.images * p.out_height);
   const Tucker2Plan plan = KEGFAST_SELECT(tucker2_plan)(p, threads);
   const Tucker2Factor first = factor(first_weight), core = factor(core_weight), last = factor(last_weight);
   if (packed.numel() != plan.packed_floats ||

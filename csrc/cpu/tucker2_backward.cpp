@@ -115,7 +115,7 @@ Gradients tucker2_gradients(const Tensor& gradient, const std::optional<Tensor>&
   if (need_x) g.dx = dx.mutable_data_ptr();
   const int64_t first_floats = dfirst.numel(), core_floats = dcore.numel(), last_floats = dlast.numel();
   const int64_t copy_floats = first_floats + core_floats + last_floats + dbias.numel();
-  const int64_t parts = std::max<int64_t>(1, std::min(threads_for(2 * multiply_adds(p), p.images), p.images));
+  const int64_t parts = std::max<int64_t>(1, std::min(threads_for(multiply_adds(p), p.images), p.images));
   const Tensor sums = empty_flat(parts * copy_floats);
   float* const base = sums.mutable_data_ptr<float>();
   std::memset(base, 0, static_cast<size_t>(parts * copy_floats) * sizeof(float));

@@ -45,6 +45,7 @@ void choose_numbers(Tucker2Params& p);
 void choose_form(Tucker2Params& p);
 int64_t choices_made();  // so far: what was settled before the last one no longer holds
 int64_t multiply_adds(const Tucker2Params& p);
+int64_t work_of(const Tucker2Params& p);           // of a forward pass, in multiply-adds that take as long
 int64_t threads_for(int64_t work, int64_t parts);  // 1 where a second thread costs more than it brings
 void run_rows(const Tucker2Params& p, const Tucker2Plan& plan, int64_t threads);  // all rows, on `threads`
 
