@@ -17,9 +17,9 @@
 //                                                        faults had been two thirds of it, as malloc gave its heap back
 //   asking for the next part of a factor beyond 256 KB   512@7, batch 1, factors out of cache: 550 -> 458 us at
 //                                                        rank 256; in cache they lose up to 8 % by it
-//   a few lines every 8 steps instead of 40 at once,     64->128@56/2, ranks 16/32: core 285 -> 218 us, all 6 to 10 %;
+//   a few lines every 8 steps instead of 40 at once,     64->128@56/2, ranks 16/32: core 285 -> 218 us, others 1 to 6 %;
 //   bands of one height and a next image's whole first   with x out of cache: 128->256@28/2, ranks 32/64,
-//   band, not only what the last band had of rows        794 -> 660, 256@14, rank 64, 795 -> 685
+//   band, not only what the last band had of rows        794 -> 660, 256@14, rank 64, 795 -> 685 to 774
 //   non-temporal stores for outputs from 8 MB on         0 to 15 %
 // Tried without gain: huge pages for outputs and scratch below 2 MB; asking for a call's scratch and factors in
 // its first band (what they cost 512@7 at rank 128 after other work, 280 of 960 us, only moved there); half-width
