@@ -76,7 +76,8 @@ class backend:
     Args:
         name: "auto" takes compiled kernels where they exist (default), "native" insists on them (on CUDA
             also where torch's own convolutions are faster or nothing was measured), "reference" runs
-            the plain torch definitions of `kegfast.reference`.
+            the plain torch definitions of `kegfast.reference`, as torch.func's transforms and TorchScript's
+            tracer do in any case.
 
     Raises:
         ValueError: for another name.
