@@ -39,6 +39,10 @@ GEOMETRIES = {
     "winograd, odd sizes": (3, 20, 9, 11, 32, 48, 24, (3, 3), 1, 1, 1),
     "winograd, small images": (9, 16, 7, 7, 32, 32, 17, (3, 3), 1, 1, 1),
     "winograd, several bands": (1, 8, 45, 50, 48, 32, 20, (3, 3), 1, (0, 2), 1),
+    "tails of 8 and 4": (2, 40, 9, 10, 24, 20, 50, (3, 3), 1, 1, 1),
+    "tails of 1, 7 and 2": (2, 36, 8, 9, 33, 39, 50, (3, 3), 1, 1, 1),
+    "tails of 3 and 8, dilated": (1, 33, 12, 11, 19, 40, 20, (3, 3), 1, 2, 2),
+    "two tails below a vector": (2, 34, 9, 9, 10, 12, 26, (3, 3), 1, 1, 1),
     "wide features": (1, 3, 5, 5, 33, 34, 130, (3, 3), 1, 1, 1),
 }
 
@@ -157,12 +161,13 @@ def test_recomputed_gradients_are_the_kept_ones(name: str) -> None:
 STRIDED = GEOMETRIES | {
     "strided": (3, 20, 15, 13, 9, 18, 24, (3, 3), 2, 1, 1),
     "strided unevenly": (2, 8, 17, 14, 4, 6, 7, (5, 3), (2, 3), (2, 1), 1),
+    "strided, tails": (2, 40, 11, 12, 24, 36, 20, (3, 3), 2, 1, 1),
     "strided, small images": (21, 16, 8, 8, 16, 32, 20, (3, 3), 2, 1, 1),
 }
 
 
 @pytest.mark.parametrize("channels_last", [False, True])
-@pytest.mark.parametrize("name", ["3x3", "winograd, odd sizes", "padding beyond kernel", *list(STRIDED)[-3:]])
+@pytest.mark.parametrize("name", ["3x3", "winograd, odd sizes", "padding beyond kernel", *list(STRIDED)[-4:]])
 def test_relu_gradients(name: str, channels_last: bool) -> None:
     tensors, rest = make(STRIDED[name], torch.float32)
     if channels_last:
@@ -172,7 +177,7 @@ def test_relu_gradients(name: str, channels_last: bool) -> None:
 
 @needs_native
 @pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
-@pytest.mark.parametrize("name", list(STRIDED)[-3:])
+@pytest.mark.parametrize("name", list(STRIDED)[-4:])
 def test_strided_gradients_of_every_instruction_set(name: str, isa: str) -> None:
     compiled = kegfast.build_info()["isa_compiled"]
     if isa not in compiled or compiled.index(isa) > compiled.index(kegfast.build_info()["isa_detected"]):

@@ -6,10 +6,12 @@ import threading
 
 import pytest
 import torch
+from test_tucker2 import GEOMETRIES, make
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import kegfast
+from kegfast import functional, native
 from kegfast.native import cpu_isa
 from kegfast.nn import TuckerConv2d
 
@@ -275,3 +277,32 @@ def test_outputs_that_live_do_not_share_memory() -> None:
             del outputs
             layer(inputs[0])
             assert all(torch.equal(view, w) for view, w in zip(views, want, strict=True))
+
+
+@pytest.mark.parametrize("isa", ["baseline", "avx512"])
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("name", GEOMETRIES)
+def test_packed_factors_are_known_by_their_samples(name: str, channels_last: bool, isa: str) -> None:
+    info = kegfast.build_info()
+    if info["isa_compiled"].index(isa) > info["isa_compiled"].index(info["isa_detected"]):
+        pytest.skip(f"this machine cannot run {isa}")
+    (x, *factors, bias), rest = make(GEOMETRIES[name], torch.float32)
+    if channels_last:
+        x = x.contiguous(memory_format=torch.channels_last)
+    stride, padding, dilation = ((n, n) if isinstance(n, int) else n for n in rest)
+    ops = torch.ops.kegfast
+    with cpu_isa(isa):
+        packed = ops.tucker2_pack(*factors, *stride, *dilation, functional.reads_channels_last(x))
+
+        def known() -> bool:
+            address = ops.tucker2_prepare(x, *factors, bias, packed, *stride, *padding, *dilation, False)
+            if address:
+                native._C.forget_tucker2(address)
+            return address != 0
+
+        assert known()
+        for factor in factors:
+            factor.mul_(2)
+            assert not known()
+            factor.mul_(0.5)
+        assert known()

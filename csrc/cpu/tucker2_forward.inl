@@ -21,10 +21,16 @@
 //   bands of one height and a next image's whole first   with x out of cache: 128->256@28/2, ranks 32/64,
 //   band, not only what the last band had of rows        794 -> 660, 256@14, rank 64, 795 -> 685 to 774
 //   non-temporal stores for outputs from 8 MB on         0 to 15 %
+//   tails of up to 8 outputs with several lanes each     1.33x at rank 17 or 18, 1.26 at 20, 1.14 at 24, 1.17 at
+//     (lane packing) instead of a padded vector          40, 1.06 to 1.1 at 72 and 104; planes of x, whose first
+//                                                        factor has no part in it, two thirds of that
+//   ranks 10 and 12 as 8 and a tail                      1.05 to 1.19x
 // Tried without gain: huge pages for outputs and scratch below 2 MB; asking for a call's scratch and factors in
-// its first band (what they cost 512@7 at rank 128 after other work, 280 of 960 us, only moved there); half-width
-// stores instead of masked ones; a pixel's tiles for all outputs before the next pixel's; 14 x 2 tiles whose sums
-// are finished in place (GCC then spills a weight in the loop: 252 -> 185).
+// its first band (what they cost 512@7 at rank 128 after other work, 280 of 960 us, only moved there); vectors of half
+// the width for tails (they reach half the rate, 139 of 277 GFLOP/s, and so take as long as whole ones); 9 to 12
+// outputs beside whole vectors as two tails (0.95 to 0.98x at ranks 25 and 28); half-width stores instead of masked
+// ones; a pixel's tiles for all outputs before the next pixel's; 14 x 2 tiles whose sums are finished in place (GCC
+// then spills a weight in the loop: 252 -> 185).
 #pragma once
 
 #include "cpu/tucker2_sweep.inl"
@@ -189,9 +195,9 @@ class Forward {
   void first_sweep(Tile& tile, const Grid& grid, int64_t step) {
     tile.a_step = step;
     if (p_.channels_last)
-      sweep<A::row_major>(tile, grid, step, p_.rank_in, first_group(p_));
+      sweep<A::row_major>(tile, grid, step, p_.rank_in);
     else
-      sweep<A::k_major>(tile, grid, 1, p_.rank_in, 1);
+      sweep<A::k_major>(tile, grid, 1, p_.rank_in);
   }
 
   // What the band's y and the next band's t1 will touch, if the caches do not hold it anyway.
@@ -230,15 +236,19 @@ class Forward {
 
   // How often the tiles of a band's core ask for lines, about.
   int64_t steps(int64_t rows) const {
-    const int group = plan_.winograd ? 1 : core_group(p_);
-    const int64_t vectors = ceil_div(p_.rank_out * group, 2 * kLanes), pixels = max_pixels(2);
+    const int64_t pixels = max_pixels(2);
     if (const int64_t edge = plan_.winograd) {
       const int64_t tiles = count_ * ceil_div(rows, edge) * ceil_div(p_.out_width, edge);
+      const int64_t vectors = ceil_div(p_.rank_out, 2 * kLanes);
       return points_of(edge) * vectors * ceil_div(tiles, pixels) * ceil_div(p_.rank_in, kAheadSteps);
     }
     const Window window = core_window(p_);
-    return vectors * count_ * rows * ceil_div(p_.out_width, pixels) * window.segments *
-           ceil_div(window.length, kAheadSteps * group);
+    int64_t each = 0;  // of a tile
+    for_parts(p_.rank_out, window, true, [&](const Part& part, int64_t) {
+      each += ceil_div(part.outputs * part.group, 2 * kLanes) * window.segments *
+              ceil_div(window.length, kAheadSteps * part.group);
+    });
+    return each * count_ * rows * ceil_div(p_.out_width, pixels);
   }
 
   void core(int64_t row, int64_t rows, float* t2) {
@@ -268,7 +278,7 @@ class Forward {
     tile.ahead = ahead;
     const int64_t t2_row = p_.out_width * p_.rank_out;
     const Grid grid{count_, rows, p_.out_width, t1_image_, p_.stride_h * t1_row_, rows * t2_row, t2_row};
-    sweep<A::row_major>(tile, grid, tile.a_step, p_.rank_out, core_group(p_));
+    sweep<A::row_major>(tile, grid, tile.a_step, p_.rank_out);
   }
 
   // The upsampling core of one image: every phase fills its own comb of the output.
@@ -296,8 +306,8 @@ class Forward {
         for (int64_t s = 0; s < tile.segment_count; ++s)
           window_[s] = (p_.padding_h + h.source - s / w.taps) * t1_row_ +
                        (p_.padding_w + w.source - s % w.taps) * tile.a_step;
-        if (h.count && w.count) sweep<A::row_major>(tile, grid, tile.a_step, p_.rank_out, core_group(p_));
-        tile.b += packed_floats(p_.rank_out, {tile.segment_count, tile.segment_length}, core_group(p_));
+        if (h.count && w.count) sweep<A::row_major>(tile, grid, tile.a_step, p_.rank_out);
+        tile.b += packed_floats(p_.rank_out, {tile.segment_count, tile.segment_length});
       }
   }
 
@@ -329,7 +339,7 @@ class Forward {
     tile.relu = p_.relu;
     tile.stream = stream_ && !convert;
     const Grid grid{1, 1, pixels, 0, 0, 0, 0};
-    sweep<A::row_major>(tile, grid, words(p_.rank_out), p_.features, last_group(p_));
+    sweep<A::row_major>(tile, grid, words(p_.rank_out), p_.features);
     if (convert)
       from_float(p_.type, reinterpret_cast<const float*>(y), static_cast<uint16_t*>(p_.y) + at,
                  pixels * p_.features);

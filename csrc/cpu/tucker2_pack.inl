@@ -21,8 +21,8 @@ void pack_phases(const Tucker2Params& p, const Tucker2Factor& core, float* out) 
       phase.data = static_cast<const char*>(core.data) + (a * core.tap_h + b * core.tap_w) * bytes;
       phase.tap_h *= p.up.stride_h, phase.tap_w *= p.up.stride_w;
       const Window window{taps_h * taps_w, words(p.rank_in)};
-      pack_factor(phase, p.rank_out, p.rank_in, taps_w, window, core_group(p), out);
-      out += packed_floats(p.rank_out, window, core_group(p));
+      pack_factor(phase, p.rank_out, p.rank_in, taps_w, window, true, out);
+      out += packed_floats(p.rank_out, window);
     }
 }
 
@@ -32,12 +32,11 @@ void tucker2_pack(const Tucker2Params& p, const Tucker2Plan& plan, const Tucker2
                   const Tucker2Factor& core, const Tucker2Factor& last, bool all, float* packed) {
   packed[0] = packed_layout(p);
   const int64_t channels = words(p.channels) * kPair;
-  pack_factor(first, p.rank_in, channels, 1, {1, words(p.channels)}, first_group(p), packed + plan.first_at);
+  pack_factor(first, p.rank_in, channels, 1, {1, words(p.channels)}, p.channels_last, packed + plan.first_at);
   if (p.up.on)
     pack_phases(p, core, packed + plan.core_at);
   else if (all || !plan.winograd)
-    pack_factor(core, p.rank_out, p.rank_in, p.kernel_w, core_window(p), core_group(p),
-                packed + plan.core_at);
+    pack_factor(core, p.rank_out, p.rank_in, p.kernel_w, core_window(p), true, packed + plan.core_at);
 #if !defined(KEGFAST_PAIRS)
   if (winograd_fits(p) && (all || plan.winograd)) {
     const auto pack = p.winograd == 2 ? pack_winograd<2> : pack_winograd<4>;
@@ -45,8 +44,7 @@ void tucker2_pack(const Tucker2Params& p, const Tucker2Plan& plan, const Tucker2
   }
 #endif
   if (p.channels_last) {
-    pack_factor(last, p.features, p.rank_out, 1, {1, words(p.rank_out)}, last_group(p),
-                packed + plan.last_at);
+    pack_factor(last, p.features, p.rank_out, 1, {1, words(p.rank_out)}, true, packed + plan.last_at);
   } else {
     const int64_t row = words(p.rank_out) * kPair;
     for (int64_t k = 0; k < p.features; ++k)
@@ -62,17 +60,23 @@ namespace {
 template <class F>
 bool each_packed_sample(const Tucker2Params& p, const Tucker2Plan& plan, const Tucker2Factor& first,
                         const Tucker2Factor& core, const Tucker2Factor& last, const F& f) {
-  const int64_t channels = words(p.channels) * kPair;
-  const int last_lanes = p.channels_last ? kLanes : 1, last_packing = p.channels_last ? last_group(p) : 1;
-  auto of = [&f](const Tucker2Factor& w, int64_t packed_at) {
-    return [&f, &w, packed_at](int64_t from, int64_t to) { return f(w, from, packed_at * 4 + to); };
+  const Window first_window{1, words(p.channels)}, window = core_window(p), last_window{1, words(p.rank_out)};
+  const auto sample = [&f](const Tucker2Factor& w, int64_t outputs, int64_t inputs, int64_t taps_w, Window of,
+                           int64_t packed_at, const auto& place) {
+    return each_sample(w, outputs, inputs, taps_w, of, place,
+                       [&](int64_t from, int64_t to) { return f(w, from, packed_at * 4 + to); });
   };
-  return each_sample(first, p.rank_in, channels, 1, {1, words(p.channels)}, kLanes, first_group(p),
-                     of(first, plan.first_at)) &&
-         each_sample(core, p.rank_out, p.rank_in, p.kernel_w, core_window(p), kLanes, core_group(p),
-                     of(core, plan.core_at)) &&
-         each_sample(last, p.features, p.rank_out, 1, {1, words(p.rank_out)}, last_lanes, last_packing,
-                     of(last, plan.last_at));
+  const auto packed = [](int64_t outputs, Window of, bool folds) {
+    return [=](int64_t o, int64_t s, int64_t word) { return packed_place(outputs, of, folds, o, s, word); };
+  };
+  const auto rows = [&](int64_t o, int64_t, int64_t word) { return o * words(p.rank_out) + word; };
+  return sample(first, p.rank_in, words(p.channels) * kPair, 1, first_window, plan.first_at,
+                packed(p.rank_in, first_window, p.channels_last)) &&
+         sample(core, p.rank_out, p.rank_in, p.kernel_w, window, plan.core_at,
+                packed(p.rank_out, window, true)) &&
+         (p.channels_last ? sample(last, p.features, p.rank_out, 1, last_window, plan.last_at,
+                                   packed(p.features, last_window, true))
+                          : sample(last, p.features, p.rank_out, 1, last_window, plan.last_at, rows));
 }
 
 }  // namespace

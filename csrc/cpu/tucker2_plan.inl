@@ -24,12 +24,6 @@ constexpr int64_t clamp(int64_t v, int64_t low, int64_t high) {
   return smaller(larger(v, low), high);
 }
 
-// Lane packing: how many consecutive k share a vector when a factor has few outputs.
-constexpr int lane_group(int64_t outputs) {
-  if (kLanes < 16) return 1;
-  return outputs <= 2 ? 8 : outputs <= 4 ? 4 : outputs <= 8 ? 2 : 1;
-}
-
 constexpr int64_t padded_height(const Tucker2Params& p) {
   return p.height + 2 * p.padding_h;
 }
@@ -47,21 +41,50 @@ constexpr Window core_window(const Tucker2Params& p) {
                            : Window{p.kernel_h * p.kernel_w, words(p.rank_in)};
 }
 
-// A packed factor: [vectors of outputs][segments][length / group][kLanes].
-constexpr int64_t packed_floats(int64_t outputs, Window window, int group) {
-  return round_up(outputs * group, kLanes) * window.segments * ceil_div(window.length, group);
+// Outputs of a factor that are held alike. Lane packing: where half a vector or less is left, each of them has
+// `group` lanes, for as many consecutive k.
+struct Part {
+  int64_t first, outputs;
+  int group;
+};
+
+constexpr int64_t kLeastFolded =
+    32;  // steps of k below which folding the lanes of a tail costs more than it saves
+
+// What pays: a tail beside whole vectors; 8 and the rest where there is none, if segments end with both.
+constexpr Part part_from(int64_t first, int64_t outputs, Window window) {
+  const int64_t left = outputs - first, vectors = left / kLanes * kLanes, rest = left - vectors;
+#if defined(KEGFAST_AMX)
+  const bool folds = outputs <= 8;
+#else
+  const bool folds = outputs <= 8 || window.segments * window.length >= kLeastFolded;
+#endif
+  const int64_t most = outputs < kLanes && window.length % 2 == 0 ? 12 : 8;
+  if (kLanes < 16 || rest == 0 || rest > most || !folds) return {first, left, 1};
+  if (vectors > 0) return {first, vectors, 1};
+  return left > 8 ? Part{first, 8, 2} : Part{first, left, left > 4 ? 2 : left > 2 ? 4 : 8};
 }
 
-// How a factor is held: planes of x are read k-major, one channel at a time, so their first factor cannot
-// pack lanes; planes of y broadcast the last factor itself.
-int first_group(const Tucker2Params& p) {
-  return p.channels_last ? lane_group(p.rank_in) : 1;
+// A packed factor: its parts one after the other, each [vectors of outputs][segments][length / group][kLanes].
+constexpr int64_t part_floats(const Part& part, Window window) {
+  return round_up(part.outputs * part.group, kLanes) * window.segments * ceil_div(window.length, part.group);
 }
-int core_group(const Tucker2Params& p) {
-  return lane_group(p.rank_out);
+
+// f(part, offset of its packed floats) for all parts. Planes of x are read k-major, one channel at a time: their first
+// factor cannot pack lanes (`folds`).
+template <class F>
+constexpr int64_t for_parts(int64_t outputs, Window window, bool folds, const F& f) {
+  int64_t at = 0;
+  for (int64_t first = 0; first < outputs;) {
+    const Part part = folds ? part_from(first, outputs, window) : Part{first, outputs, 1};
+    f(part, at);
+    at += part_floats(part, window);
+    first += part.outputs;
+  }
+  return at;
 }
-int last_group(const Tucker2Params& p) {
-  return lane_group(p.features);
+constexpr int64_t packed_floats(int64_t outputs, Window window, bool folds = true) {
+  return for_parts(outputs, window, folds, [](const Part&, int64_t) {});
 }
 
 // The header of a packed buffer: what its layout depends on beside the factors' shapes.
@@ -88,12 +111,11 @@ constexpr Comb comb_w(const Tucker2Params& p, int64_t phase) {
 }
 
 int64_t core_floats(const Tucker2Params& p) {
-  if (!p.up.on) return packed_floats(p.rank_out, core_window(p), core_group(p));
+  if (!p.up.on) return packed_floats(p.rank_out, core_window(p));
   int64_t floats = 0;
   for (int64_t a = 0; a < p.up.stride_h; ++a)
     for (int64_t b = 0; b < p.up.stride_w; ++b)
-      floats +=
-          packed_floats(p.rank_out, {comb_h(p, a).taps * comb_w(p, b).taps, words(p.rank_in)}, core_group(p));
+      floats += packed_floats(p.rank_out, {comb_h(p, a).taps * comb_w(p, b).taps, words(p.rank_in)});
   return floats;
 }
 
@@ -185,11 +207,11 @@ Tucker2Plan tucker2_plan(const Tucker2Params& p, int64_t threads) {
     at += round_up(floats, 16);
     return here;
   };
-  plan.first_at = take(packed_floats(p.rank_in, {1, words(p.channels)}, first_group(p)));
+  plan.first_at = take(packed_floats(p.rank_in, {1, words(p.channels)}, p.channels_last));
   plan.core_at = take(core_floats(p));
-  plan.last_at = take(p.channels_last ? packed_floats(p.features, {1, words(p.rank_out)}, last_group(p))
+  plan.last_at = take(p.channels_last ? packed_floats(p.features, {1, words(p.rank_out)})
                                       : p.features * words(p.rank_out));
-  const int64_t point = packed_floats(p.rank_out, {1, p.rank_in}, 1);
+  const int64_t point = packed_floats(p.rank_out, {1, p.rank_in});
   plan.winograd_at = take(winograd_fits(p) ? points_of(p.winograd) * point : 0);
   plan.packed_floats = at;
   plan.packed_layout = packed_layout(p);
@@ -239,13 +261,13 @@ void put(float* packed, int64_t number, float value) {
 
 // `inputs` and `outputs` as the kernels count them: even where numbers come in pairs. Training packs in every
 // step, so places are found once for all vectors, and each row of the factor is read from end to end.
-void pack_factor(const Tucker2Factor& w, int64_t outputs, int64_t inputs, int64_t taps_w, Window window,
-                 int group, float* out) {
+void pack_part(const Tucker2Factor& w, const Part& part, int64_t inputs, int64_t taps_w, Window window,
+               float* out) {
   constexpr int64_t kBlock = 256;
   Place from[kBlock];
   int64_t to[kBlock];  // in numbers, for the vector's first output
-  const int channels = kLanes / group, together = group * kPair;
-  const int64_t steps = ceil_div(window.length, group), numbers = steps * together;
+  const int channels = kLanes / part.group, together = part.group * kPair;
+  const int64_t steps = ceil_div(window.length, part.group), numbers = steps * together;
   for (int64_t s = 0; s < window.segments; ++s)
     for (int64_t begin = 0; begin < numbers; begin += kBlock) {
       const int64_t count = smaller(kBlock, numbers - begin);
@@ -255,37 +277,55 @@ void pack_factor(const Tucker2Factor& w, int64_t outputs, int64_t inputs, int64_
         from[i].exists &= k < window.length * kPair;
         to[i] = k / together * kLanes * kPair + k % together;
       }
-      for (int64_t o = 0; o < round_up(outputs, channels); ++o) {
+      for (int64_t o = 0; o < round_up(part.outputs, channels); ++o) {
         float* const vector = out + (o / channels * window.segments + s) * steps * kLanes;
         const int64_t lane = o % channels * together;
+        const bool exists = part.first + o < w.outputs;
         for (int64_t i = 0; i < count; ++i)
           put(vector, to[i] + lane,
-              o < w.outputs && from[i].exists ? element(w, from[i].at + o * w.row) : 0.0f);
+              exists && from[i].exists ? element(w, from[i].at + (part.first + o) * w.row) : 0.0f);
       }
     }
+}
+
+void pack_factor(const Tucker2Factor& w, int64_t outputs, int64_t inputs, int64_t taps_w, Window window,
+                 bool folds, float* out) {
+  for_parts(outputs, window, folds,
+            [&](const Part& part, int64_t at) { pack_part(w, part, inputs, taps_w, window, out + at); });
 }
 
 constexpr int64_t kPadding = -1;  // no element of the factor, but a zero
 
 // Up to kSamples elements, spread over outputs and inputs alike: f(offset in the factor or kPadding, bytes from
-// the start of its packed form) as long as it returns true.
-template <class F>
+// the start of its packed form) as long as it returns true. place(o, s, word): where that is, in floats.
+template <class Place, class F>
 bool each_sample(const Tucker2Factor& w, int64_t outputs, int64_t inputs, int64_t taps_w, Window window,
-                 int lanes, int group, const F& f) {
+                 const Place& place, const F& f) {
   constexpr int64_t kSamples = 32;
-  const int channels = lanes / group;
-  const int64_t steps = ceil_div(window.length, group), depth = window.segments * window.length * kPair;
+  const int64_t depth = window.segments * window.length * kPair;
   const int64_t elements = outputs * depth, samples = smaller(elements, kSamples);
   for (int64_t i = 0; i < samples; ++i) {
     const int64_t e = i * elements / samples, o = e / depth, s = e % depth / (window.length * kPair),
                   k = e % (window.length * kPair), word = k / kPair;
-    const int64_t vector = (o / channels * window.segments + s) * steps + word / group;
-    const int64_t at = vector * lanes + o % channels * group + word % group;
-    const Place from = place_of(w, inputs, taps_w, window, s, k);
+    const auto from = place_of(w, inputs, taps_w, window, s, k);
     const bool exists = from.exists && o < w.outputs;
-    if (!f(exists ? from.at + o * w.row : kPadding, at * 4 + k % kPair * kNumberBytes)) return false;
+    if (!f(exists ? from.at + o * w.row : kPadding, place(o, s, word) * 4 + k % kPair * kNumberBytes))
+      return false;
   }
   return true;
+}
+
+// Where output o's word of segment s stands in a packed factor.
+int64_t packed_place(int64_t outputs, Window window, bool folds, int64_t o, int64_t s, int64_t word) {
+  int64_t place = 0;
+  for_parts(outputs, window, folds, [&](const Part& part, int64_t at) {
+    const int64_t in = o - part.first, channels = kLanes / part.group;
+    if (in < 0 || in >= part.outputs) return;
+    const int64_t vector =
+        (in / channels * window.segments + s) * ceil_div(window.length, part.group) + word / part.group;
+    place = at + vector * kLanes + in % channels * part.group + word % part.group;
+  });
+  return place;
 }
 
 }  // namespace

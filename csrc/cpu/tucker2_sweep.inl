@@ -96,9 +96,10 @@ KEGFAST_INLINE int64_t run_wide(const Tile& tile, int vectors, int64_t pixels, i
   return 0;
 }
 
-// C = A * packed factor over the grid; `whole` carries everything that is the same for all tiles.
+// C = A * packed factor over the grid, of outputs that are held alike; `whole` carries everything that is the same
+// for all tiles.
 template <A kA>
-void sweep(const Tile& whole, const Grid& grid, int64_t a_pixel, int64_t outputs, int group) {
+void sweep_part(const Tile& whole, const Grid& grid, int64_t a_pixel, int64_t outputs, int group) {
   const int channels = kLanes / group;
   const int64_t vectors = ceil_div(outputs, channels);
   const int64_t vector_floats = whole.segment_count * ceil_div(whole.segment_length, group) * kLanes;
@@ -139,6 +140,19 @@ void sweep(const Tile& whole, const Grid& grid, int64_t a_pixel, int64_t outputs
         }
     });
   }
+}
+
+// The same of all outputs.
+template <A kA>
+void sweep(const Tile& whole, const Grid& grid, int64_t a_pixel, int64_t outputs) {
+  const Window window{whole.segment_count, whole.segment_length};
+  for_parts(outputs, window, kA == A::row_major, [&](const Part& part, int64_t at) {
+    Tile tile = whole;
+    tile.b += at;
+    tile.c += part.first;
+    if (tile.bias) tile.bias += part.first;
+    sweep_part<kA>(tile, grid, a_pixel, part.outputs, part.group);
+  });
 }
 
 constexpr int64_t kOrigin[1] = {0};

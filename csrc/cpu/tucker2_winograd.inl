@@ -106,7 +106,7 @@ KEGFAST_INLINE void transform_output(const float* m, int64_t step, float* const 
 template <int Edge>
 void pack_winograd(const Tucker2Params& p, const Tucker2Factor& core, float* out) {
   constexpr int kSide = Edge + 2;
-  const int64_t point = packed_floats(p.rank_out, {1, p.rank_in}, 1);
+  const int64_t point = packed_floats(p.rank_out, {1, p.rank_in});
   for (int64_t r2 = 0; r2 < p.rank_out; r2 += kLanes)
     for (int64_t r1 = 0; r1 < p.rank_in; ++r1, out += kLanes) {
       Floats half[kSide][3];
@@ -193,9 +193,9 @@ class Winograd {
     tile.ahead = ahead_;
     for (int x = 0; x < kPoints; ++x) {
       tile.a = v + x * point_step(tiles, p_.rank_in);
-      tile.b = packed_ + x * packed_floats(p_.rank_out, {1, p_.rank_in}, 1);
+      tile.b = packed_ + x * packed_floats(p_.rank_out, {1, p_.rank_in});
       tile.c = m + x * point_step(tiles, p_.rank_out);
-      sweep<A::row_major>(tile, grid, p_.rank_in, p_.rank_out, 1);
+      sweep<A::row_major>(tile, grid, p_.rank_in, p_.rank_out);
     }
   }
 
