@@ -55,8 +55,10 @@ class tuning:
 def autotune(model: nn.Module, example_input: Tensor) -> dict[str, dict]:
     """Measures each form that the model's Tucker-2 layers can take; later calls take the fastest.
 
-    The forms on the CPU: "direct" and "winograd", the fused kernel with either sum in its core, and
-    "convolutions", torch's own three in a row. The choice holds for layers of these shapes outside
+    The forms on the CPU: "direct" and "winograd", the fused kernel with either sum in its core, and in
+    channels_last "convolutions", oneDNN's three in a row on weights that it has reordered. What was not
+    measured here is looked up in a table that comes with kegfast, by instruction set and cache sizes; else
+    the kernels choose by themselves. The choice holds for layers of these shapes outside
     autograd, at this batch size, memory format and number of threads, and is kept in the user's cache folder
     ($KEGFAST_CACHE, else $XDG_CACHE_HOME/kegfast or ~/.cache/kegfast) for later processes on such a
     processor with these versions of torch and kegfast.

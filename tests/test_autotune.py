@@ -139,7 +139,8 @@ def test_what_is_packaged_can_be_read() -> None:
     if not path.exists():
         pytest.skip("no class of machines was measured")
     for name, found in json.loads(path.read_text()).items():
-        assert choices.checked_forms(found, cpu.FORMS, path), name
+        assert isinstance(choices.checked_forms(found, cpu.FORMS, path), dict), name
+        assert found["releases"].keys() == choices.releases().keys()
 
 
 @pytest.mark.parametrize(
