@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from kegfast import check
 from kegfast.check import expected
 from kegfast.compression import costs, ranks
 from kegfast.compression.allocation import Plan, choose, plans
@@ -155,11 +156,14 @@ def _check(
         raise TypeError(expected("model", "a torch.nn.Module", model))
     if isinstance(model, torch.jit.ScriptModule):
         raise TypeError("model must be a plain module, got a TorchScript one")
-    if round_to is not None and (not isinstance(round_to, int) or round_to < 1):
-        raise ValueError(expected("round_to", "a positive int", round_to))
-    if isinstance(samples, bool) or not isinstance(samples, int) or samples < 2:
-        raise ValueError(expected("samples", "an int of at least 2", samples))
+    if any(p.is_meta for p in model.parameters()):
+        raise ValueError(f"model must hold the values of its weights, got a {type(model).__name__} on meta")
+    if round_to is not None:
+        check.count("round_to", round_to)
+    check.count("samples", samples, least=2)
     if budget is None:
+        if isinstance(rank, Mapping) and not rank:
+            raise ValueError(expected("rank", "a rule for one layer at least", rank))
         return
     if not isinstance(budget, Mapping) or len(budget) != 1 or next(iter(budget)) not in costs.KINDS:
         raise ValueError(expected("budget", f"one of {', '.join(costs.KINDS)} with its fraction", budget))

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from kegfast import check
 from kegfast.check import expected
 from kegfast.compression.decompose import Metric
 from kegfast.compression.matching import match_statistics
@@ -13,7 +14,7 @@ from kegfast.compression.norms import look_familiar
 from kegfast.compression.samples import gather, probes
 from kegfast.compression.sensitivity import metrics
 from kegfast.compression.surgery import Site
-from kegfast.compression.traffic import Inputs, Traffic, trace
+from kegfast.compression.traffic import Inputs, Traffic, evaluation, trace
 
 
 @dataclass
@@ -50,9 +51,13 @@ def collect(
         evidence.example = tuple(example_input) if sequence else (example_input,)
         if not all(isinstance(part, Tensor) for part in evidence.example):
             raise TypeError(expected("example_input", "a tensor or tensors", example_input))
+        if not all(part.numel() and bool(part.isfinite().all()) for part in evidence.example):
+            raise ValueError(expected("example_input", "of finite values, one at least", example_input))
         evidence.traffic = trace(model, sites, evidence.example)
     if calibration is not None:
         evidence.samples = gather(calibration, samples)
+        with evaluation(model), check.accepts("calibration", evidence.samples):
+            model(evidence.samples[:2].to(next(model.parameters())))
     elif budget and evidence.example is not None and len(evidence.example) == 1:
         example = evidence.example[0]
         if example.is_floating_point():

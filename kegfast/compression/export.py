@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from kegfast.check import expected
 from kegfast.compression.surgery import clone, replace_all, unfused
 from kegfast.files import atomic_write
 from kegfast.nn import TuckerConv2d
@@ -17,6 +18,8 @@ def unfuse(model: nn.Module) -> nn.Module:
     For tools that know only torch's own layers: quantisation, pruning, other exporters. The state
     dict keeps its names, except below layers with a fused ReLU.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(expected("model", "a torch.nn.Module", model))
     return replace_all(model, lambda module: isinstance(module, TuckerConv2d), unfused)
 
 
@@ -30,6 +33,10 @@ def export_onnx(model: nn.Module, path: str | Path, example_input: Tensor) -> No
         path: the file.
         example_input: one input; its batch size is left open in the file.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(expected("model", "a torch.nn.Module", model))
+    if not isinstance(example_input, Tensor) or not example_input.ndim:
+        raise TypeError(expected("example_input", "a tensor with a batch dimension", example_input))
     plain = unfuse(clone(model)).eval()
     batch = {0: torch.export.Dim("batch", min=1)} if len(example_input) > 1 else None
     with warnings.catch_warnings(), atomic_write(path) as temporary:

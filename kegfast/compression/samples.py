@@ -34,6 +34,8 @@ def gather(calibration: Any, n: int) -> Tensor:
     else:
         what = "a tensor, a Dataset, a DataLoader or an object with .sample(n)"
         raise TypeError(expected("calibration", what, calibration))
+    if not isinstance(samples, Tensor) or not samples.is_floating_point():
+        raise TypeError(expected("calibration", "of floating-point values", samples))
     if len(samples) < 2 or not bool(samples.isfinite().all()):
         raise ValueError(expected("calibration", "at least two finite samples", samples))
     return samples.detach()

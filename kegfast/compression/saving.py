@@ -133,6 +133,8 @@ def _base(
             wanted = f"factory={hint!r}" if hint else "the architecture"
             raise ValueError(f"model or factory must be given, this file cannot be traced; pass {wanted}")
         model = resolve(hint)()
+    if model is not None and not isinstance(model, nn.Module):
+        raise ValueError(expected("factory", "one that makes a torch.nn.Module", model))
     if model is not None:
         return _adapt(model, structure)
     root = nn.Module()

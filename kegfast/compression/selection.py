@@ -1,6 +1,6 @@
 """Which layers of a model a call to compress means."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -28,9 +28,13 @@ def select(
         rest: whether layers that no rule names are chosen too.
     """
     taken, left = _patterns("include", include), _patterns("exclude", exclude)
+    if taken == []:
+        raise ValueError(expected("include", "one glob pattern at least, or None for all layers", include))
     for argument, patterns in (("include", taken or []), ("exclude", left or [])):
         _check_matches(argument, patterns, sites)
     if isinstance(rules, Mapping):
+        if not all(isinstance(name, str) for name in rules):
+            raise TypeError(expected("rank", "a mapping from names or glob patterns of layers", rules))
         _check_matches("rank", rules, sites)
         for rule in rules.values():
             ranks.check_rule(rule)
@@ -54,10 +58,10 @@ def select(
 def _patterns(argument: str, patterns: Patterns) -> list[str] | None:
     if patterns is None:
         return None
-    patterns = [patterns] if isinstance(patterns, str) else list(patterns)
-    if not all(isinstance(pattern, str) for pattern in patterns):
+    found = [patterns] if isinstance(patterns, str) else patterns
+    if not isinstance(found, Sequence | Set) or not all(isinstance(pattern, str) for pattern in found):
         raise TypeError(expected(argument, "glob patterns of layer names", patterns))
-    return patterns
+    return list(found)
 
 
 def _check_matches(argument: str, patterns: Iterable[str], sites: list[Site]) -> None:

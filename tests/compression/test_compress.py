@@ -3,6 +3,7 @@
 import copy
 import io
 import json
+from functools import partial
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from torch.nn.utils import parametrizations, prune
 from torch.utils.flop_counter import FlopCounterMode
 
 from kegfast import compress, densify, fuse
+from kegfast.compression import export_onnx, unfuse
 from kegfast.compression.report import LayerReport
 from kegfast.models import LeNet5, ResNet14
 from kegfast.nn import TuckerConv2d, TuckerLinear
@@ -179,6 +181,16 @@ def test_ranks_are_rounded_up_where_it_saves():
         ({"samples": 1}, "samples must be"),
         ({"example_input": 5}, "example_input must be a tensor or tensors"),
         ({"example_input": torch.ones(1, 3, 32, 32)}, "example_input must be what the model takes"),
+        ({"example_input": torch.ones(0, 1, 32, 32)}, "example_input must be of finite values"),
+        ({"example_input": torch.full((1, 1, 32, 32), torch.nan)}, "example_input must be of finite values"),
+        ({"round_to": True}, "round_to must be"),
+        ({"include": 3}, "include must be"),
+        ({"exclude": 3}, "exclude must be"),
+        ({"include": []}, "include must be"),
+        ({"rank": {}}, "rank must be"),
+        ({"rank": {3: "evbmf"}}, "rank must be"),
+        ({"calibration": torch.ones(4, 1, 32, 32, dtype=torch.int64)}, "calibration must be"),
+        ({"calibration": torch.ones(4, 3, 32, 32)}, "calibration must be what the model takes"),
         ({"calibration": 3}, "calibration must be"),
         ({"calibration": torch.full((4, 1, 32, 32), torch.nan)}, "calibration must be"),
     ],
@@ -188,7 +200,7 @@ def test_bad_arguments_are_named(kwargs, message):
         compress(LeNet5(), **kwargs)
 
 
-@pytest.mark.parametrize("f", [fuse, densify])
+@pytest.mark.parametrize("f", [fuse, densify, unfuse, partial(export_onnx, path="m", example_input=None)])
 def test_a_number_is_no_module(f):
     with pytest.raises(TypeError, match="model must be"):
         f(5)
@@ -197,6 +209,8 @@ def test_a_number_is_no_module(f):
 def test_no_module_and_no_finite_weight():
     with pytest.raises(TypeError, match="model must be"):
         compress({"conv": 1})
+    with torch.device("meta"), pytest.raises(ValueError, match="model must hold"):
+        compress(LeNet5())
     model = LeNet5()
     model.conv2.weight.data[0, 0, 0, 0] = float("inf")
     with pytest.raises(ValueError, match=r"finite weights.*conv2"):

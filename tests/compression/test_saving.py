@@ -98,6 +98,8 @@ def test_broken_and_foreign_files(tmp_path):
     save(student, path)
     with pytest.raises(ValueError, match="fits"):
         load(path, ResNet14())
+    with pytest.raises(ValueError, match="factory must be one that makes"):
+        load(path, factory=dict)
     student.fc2.core.weight.data[0] = float("nan")
     save(student, path)
     with pytest.raises(ValueError, match=r"finite.*fc2"):
