@@ -20,7 +20,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--loss", default="soft_target", metavar="TERMS",
         help="NAME[@LAYER,...][:WEIGHT] joined by +, such as soft_target+rkd_distance:25 "
-        "(default soft_target)",
+        "(default soft_target); names: soft_target, hard_label, logit_regression, noisy_logits, decoupled, "
+        "hint, attention_transfer, fsp, rkd_distance, rkd_angle, boundary",
     )  # fmt: skip
     parser.add_argument(
         "--temperature", type=options.number, default=4.0, metavar="X",

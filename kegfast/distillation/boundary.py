@@ -150,8 +150,17 @@ def perturbations(
 
     Returns:
         Vectors (B, ...), and whether each reached its target (B,) bool.
+
+    Raises:
+        TypeError, ValueError: An argument is wrong, or samples, labels and targets do not fit each other.
     """
-    _check(samples, len(samples), steps, eta, epsilon)
+    _check(samples, 1, steps, eta, epsilon)
+    with torch.no_grad(), check.accepts("samples", samples, "model"):
+        logits = model(samples)
+    for name, classes in (("labels", labels), ("targets", targets)):
+        check_labels(classes, logits, name)
+        if (classes == UNLABELLED).any():
+            raise ValueError(expected(name, "the class of each sample", UNLABELLED))
     moved, accepted = _search(model, samples, labels, targets, steps, eta, epsilon, None)
     return moved - samples, accepted
 
@@ -273,8 +282,10 @@ def _check(
     check.count("steps", steps)
     check.number("eta", eta, above=0)
     check.number("epsilon", epsilon, above=0)
-    if bounds is not None and not (isinstance(bounds, tuple | list) and bounds[0] < bounds[-1]):
-        raise ValueError(expected("bounds", "(lowest, highest)", bounds))
+    if bounds is not None:
+        if not isinstance(bounds, tuple | list) or len(bounds) != 2:
+            raise ValueError(expected("bounds", "(lowest, highest)", bounds))
+        check.number("bounds", bounds[1], above=check.number("bounds", bounds[0]))
 
 
 def _vectors(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:

@@ -70,11 +70,11 @@ def hard_label(
     Raises:
         TypeError, ValueError: Labels are missing, or no classes of these logits.
     """
-    check.batches(student=student)
+    student, _ = _logits(student, student)
     if labels is None:
         raise ValueError(expected("labels", "the class of each sample", None))
     check_labels(labels, student)
-    total = F.cross_entropy(wide(student), labels, ignore_index=UNLABELLED, reduction="sum")
+    total = F.cross_entropy(student, labels, ignore_index=UNLABELLED, reduction="sum")
     return total / (labels != UNLABELLED).sum().clamp(min=1)
 
 
@@ -196,14 +196,14 @@ def _logits(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
     return wide(student), wide(teacher.detach())
 
 
-def check_labels(labels: Tensor, student: Tensor) -> None:  # (B,), (B, C)
+def check_labels(labels: Tensor, student: Tensor, name: str = "labels") -> None:  # (B,), (B, C)
     """Raises for what are no classes; on a GPU their range is left to its own check, which need not wait."""
     batch, classes = student.shape
     if not isinstance(labels, Tensor) or labels.dtype is not torch.int64:
-        raise TypeError(expected("labels", "classes, int64", labels))
+        raise TypeError(expected(name, "classes, int64", labels))
     if labels.shape != (batch,):
-        raise ValueError(expected("labels", f"of shape ({batch},)", labels))
+        raise ValueError(expected(name, f"of shape ({batch},)", labels))
     if labels.is_cpu and not torch.compiler.is_compiling():
         wrong = labels[((labels < 0) & (labels != UNLABELLED)) | (labels >= classes)]
         if len(wrong):
-            raise ValueError(expected("labels", f"0 to {classes - 1}, as the logits", int(wrong[0])))
+            raise ValueError(expected(name, f"0 to {classes - 1}, as the logits", int(wrong[0])))

@@ -219,10 +219,7 @@ def _parse_term(text: str) -> Term:
     if name not in TERMS:
         raise ValueError(expected("loss", f"made of {', '.join(TERMS)}", text))
     pairs = [_parse_layer(layer) for layer in layers.split(",") if layer.strip()]
-    least = _LEAST_LAYERS.get(name, 0)
-    if len(pairs) < least:
-        example = ",".join(["layer"] * least)
-        raise ValueError(expected("loss", f"'{name}@{example}', with its layers named", text))
+    _check_layers(name, pairs, text)
     if not colon:
         return Term(name, boundary.boundary_weight if name == "boundary" else 1.0, pairs)
     try:
@@ -239,6 +236,13 @@ def _parse_layer(text: str) -> tuple[str, str]:
     return ours.strip(), (theirs or ours).strip()
 
 
+def _check_layers(name: str, pairs: Sequence[tuple[str, str]], got: Any) -> None:
+    least = _LEAST_LAYERS.get(name, 0)
+    if len(pairs) < least:
+        example = ",".join(["layer"] * least)
+        raise ValueError(expected("loss", f"'{name}@{example}', with its layers named", got))
+
+
 def _terms(loss: Any) -> list[Term]:
     if isinstance(loss, str):
         return parse(loss)
@@ -248,8 +252,12 @@ def _terms(loss: Any) -> list[Term]:
     if not terms or not all(isinstance(term, Term) for term in terms):
         raise TypeError(expected("loss", "text, a function or a list of Term", loss))
     for term in terms:
-        if term.loss is None and term.name not in TERMS:
-            raise ValueError(expected("loss", f"made of {', '.join(TERMS)}", term.name))
+        if not callable(term.weight):
+            check.number("weight", term.weight)
+        if term.loss is None:
+            if term.name not in TERMS:
+                raise ValueError(expected("loss", f"made of {', '.join(TERMS)}", term.name))
+            _check_layers(term.name, term.layers, term)
     return terms
 
 

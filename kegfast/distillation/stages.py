@@ -38,6 +38,7 @@ def fitnets(
     Returns:
         The second stage's history.
     """
+    check.count("hint_steps", hint_steps)
     first = _variant(checkpoint, "hint")
     stage = {**options, "steps": hint_steps, "label": "hint"}
     distill(student, teacher, source, loss=f"hint@{layers}", checkpoint=first, **stage)
@@ -69,6 +70,7 @@ def born_again(
         The students, in order; `Ensemble(students)` is the paper's BANE.
     """
     check.count("generations", generations)
+    check.seed("seed", seed)
     if not callable(make_student):
         raise TypeError(expected("make_student", "a function to an untrained student", make_student))
     students = []

@@ -6,6 +6,7 @@ import pytest
 import torch
 from cli_support import STUDENT, TRAIN, last_line, run
 
+from kegfast.distillation.objective import TERMS
 from kegfast.files import read_tensors
 
 
@@ -56,3 +57,9 @@ def test_distill_resumes_to_the_same_result(home, monkeypatch, capsys):
     assert run("distill --out d --resume") == 0
     whole, resumed = (read_tensors(home / name / "student.safetensors")[0] for name in ("whole", "d"))
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+def test_the_help_names_every_loss(capsys):
+    assert run("distill --help") == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert f"names: {', '.join(TERMS)}" in text

@@ -218,11 +218,23 @@ def test_perturbations_of_alike_and_of_turned_models(teacher, samples):
         ({"labels": torch.zeros(2, dtype=int)}, "labels"),
         ({"labels": torch.tensor(0.0)}, "labels"),
         ({"bounds": (1.0, 0.0)}, "bounds"),
+        ({"bounds": (0.0, 1.0, 2.0)}, "bounds"),
+        ({"bounds": (None, 1.0)}, "bounds"),
+        ({"samples": torch.zeros(3, 5)}, "samples"),
         ({"student_logits": torch.zeros(1, 1)}, "student_logits"),
     ],
 )
 def test_bad_arguments_are_named(teacher, samples, options, argument):
     with pytest.raises((ValueError, TypeError), match=f"^{argument} must be"):
-        boundary_samples(teacher, samples, **options)
+        boundary_samples(**({"teacher": teacher, "samples": samples} | options))
     with pytest.raises(ValueError, match=r"^second must be"):
         magnitude_similarity(samples, samples[1:])
+
+
+@pytest.mark.parametrize("name", ["labels", "targets"])
+@pytest.mark.parametrize("wrong", [torch.zeros(3, dtype=torch.int64), torch.zeros(60), 3, -100])
+def test_perturbations_refuse_what_are_no_classes(teacher, samples, name, wrong):
+    wrong = torch.full((60,), wrong) if isinstance(wrong, int) else wrong
+    classes = {"labels": torch.zeros(60, dtype=torch.int64), "targets": torch.ones(60, dtype=torch.int64)}
+    with pytest.raises((ValueError, TypeError), match=f"^{name} must be"):
+        perturbations(teacher, samples, **(classes | {name: wrong}))

@@ -148,6 +148,7 @@ def test_a_regressor_fits_vectors():
         (lambda: attention_transfer(maps(2, 3, 4, 4), maps(2, 3, 8, 8)), "teacher"),
         (lambda: attention_transfer(maps(2, 3), maps(2, 3)), "features"),
         (lambda: flow(maps(2, 3, 4, 4), maps(3, 3, 4, 4)), "second"),
+        (lambda: flow(maps(2, 3), maps(2, 3)), "second"),
         (lambda: fsp((maps(2, 3, 4, 4),) * 2, (maps(2, 4, 4, 4),) * 2), "teacher"),
         (lambda: fsp((maps(2, 3, 4, 4),) * 2, maps(2, 4, 4, 4)[:1]), "teacher"),
         (lambda: hint(maps(0, 3), maps(0, 3)), "student"),

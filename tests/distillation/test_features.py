@@ -33,6 +33,13 @@ def test_an_unknown_path_names_its_neighbours():
         Features(model(), ["1.O"])
 
 
+def test_other_arguments_are_named():
+    with pytest.raises(TypeError, match=r"^model must be"):
+        Features("net", ["0"])
+    with pytest.raises(TypeError, match=r"^paths must be"):
+        Features(model(), "0")
+
+
 def test_a_module_that_did_not_run_is_named():
     with Features(model(), ["1.0"]) as features, pytest.raises(RuntimeError, match=r"1\.0"):
         features["1.0"]

@@ -122,6 +122,12 @@ def test_other_bad_losses_are_refused(batch):
         Objective([])
     with pytest.raises(ValueError, match=r"^loss must be"):
         Objective([Term("unknown")])
+    with pytest.raises(ValueError, match=r"^loss must be 'fsp@layer,layer'"):
+        Objective([Term("fsp", layers=[("a", "a")])])
+    with pytest.raises(TypeError, match=r"^weight must be"):
+        Objective([Term("soft_target", "2")])
+    with pytest.raises(TypeError, match=r"^the value of loss mine must be a scalar"):
+        Objective([Term("mine", loss=lambda student, teacher, labels: student)])(batch)
     with pytest.raises(ValueError, match=r"^loss must be"):
         Objective("soft_target:0")(batch)
 

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 from kegfast.distillation import (
     Augmented,
@@ -225,7 +225,19 @@ def test_words_are_no_labels(source):
         as_source(source).sample(2)
 
 
-@pytest.mark.parametrize("thing", [3, None, iter([1])])
+class Endless(IterableDataset):
+    def __iter__(self):
+        while True:
+            yield torch.ones(2)
+
+
+@pytest.mark.parametrize("thing", [3, None, iter([1]), Endless()])
 def test_what_is_no_source_is_refused(thing):
     with pytest.raises(TypeError, match=r"^source must be"):
         as_source(thing)
+    assert as_source(DataLoader(Endless(), batch_size=3)).sample(4)[0].shape == (4, 2)
+
+
+def test_items_that_are_no_tensors_are_refused():
+    with pytest.raises(TypeError, match=r"^source must be items that are tensors"):
+        as_source(["cat", "dog"]).sample(2)

@@ -46,3 +46,15 @@ def test_generations_teach_one_another(teacher):
     assert all(torch.equal(a, b) for a, b in zip(second.parameters(), students[1].parameters(), strict=True))
     with pytest.raises(ValueError, match=r"^generations must be"):
         born_again(lambda: perceptron(4), teacher, noise, generations=0)
+
+
+def test_bad_arguments_are_named(teacher):
+    noise, student = GaussianNoise((8,)), perceptron(16)
+    with pytest.raises(ValueError, match=r"^hint_steps must be"):
+        fitnets(student, teacher, noise, layers="1=1", hint_steps=0)
+    with pytest.raises(ValueError, match=r"^loss must be 'hint@layer'"):
+        fitnets(student, teacher, noise, layers="")
+    with pytest.raises(TypeError, match=r"^make_student must be"):
+        born_again(student.state_dict(), teacher, noise)
+    with pytest.raises(TypeError, match=r"^seed must be"):
+        born_again(lambda: perceptron(4), teacher, noise, seed="0")
