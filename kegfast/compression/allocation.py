@@ -105,8 +105,10 @@ def plans(
     first = next(iter(tables.values()), {})
     least = spent + sum(table.costs.min() for table in first.values())
     if least > fraction * total:
+        count = f" ({least:,.0f} parameters)" if kind == "params" else ""
         raise ValueError(
-            f"budget[{kind!r}] must be at least {least / total:.4f} for this model, got {fraction}"
+            f"budget[{kind!r}] must be at least {least / total:.4f}{count} for this model, of whose "
+            f"{len(sites)} layers {len(priced)} can be factored, got {fraction:.4f}"
         )
     found = {way: allocate(own, fraction * total - spent) for way, own in tables.items()}
     if evidence.metrics:

@@ -90,7 +90,7 @@ def compress(
             below what the lowest ranks cost, or weights that are not finite.
     """
     if isinstance(budget, int) and isinstance(model, nn.Module):
-        budget = {"params": budget / max(count_parameters(model), 1)}
+        budget = {"params": check.count("budget", budget) / _most(model, budget)}
     _check(model, rank, budget, example_input, samples, round_to)
     if rank is None and budget is None:
         rank = "evbmf"
@@ -142,6 +142,14 @@ def compress(
     _adapt(student, teacher, evidence, report)
     _finish(report, student)
     return student, report
+
+
+def _most(model: nn.Module, budget: int) -> int:
+    """The model's parameters, which a budget in their number does not exceed."""
+    most = count_parameters(model)
+    if budget > most:
+        raise ValueError(expected("budget", f"at most the model's {most} parameters", budget))
+    return most
 
 
 def _check(

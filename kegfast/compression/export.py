@@ -1,6 +1,7 @@
 """Leaving torch: factored layers as the plain convolutions that every other tool knows."""
 
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -23,7 +24,7 @@ def unfuse(model: nn.Module) -> nn.Module:
     return replace_all(model, lambda module: isinstance(module, TuckerConv2d), unfused)
 
 
-def export_onnx(model: nn.Module, path: str | Path, example_input: Tensor) -> None:
+def export_onnx(model: nn.Module, path: str | Path, example_input: Tensor | Sequence[Tensor]) -> None:
     """Writes the model as an ONNX file, atomically; a factored layer becomes three Conv nodes.
 
     Needs the packages onnx and onnxscript (`pip install kegfast[onnx]`).
@@ -31,22 +32,28 @@ def export_onnx(model: nn.Module, path: str | Path, example_input: Tensor) -> No
     Args:
         model: any module; it stays as it is.
         path: the file.
-        example_input: one input; its batch size is left open in the file.
+        example_input: one input of the model (a tensor, or a tuple of them). Their batch size is left
+            open in the file if it is above 1; all must share it for that.
+
+    Raises:
+        TypeError: no module, or an example that is no tensor with a batch dimension.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(expected("model", "a torch.nn.Module", model))
-    if not isinstance(example_input, Tensor) or not example_input.ndim:
-        raise TypeError(expected("example_input", "a tensor with a batch dimension", example_input))
+    inputs = tuple(example_input) if isinstance(example_input, tuple | list) else (example_input,)
+    if not inputs or not all(isinstance(part, Tensor) and part.ndim for part in inputs):
+        raise TypeError(expected("example_input", "tensors with a batch dimension", example_input))
     plain = unfuse(clone(model)).eval()
-    batch = {0: torch.export.Dim("batch", min=1)} if len(example_input) > 1 else None
+    alike = len(inputs[0]) > 1 and len({len(part) for part in inputs}) == 1
+    batch = {0: torch.export.Dim("batch", min=1)} if alike else None
     with warnings.catch_warnings(), atomic_write(path) as temporary:
         warnings.simplefilter("ignore")
         torch.onnx.export(
             plain,
-            (example_input,),
+            inputs,
             temporary,
             dynamo=True,
             external_data=False,
-            dynamic_shapes=None if batch is None else (batch,),
+            dynamic_shapes=None if batch is None else (batch,) * len(inputs),
             verbose=False,
         )

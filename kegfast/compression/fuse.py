@@ -131,12 +131,16 @@ def _folds(layer: nn.Module, norm: nn.Module) -> bool:
         return False
     # BatchNorm1d behind a Linear normalises features only on 2-d input; behind a convolution it cannot be.
     linear = isinstance(layer, nn.Linear | TuckerLinear)
-    return linear == isinstance(norm, nn.BatchNorm1d)
+    return linear == isinstance(norm, nn.BatchNorm1d) and norm.num_features == len(_tail(layer).weight)
+
+
+def _tail(layer: nn.Module) -> nn.Module:
+    return layer if isinstance(layer, nn.Conv2d | nn.Linear) else tail_of(layer)
 
 
 @torch.no_grad()
 def _fold(layer: nn.Module, norm: _BatchNorm) -> None:
-    tail = layer if isinstance(layer, nn.Conv2d | nn.Linear) else tail_of(layer)
+    tail = _tail(layer)
     scale = (norm.running_var.double() + norm.eps).rsqrt()
     if norm.weight is not None:
         scale = scale * norm.weight.double()

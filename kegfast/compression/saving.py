@@ -108,10 +108,8 @@ def load(path: str | Path, model: nn.Module | None = None, *, factory: Factory |
     try:
         structure = json.loads(metadata["structure"])
         base = _base(model, factory, structure, tensors, metadata.get("factory"))
-        if isinstance(structure["graph"], list) and model is None and factory is None:
-            found: nn.Module = graph_from(structure["graph"], base)
-        else:
-            found = base
+        alone = model is None and factory is None and "" not in structure["modules"]
+        found = graph_from(structure["graph"], base) if alone and structure["graph"] is not None else base
         found.load_state_dict(_with_shared(found, tensors), assign=True)
     except (KeyError, TypeError, AttributeError, RuntimeError, json.JSONDecodeError) as error:
         reason = str(error).strip().splitlines()
@@ -128,6 +126,8 @@ def _base(
 ) -> nn.Module:
     if model is None and factory is not None:
         model = resolve(factory)()
+    if model is None and "" in structure["modules"]:  # a layer by itself
+        return module_from(structure["modules"][""])
     if model is None and structure["graph"] is None:
         if not hint or not hint.startswith("kegfast."):  # never import what a file asks for
             wanted = f"factory={hint!r}" if hint else "the architecture"

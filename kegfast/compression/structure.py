@@ -109,7 +109,7 @@ def module_spec(module: nn.Module) -> dict[str, Plain] | None:
     if getattr(nn, kind.__name__, None) is not kind or kind in CONTAINERS:
         return None
     arguments = {}
-    for name, parameter in inspect.signature(kind.__init__).parameters.items():
+    for name, parameter in _parameters(kind).items():
         if name in ("self", "device", "dtype", "args", "kwargs") or name.startswith("_"):
             continue
         if not hasattr(module, name):
@@ -124,6 +124,18 @@ def module_spec(module: nn.Module) -> dict[str, Plain] | None:
         except ValueError:
             return None
     return {"type": kind.__name__, "arguments": arguments}
+
+
+def _parameters(kind: type[nn.Module]) -> Mapping[str, inspect.Parameter]:
+    """The constructor's parameters; recurrent layers take theirs as they come, and their base names them."""
+    if not issubclass(kind, nn.RNNBase):
+        return inspect.signature(kind.__init__).parameters
+    other = {"mode"} if kind is nn.LSTM else {"mode", "proj_size"}
+    known = inspect.signature(nn.RNNBase.__init__).parameters
+    own = {name: parameter for name, parameter in known.items() if name not in other}
+    if kind is nn.RNN:
+        own["nonlinearity"] = inspect.Parameter("nonlinearity", inspect.Parameter.KEYWORD_ONLY)
+    return own
 
 
 CONTAINERS = {nn.Module, nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict}
@@ -200,6 +212,8 @@ def graph_of(model: nn.Module) -> list[dict[str, Plain]] | None:
         for node in traced.graph.nodes:
             if node.op == "get_attr" and not isinstance(_attribute(model, node.target), torch.Tensor):
                 return None
+            if node.op == "call_module" and module_spec(model.get_submodule(node.target)) is None:
+                return None  # torch.nn's own, but not rebuilt from its arguments: TransformerEncoder
             target = TARGETS[node.target] if node.op == "call_function" else node.target
             entry = {"op": node.op, "name": node.name, "target": target}
             if node.args:
@@ -268,6 +282,8 @@ def encode(value: Any) -> Plain:
         return {"tuple": [encode(part) for part in value]}
     if isinstance(value, list):
         return [encode(part) for part in value]
+    if isinstance(value, dict) and all(isinstance(key, str) for key in value):
+        return {"dict": [[key, encode(part)] for key, part in value.items()]}
     if isinstance(value, slice):
         return {"slice": [encode(part) for part in (value.start, value.stop, value.step)]}
     if value is Ellipsis:
@@ -286,8 +302,10 @@ def decode(value: Plain, nodes: Mapping[str, fx.Node]) -> Any:
         return nodes[inner]
     if kind == "tuple":
         return tuple(decode(part, nodes) for part in inner)
+    if kind == "dict":
+        return {str(key): decode(part, nodes) for key, part in inner}
     if kind == "slice" and len(inner) == 3:
         return slice(*(decode(part, nodes) for part in inner))
     if kind == "ellipsis":
         return Ellipsis
-    raise ValueError(expected("structure", "a node, tuple or slice", value))
+    raise ValueError(expected("structure", "a node, tuple, dict or slice", value))

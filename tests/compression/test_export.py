@@ -52,6 +52,21 @@ def test_onnx_is_three_convolutions_and_agrees(student, tmp_path):
             assert (torch.from_numpy(found) - expected).abs().max() < 1e-5 * max(1, expected.abs().max())
 
 
+def test_onnx_of_several_inputs(tmp_path):
+    runtime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnx")
+    model = nn.Bilinear(4, 3, 2)
+    inputs = torch.randn(2, 4), torch.randn(2, 3)
+    export_onnx(model, tmp_path / "m.onnx", inputs)
+    session = runtime.InferenceSession(str(tmp_path / "m.onnx"), providers=["CPUExecutionProvider"])
+    for batch in (2, 5):
+        inputs = torch.randn(batch, 4), torch.randn(batch, 3)
+        feeds = {i.name: x.numpy() for i, x in zip(session.get_inputs(), inputs, strict=True)}
+        torch.testing.assert_close(torch.from_numpy(session.run(None, feeds)[0]), model(*inputs))
+    with pytest.raises(TypeError, match="example_input must be tensors"):
+        export_onnx(model, tmp_path / "m.onnx", ())
+
+
 def test_unfuse_is_plain_layers(student):
     plain = unfuse(copy.deepcopy(student))
     assert not any(isinstance(module, TuckerConv2d) for module in plain.modules())

@@ -37,6 +37,16 @@ def test_everything_that_can_be_is_folded():
     assert all(layer.activation is None for layer in student.modules() if isinstance(layer, TuckerConv2d))
 
 
+def test_a_norm_of_something_else_than_the_layers_features_stays():
+    """BatchNorm1d normalises the second dimension, which behind a Linear may be a sequence's."""
+    model = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(5)).eval()
+    model[1].running_mean.normal_()
+    x = torch.randn(2, 5, 6)
+    folded = fuse(compress(model, {"0": (3, None)})[0])
+    assert norms(folded) == 1
+    assert folded(x).shape == (2, 5, 8)
+
+
 def test_dense_and_one_sided_layers_too():
     student, _ = compress(odd(), {"stem": (2, 9), "block.0.0": (None, 8)})
     folded = fuse(student)

@@ -65,6 +65,69 @@ def test_own_models(tmp_path, model, x):
     assert metadata["torch"] == str(torch.__version__)
 
 
+class Heads(nn.Module):
+    """Two inputs, a recurrent layer in between, and outputs by name."""
+
+    def __init__(self, recurrent: nn.Module) -> None:
+        super().__init__()
+        self.left, self.right = nn.Linear(24, 16), nn.Linear(12, 16)
+        self.recurrent, self.head = recurrent, nn.Linear(8, 5)
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> dict[str, torch.Tensor]:
+        sequence, _ = self.recurrent((self.left(x) + self.right(y))[:, None].expand(-1, 3, -1))
+        return {"last": self.head(sequence[:, -1]), "all": sequence}
+
+
+RECURRENT = {
+    "lstm": lambda: nn.LSTM(16, 8, num_layers=2, batch_first=True, bias=False),
+    "projected": lambda: nn.LSTM(16, 11, proj_size=8, batch_first=True),
+    "gru": lambda: nn.GRU(16, 4, batch_first=True, bidirectional=True),
+    "relu": lambda: nn.RNN(16, 8, nonlinearity="relu", batch_first=True),
+}
+
+
+@pytest.mark.parametrize("kind", RECURRENT)
+def test_outputs_by_name_and_recurrent_layers(tmp_path, kind):
+    torch.manual_seed(0)
+    student, report = compress(Heads(RECURRENT[kind]()), {"left": (4, None), "head": (2, None)})
+    assert len(report.ranks) == 2
+    save(student, tmp_path / "m.safetensors")
+    loaded = load(tmp_path / "m.safetensors")
+    inputs = torch.randn(2, 24), torch.randn(2, 12)
+    torch.testing.assert_close(loaded(*inputs), student.eval()(*inputs), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("layer", "rank", "shape"),
+    [
+        (nn.Conv2d(6, 8, 3, padding=1), (3, 4), (2, 6, 5, 5)),
+        (nn.Conv2d(6, 8, 3, padding=1), (None, 4), (2, 6, 5, 5)),
+        (nn.Linear(12, 8), (3, None), (2, 12)),
+    ],
+)
+def test_a_layer_by_itself(tmp_path, layer, rank, shape):
+    student, _ = compress(layer, {"": rank})
+    save(student, tmp_path / "m.safetensors")
+    loaded, x = load(tmp_path / "m.safetensors"), torch.randn(shape)
+    torch.testing.assert_close(loaded(x), student(x), rtol=0, atol=0)
+
+
+def test_what_cannot_be_rebuilt_needs_its_architecture(tmp_path):
+    """A TransformerEncoder is one node of the graph, but keeps no arguments that would make it again."""
+
+    def make():
+        layer = nn.TransformerEncoderLayer(16, 2, 24, batch_first=True)
+        encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+        return nn.Sequential(encoder, nn.Flatten(), nn.Linear(48, 12)).eval()
+
+    student, _ = compress(make(), {"2": (3, None)})
+    save(student, tmp_path / "m.safetensors")
+    with pytest.raises(ValueError, match="model or factory must be given"):
+        load(tmp_path / "m.safetensors")
+    x = torch.randn(2, 3, 16)
+    torch.testing.assert_close(load(tmp_path / "m.safetensors", make())(x), student(x), rtol=0, atol=0)
+
+
 def test_dtype_and_further_training(tmp_path):
     student, _ = compress(ResNet14().to(torch.bfloat16), 0.3)
     save(student, tmp_path / "m.safetensors")
