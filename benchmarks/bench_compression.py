@@ -123,6 +123,7 @@ def curve(args: argparse.Namespace, done: set[Place]) -> Iterator[list[Cell]]:
             return compress(teacher, include=layers if "paper" in way else None)
         if way in rules:
             return compress(teacher, rules[way](number_for(teacher, asked, rules[way])))
+        torch.manual_seed(0)  # sources draw the same samples for every ratio
         return compress(teacher, budget={"params": 1 / asked}, **ways[way])
 
     fixed = ["teacher", "evbmf, the paper's layers", "evbmf, all layers"]
@@ -149,11 +150,10 @@ def calibrations(args: argparse.Namespace, images: Tensor, leaves: DeadLeaves) -
     ways: dict[str, dict[str, Any]] = {
         "budget, weights alone": {},
         "budget, noise": {"example_input": torch.zeros(1, 1, 32, 32), "measure": False},
-        "budget, dead leaves": {"calibration": leaves.sample(MADE)[0], "samples": MADE},
+        "budget, dead leaves": {"calibration": leaves, "samples": MADE},
     }
     if args.generators is not None:
-        torch.manual_seed(1)
-        mixture = Mixture([Generators.load(args.generators), leaves]).sample(MADE)[0]
+        mixture = Mixture([Generators.load(args.generators), leaves])
         ways["budget, generators and leaves"] = {"calibration": mixture, "samples": MADE}
     return {**ways, "budget, 256 real": {"calibration": real}}
 

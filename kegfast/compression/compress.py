@@ -69,12 +69,13 @@ def compress(
             statistics, unless `calibration` is given). Without either, errors are relative to each
             weight's norm.
         calibration: unlabelled inputs (a tensor, a Dataset, a DataLoader, or anything with
-            `.sample(n)` such as Generators). Errors are weighted by them, last factors and biases solved
+            `.sample(n)` such as Generators). Errors are weighted by them, factors and biases solved
             anew, BatchNorm statistics re-estimated. Samples that are visibly not what the model was
             trained on are first changed until BatchNorm finds them familiar (`match_statistics`, at
             most 256 images of 32 x 32 or their like); BatchNorm statistics are then moved as they move
             on both models.
-        samples: how many to draw from `calibration`.
+        samples: how many to draw from `calibration`. Anything with `.sample(n)` is asked for eight times
+            as many where that is cheap, and those are kept that fall into a classifier's classes alike.
         measure: time dense, unfused and fused layers on `example_input` and keep what is fastest;
             the whole model is then never slower than before. Under a budget or explicit ranks a layer
             may lose as long as the model does not.
@@ -217,7 +218,7 @@ def _trial(model: nn.Module, decompose: _Decomposer, evidence: Evidence, plan: P
         if plan.get(site.name) is not None:
             student = replace(student, site, build(site.module, decompose(site, plan[site.name])))
     if not evidence.probes:  # noise runs by its own statistics
-        refit(student, model, evidence.samples)
+        refit(student, model, evidence.samples, evidence.metrics)
         _adapt_norms(student, model, evidence)
     return student
 
@@ -238,8 +239,8 @@ def _adapt(student: nn.Module, teacher: nn.Module, evidence: Evidence, report: C
     if evidence.samples is None or not report.ranks:
         return
     if not evidence.probes:  # least squares would fit what only noise has in common
-        refit(student, teacher, evidence.samples)
-        report.notes.append(f"last factors and biases solved anew on {len(evidence.samples)} inputs")
+        refit(student, teacher, evidence.samples, evidence.metrics)
+        report.notes.append(f"factors and biases solved anew on {len(evidence.samples)} inputs")
     if note := _adapt_norms(student, teacher, evidence):
         report.notes.append(note)
     layers = dict(student.named_modules())

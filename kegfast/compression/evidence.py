@@ -6,7 +6,6 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from kegfast import check
 from kegfast.check import expected
 from kegfast.compression.decompose import Metric
 from kegfast.compression.matching import match_statistics
@@ -14,7 +13,7 @@ from kegfast.compression.norms import look_familiar
 from kegfast.compression.samples import gather, probes
 from kegfast.compression.sensitivity import metrics
 from kegfast.compression.surgery import Site
-from kegfast.compression.traffic import Inputs, Traffic, evaluation, trace
+from kegfast.compression.traffic import Inputs, Traffic, trace
 
 
 @dataclass
@@ -55,9 +54,7 @@ def collect(
             raise ValueError(expected("example_input", "of finite values, one at least", example_input))
         evidence.traffic = trace(model, sites, evidence.example)
     if calibration is not None:
-        evidence.samples = gather(calibration, samples)
-        with evaluation(model), check.accepts("calibration", evidence.samples):
-            model(evidence.samples[:2].to(next(model.parameters())))
+        evidence.samples = gather(calibration, samples, model)
     elif budget and evidence.example is not None and len(evidence.example) == 1:
         example = evidence.example[0]
         if example.is_floating_point():

@@ -1,33 +1,45 @@
-"""Last factors and biases solved anew: each layer answers for what the ranks took away before it."""
+"""Factors and biases solved anew: each layer answers for what the ranks took away before it."""
 
+from collections.abc import Mapping
 from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kegfast.compression.decompose import Metric
 from kegfast.compression.norms import batch_statistics
-from kegfast.compression.surgery import factored_layers, tail_of
+from kegfast.compression.surgery import factored_layers
 from kegfast.compression.traffic import Inputs, evaluation, rows_of
 
 
 @torch.no_grad()
 def refit(
-    student: nn.Module, teacher: nn.Module, samples: Tensor, *, rows: int = 1 << 14, ridge: float = 1e-3
+    student: nn.Module,
+    teacher: nn.Module,
+    samples: Tensor,
+    metrics: Mapping[str, Metric] | None = None,
+    *,
+    rows: int = 1 << 14,
+    ridge: tuple[float, float] = (1e-3, 0.1),
 ) -> None:
-    """Solves each factored layer's last factor and bias anew, from the first layer to the last, in one pass.
+    """Solves each factored layer's last factors and bias anew, from the first layer to the last, in one pass.
 
     Least squares, in closed form: the layer sees what the student's earlier layers now send it, and
     answers as close as it can to what the teacher's layer sent (cf. Zhang et al. 2016, asymmetric
-    reconstruction). So each layer also undoes errors of those before it. A layer that runs several times
-    is solved before its first call.
+    reconstruction). So each layer also undoes errors of those before it. Where a metric tells what errors of
+    the outputs cost, the last two factors are solved at once, as the best product of their rank (reduced-rank
+    regression, Izenman 1975); else the last alone. A layer that runs several times is solved before its first
+    call.
 
     Args:
         student: changed in place.
         teacher: the original, with dense layers under the same names.
         samples: (n, ...) inputs.
+        metrics: of layers, by name; see `sensitivity.metrics`.
         rows: at most so many pixels (rows of a Linear) enter each regression.
-        ridge: pull towards the factor as it is, relative to the mean square of its inputs.
+        ridge: pull towards the factors as they are, or the teacher's weight where all factors are solved,
+            relative to the mean square of the inputs: of one factor, and of two, which fit more by chance.
     """
     targets: dict[str, tuple[Tensor, Tensor]] = {}
     generator = torch.Generator().manual_seed(0)
@@ -40,8 +52,15 @@ def refit(
 
     def solve(name: str, layer: nn.Module, args: Inputs) -> None:
         picked, target = targets.pop(name, (None, None))
-        if picked is not None and (found := _tail_inputs(layer, args[0])) is not None:
-            _solve(tail_of(layer), found[picked].double(), target.double(), ridge)
+        if picked is None:
+            return
+        metric = (metrics or {}).get(name)
+        before, solved = _split(layer, alone=metric is None)
+        x = args[0]
+        for part in before:
+            x = part(x)
+        prior = _product(solved) if before else teacher.get_submodule(name).weight.flatten(1).double()
+        _solve(solved, _inputs(solved[0], x, picked), target.double(), prior, metric, ridge[len(solved) - 1])
 
     names = [name for name, _ in factored_layers(student)]
     handles = [teacher.get_submodule(n).register_forward_hook(partial(keep, n)) for n in names]
@@ -55,29 +74,57 @@ def refit(
             handle.remove()
 
 
-def _tail_inputs(layer: nn.Module, x: Tensor) -> Tensor | None:
-    """What the last factor of a layer multiplies, one row per output pixel; None if not expressible."""
-    linear = isinstance(layer.core, nn.Linear)
-    if (first := getattr(layer, "first", None)) is not None:
-        x = first(x)
-    core = layer.core
-    if getattr(layer, "last", None) is not None:
-        return rows_of(core(x), linear)
-    if linear:
-        return rows_of(x, True)
-    if core.padding_mode != "zeros" or isinstance(core.padding, str):
-        return None
-    patches = F.unfold(x, core.kernel_size, core.dilation, core.padding, core.stride)
-    return patches.movedim(1, -1).flatten(0, -2)
+def _split(layer: nn.Module, alone: bool) -> tuple[list[nn.Module], list[nn.Module]]:
+    """The parts of a layer that stay, and those to be solved: the last one or, if that is a matrix, two."""
+    parts = [part for name in ("first", "core", "last") if (part := getattr(layer, name, None)) is not None]
+    weight = parts[-1].weight
+    count = 1 if alone or weight[0, 0].numel() > 1 or weight.shape[1] > len(weight) else 2
+    return parts[:-count], parts[-count:]
+
+
+def _product(parts: list[nn.Module]) -> Tensor:  # (K, D)
+    weights = [part.weight.flatten(1).double() for part in parts]
+    return weights[0] if len(weights) == 1 else weights[1] @ weights[0]
+
+
+def _inputs(part: nn.Module, x: Tensor, picked: Tensor) -> Tensor:  # (rows, D)
+    """What a part's weight multiplies, flattened, for the picked rows of its output."""
+    if isinstance(part, nn.Linear):
+        return rows_of(x, True)[picked].double()
+    x = F.pad(x, _pads(part), "constant" if part.padding_mode == "zeros" else part.padding_mode)
+    spans = [d * (k - 1) + 1 for d, k in zip(part.dilation, part.kernel_size, strict=True)]
+    height, width = ((n - span) // s + 1 for n, span, s in zip(x.shape[2:], spans, part.stride, strict=True))
+    image, pixel = picked // (height * width), picked % (height * width)
+    taps = [
+        place[:, None] * s + d * torch.arange(k, device=x.device)
+        for place, s, d, k in zip(
+            (pixel // width, pixel % width), part.stride, part.dilation, part.kernel_size, strict=True
+        )
+    ]
+    found = x.permute(0, 2, 3, 1)[image[:, None, None], taps[0][:, :, None], taps[1][:, None, :]]
+    return found.permute(0, 3, 1, 2).flatten(1).double()
+
+
+def _pads(conv: nn.Conv2d) -> list[int]:
+    """Left, right, top and bottom; "same" pads the odd pixel behind."""
+    if isinstance(conv.padding, str):
+        same = conv.padding == "same"
+        both = [d * (k - 1) * same for d, k in zip(conv.dilation, conv.kernel_size, strict=True)]
+    else:
+        both = [2 * side for side in conv.padding]
+    (top, bottom), (left, right) = ((total // 2, total - total // 2) for total in both)
+    return [left, right, top, bottom]
 
 
 def _solve(
-    tail: nn.Module,
+    parts: list[nn.Module],
     inputs: Tensor,  # (rows, D)
     targets: Tensor,  # (rows, K)
+    prior: Tensor,  # (K, D)
+    metric: Metric | None,
     ridge: float,
 ) -> None:
-    old = tail.weight.flatten(1).double()
+    tail = parts[-1]
     mean, goal = inputs.mean(0), targets.mean(0)
     if tail.bias is None:
         mean, goal = torch.zeros_like(mean), torch.zeros_like(goal)
@@ -85,9 +132,29 @@ def _solve(
     gram = centred.T @ centred
     pull = ridge * gram.diagonal().mean()
     gram.diagonal().add_(pull)
-    solution, info = torch.linalg.solve_ex(gram, centred.T @ (targets - goal) + pull * old.T)
+    solution, info = torch.linalg.solve_ex(gram, centred.T @ (targets - goal) + pull * prior.T)
     if int(info) or not bool(solution.isfinite().all()):  # a layer that sees constant input
         return
-    tail.weight.copy_(solution.T.reshape(tail.weight.shape))
+    weights = [solution.T]
+    if len(parts) == 2:
+        weights = _best_product(solution.T, gram, metric, tail.weight.shape[1])
+    for part, weight in zip(parts, weights, strict=True):
+        part.weight.copy_(weight.reshape(part.weight.shape))
     if tail.bias is not None:
-        tail.bias.copy_(goal - solution.T @ mean)
+        tail.bias.copy_(goal - _product(parts) @ mean)
+
+
+def _best_product(
+    weight: Tensor,  # (K, D)
+    gram: Tensor,  # (D, D) of the inputs
+    metric: Metric,
+    rank: int,
+) -> list[Tensor]:  # (rank, D), (K, rank)
+    """The two factors of that rank whose product's outputs cost least beside those of the weight."""
+    root, inverse = (part.double() for part in metric.roots[1])
+    white = root.T @ weight
+    outputs = white @ gram @ white.T
+    leading = torch.linalg.eigh((outputs + outputs.T) / 2).eigenvectors[:, -rank:]
+    head, tail = leading.T @ white, inverse.T @ leading
+    size = (head.norm(dim=1) / tail.norm(dim=0)).clamp_min(1e-12).sqrt()  # neither is badly scaled
+    return [head / size[:, None], tail * size]

@@ -5,19 +5,31 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from kegfast import check
 from kegfast.check import expected
+from kegfast.compression.traffic import answers_of, evaluation
+
+BANK = 8
+"""Samples that a source is asked for, for each one kept ..."""
+BANK_NUMBERS = 1 << 23
+"""... as long as they hold no more numbers than this (8,192 images of 32 x 32)."""
+CHUNK = 256
+"""Samples that the teacher classifies at once."""
 
 
-def gather(calibration: Any, n: int) -> Tensor:
-    """n unlabelled samples from a tensor, a Dataset, a DataLoader or anything with `.sample(n)`."""
+def gather(calibration: Any, n: int, model: nn.Module) -> Tensor:
+    """n unlabelled samples from a tensor, a Dataset, a DataLoader or anything with `.sample(n)`.
+
+    A source makes more than n, and those are kept that a classifier puts into all its classes alike: noise
+    and made images fall into few of them, and leave the others to chance.
+    """
     if isinstance(calibration, Tensor):
         samples = calibration[:n]
     elif callable(getattr(calibration, "sample", None)):
-        drawn = calibration.sample(n)
-        samples = drawn[0] if isinstance(drawn, tuple | list) else drawn
+        samples = _drawn(calibration, n)
     elif isinstance(calibration, DataLoader | Dataset):
         loader = (
             calibration
@@ -38,7 +50,41 @@ def gather(calibration: Any, n: int) -> Tensor:
         raise TypeError(expected("calibration", "of floating-point values", samples))
     if len(samples) < 2 or not bool(samples.isfinite().all()):
         raise ValueError(expected("calibration", "at least two finite samples", samples))
-    return samples.detach()
+    like = next((p for p in model.parameters() if p.is_floating_point()), samples)
+    samples = samples.detach().to(like)
+    with evaluation(model), check.accepts("calibration", samples):
+        model(samples[:2])
+    return balanced(model, samples, n)
+
+
+def _drawn(source: Any, n: int) -> Tensor:
+    """What a source makes for a choice of n: first n, then as many more as `BANK` allows."""
+    first = source.sample(n)
+    first = first[0] if isinstance(first, tuple | list) else first
+    if not isinstance(first, Tensor) or not len(first):
+        return first
+    more = min((BANK - 1) * n, BANK_NUMBERS // first[0].numel() - n)
+    if more <= 0:
+        return first
+    rest = source.sample(more)
+    return torch.cat([first, rest[0] if isinstance(rest, tuple | list) else rest])
+
+
+@torch.no_grad()
+def balanced(model: nn.Module, samples: Tensor, n: int) -> Tensor:  # (m, ...) -> (min(n, m), ...)
+    """n of the samples, of each class that the model sees in them as many as there are, in turn.
+
+    Outputs that are no table of logits have no classes: the first n stay.
+    """
+    if len(samples) <= n:
+        return samples
+    with evaluation(model):
+        answers = [answers_of(model(chunk)) for chunk in samples.split(CHUNK)]
+    if answers[0] is None:
+        return samples[:n]
+    found = torch.cat(answers)
+    seen = F.one_hot(found).cumsum(0).gather(1, found[:, None]).flatten()  # how many of its class came before
+    return samples[seen.argsort(stable=True)[:n]]
 
 
 def probes(shape: Sequence[int]) -> Tensor:

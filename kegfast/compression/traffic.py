@@ -74,3 +74,10 @@ def tensors_of(output: Any) -> list[Tensor]:
     if isinstance(output, str) or not hasattr(output, "__iter__"):
         return []
     return [tensor for part in output for tensor in tensors_of(part)]
+
+
+def answers_of(output: Any) -> Tensor | None:  # (N,)
+    """The class of each sample, where a model returns one table of logits; None where it does not."""
+    if not isinstance(output, Tensor) or output.dim() != 2 or output.shape[1] < 2:
+        return None
+    return output.argmax(1)

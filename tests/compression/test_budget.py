@@ -14,12 +14,12 @@ from kegfast import compress, data
 from kegfast.compression.allocation import USUAL, choose
 from kegfast.compression.budget import allocate, tabulate
 from kegfast.compression.costs import parameters
-from kegfast.compression.decompose import factorize, relative_error
+from kegfast.compression.decompose import Metric, factorize, relative_error
 from kegfast.compression.evidence import Evidence
 from kegfast.compression.matching import match_statistics
 from kegfast.compression.norms import batch_statistics, look_familiar, reestimate_norms
 from kegfast.compression.refit import refit
-from kegfast.compression.samples import probes
+from kegfast.compression.samples import balanced, gather, probes
 from kegfast.models import LeNet5, ResNet14
 
 
@@ -233,6 +233,31 @@ def test_calibration_takes_any_source(form):
     assert any("32 inputs" in note for note in report.notes)
 
 
+class Sign(nn.Module):
+    """Three classes by one number: below 0 (most noise below 2), above 2, and in between."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.stack([-x[:, 0], 1 - (x[:, 0] - 1).abs(), x[:, 0] - 2], 1)
+
+
+def test_sources_give_every_class_alike() -> None:
+    class Skewed:
+        def sample(self, n: int) -> tuple[Tensor, None]:
+            return torch.randn(n, 4, generator=rng) - 0.5, None
+
+    rng = torch.Generator().manual_seed(0)
+    samples = gather(Skewed(), 60, Sign())
+    assert samples.shape == (60, 4)
+    assert Sign()(samples[:9]).argmax(1).bincount(minlength=3).tolist() == [3, 3, 3]  # so is every prefix
+    counts = Sign()(samples).argmax(1).bincount(minlength=3).tolist()
+    assert max(counts) - 1 <= 31  # some class is rare; the others share what it leaves
+    assert abs(counts[0] - counts[1]) <= 1
+    given = torch.randn(70, 4)
+    assert torch.equal(gather(given, 60, Sign()), given[:60])  # what the caller chose stays as it is
+    flat = nn.Flatten(0)  # no table of logits
+    assert torch.equal(balanced(flat, given, 8), given[:8])
+
+
 def test_refitting_brings_outputs_closer():
 
     torch.manual_seed(0)
@@ -245,6 +270,64 @@ def test_refitting_brings_outputs_closer():
         refit(student, teacher, samples)
         after = (student(samples) - teacher(samples)).square().mean()
     assert after < 0.7 * before
+
+
+def best_product(weight, gram, output, rank):
+    """Of all products of a rank the one whose outputs cost least, by two SVDs that say so."""
+    left, right = torch.linalg.cholesky(output), torch.linalg.cholesky(gram)
+    u, s, v = torch.linalg.svd(left.T @ weight @ right)
+    return torch.linalg.solve(left.T, u[:, :rank] * s[:rank]) @ torch.linalg.solve(right.T, v[:rank].T).T
+
+
+@pytest.mark.parametrize("rank", [1, 3, 7])
+def test_two_factors_are_solved_at_once_in_the_outputs_metric(rank: int) -> None:
+    """Without a pull, the regression onto the dense layer's outputs is that layer's best approximation."""
+    torch.manual_seed(rank)
+    teacher = nn.Sequential(nn.Linear(12, 9, bias=False)).double()
+    samples = torch.randn(200, 12, dtype=torch.float64) @ torch.randn(12, 12, dtype=torch.float64)
+    mixing = torch.randn(9, 9, dtype=torch.float64)
+    metric = Metric(torch.eye(12), mixing @ mixing.T)
+    student, _ = compress(teacher, {"0": (rank, None)})
+    refit(student, teacher, samples, {"0": metric}, ridge=(0.0, 0.0))
+    wanted = best_product(teacher[0].weight.detach(), samples.T @ samples, metric.output, rank)
+    found = student[0].core.weight @ student[0].first.weight
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4 * float(wanted.abs().max()))
+
+
+GEOMETRIES = {
+    "strided": {"stride": (2, 1), "padding": (1, 2), "dilation": (1, 2)},
+    "same": {"padding": "same"},
+    "uneven same": {"padding": "same", "kernel_size": (4, 3)},
+    "reflected": {"padding": 1, "padding_mode": "reflect"},
+    "valid": {"padding": "valid"},
+    "pointwise": {"kernel_size": 1, "stride": 2},
+}
+
+
+@pytest.mark.parametrize("name", GEOMETRIES)
+@pytest.mark.parametrize("rank", [(5, 4), (None, 4), (5, None)])
+def test_refitting_reads_every_geometry(name: str, rank: tuple[int | None, int | None]) -> None:
+    """With full ranks' worth of room on both sides the dense layer comes back from spoilt factors."""
+    torch.manual_seed(0)
+    options = {"kernel_size": 3, **GEOMETRIES[name]}
+    conv = nn.Conv2d(6, 8, **options).double()
+    with torch.no_grad():  # its ranks are those asked for
+        basis, out = torch.randn(rank[0] or 6, 6).double(), torch.randn(8, rank[1] or 8).double()
+        inner = torch.randn(out.shape[1], len(basis), *conv.kernel_size).double()
+        conv.weight.copy_(torch.einsum("ko,oihw,ic->kchw", out, inner, basis))
+    teacher = nn.Sequential(conv)
+    samples = torch.randn(20, 6, 9, 8, dtype=torch.float64)
+    pointwise = name == "pointwise"
+    if pointwise and None not in rank:
+        rank = (4, None)
+    student, _ = compress(teacher, {"0": rank})
+    metric = Metric(torch.eye(6), torch.eye(8))
+    with torch.no_grad():
+        for part in list(student[0].children())[0 if pointwise else -1 if rank[1] is None else -2 :]:
+            part.weight.add_(torch.randn_like(part.weight))
+        wanted = teacher(samples)
+        refit(student, teacher, samples, {"0": metric}, ridge=(1e-9, 1e-9))
+        torch.testing.assert_close(student(samples), wanted, rtol=1e-4, atol=1e-4)
 
 
 def test_teacher_is_untouched_by_calibration():
