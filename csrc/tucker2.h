@@ -30,6 +30,12 @@ struct Tucker2Upsampling {
   int64_t stride_h, stride_w, padding_h, padding_w;  // of the forward pass
 };
 
+// What is read once a band is done: where the first image's is, or null, and the next so many bytes on.
+struct Tucker2Soon {
+  const char* at;
+  int64_t bytes;
+};
+
 struct Tucker2Params {
   int64_t images, channels, rank_in, rank_out, features;  // N, C, R1, R2, K
   int64_t height, width, out_height, out_width;           // H, W, P, Q
@@ -47,10 +53,10 @@ struct Tucker2Params {
   const float* packed;                         // the factors as tucker2_pack laid them out
   const float* bias;                           // (K), or null
   void* y;                                     // (N, K, P, Q) dense, or null: stop at t2
-  float* t1;           // in words: (N, H + 2 ph, W + 2 pw, R1) with its zero border, or null: do not keep
-  float* t2;           // (N, P, Q, R2), or null: do not keep
-  const char* soon;    // what a later stage reads of the first image, or null,
-  int64_t soon_bytes;  // and the next image so many bytes on
+  float* t1;  // in words: (N, H + 2 ph, W + 2 pw, R1) with its zero border, or null: do not keep
+  float* t2;  // (N, P, Q, R2), or null: do not keep
+  Tucker2Soon soon[3];
+  int64_t soon_steps;  // how often whoever reads it asks for lines, per row of y
 };
 
 // A factor as its kernel sees it: rows (outputs) x inputs x taps, any strides; a transposed factor is another

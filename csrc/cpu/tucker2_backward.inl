@@ -7,8 +7,20 @@
 //   image by image, bias and ReLU inside, wide tensors in vectors    1.40
 //   the core of a stride by phases instead of torch's backward       64->128@56/2: 8.3 -> 4.3 ms
 //   factors packed row by row, sums reduced in blocks                512@7: 0.83 -> 1.08
+// Weight gradients, share of the FMA peak as in benchmarks/bench_tucker2.py, batch 8 / 64:
+//   sums after each band instead of each image, at a stride too      64->128@56/2, ranks 16/32: 0.48 -> 0.67 / 0.36
+//                                                                    -> 0.42
+//   x, t1 and t2 asked for from inside the core and the sums         128@28, rank 16: 0.79 -> 0.87 / 0.60 -> 0.74
+//   the core's sums row by row, not across the borders' zeros,       512@7, rank 128: 0.62 -> 0.80, rank 256:
+//     and those beyond 256 KB over 512 pixels, asked for ahead       0.57 -> 0.69
+//   several chains where a tile has few sums, a core's segments      16@32, rank 2: 0.13 -> 0.32, 32@16, rank 4:
+//     in one tile, pixels in lanes at ranks 2, 4 and 8               0.39 -> 0.56, 16->32@32/2, ranks 2/4: 0.22 -> 0.33
+// What bounds it: x, t1 and t2 come from memory for these sums alone. At 45 GB/s that allows 0.33 at rank 2, 0.6 to
+// 0.75 at rank 4 of 16 and 32 channels, 0.93 over all shapes; a call's 2 us allow 0.3 to 0.7 on LeNet's at batch 8.
+// Tried without gain: bands so short that L2 holds all that the sums read (the prefetches do that).
 #pragma once
 
+#include "cpu/tucker2_forward.inl"
 #include "cpu/tucker2_gradients.inl"
 
 namespace kegfast::KEGFAST_ISA {
@@ -46,37 +58,103 @@ class Backward {
         grad_image_(p_.features * p_.out_height * p_.out_width),
         x_image_(p_.channels * p_.height * p_.width),
         t1_image_(padded_height(p_) * padded_width(p_) * p_.rank_in),
-        t2_image_(p_.out_height * p_.out_width * p_.rank_out),
-        dz2_image_(padded_height(g.back) * padded_width(g.back) * p_.rank_out),
-        dz1_image_(p_.height * p_.width * p_.rank_in) {}
+        t2_image_(p_.out_height * p_.out_width * p_.rank_out) {}
 
   void run(int64_t begin, int64_t end) {
     for (int64_t n = begin; n < end; n += g_.group) images(n, smaller(g_.group, end - n), end);
   }
 
  private:
+  // dz2, dz1 and dx of `count` images, the operator with transposed factors; the sums follow it band by band, while
+  // caches hold what they are made of.
   void images(int64_t n, int64_t count, int64_t end) {
-    const float* const grad = gradient(n, count);
-    const int64_t plane = p_.out_height * p_.out_width;
-    const bool last = g_.grad_channels_last;
-    const Image g{grad, last, grad_image_, last ? 1 : plane, last ? p_.features : 1};
-    const float* const x = g_.first ? floats(p_.type, p_.x, n, count, x_image_, g_.x_at) : nullptr;
-    if (g_.dx || g_.core || g_.first) backwards(n, count, end, grad);  // which asks for g ahead of time
-    if (g_.bias) bias_gradient(g, p_.features, count, plane, g_.bias);
-    if (g_.last) {
-      const float* const t2 = floats(g_.kept, p_.t2, n, count, t2_image_, g_.t2_at);
-      factor_gradient(t2, p_.rank_out, g, p_.features, count, plane, g_.last);
+    grad_ = gradient(n, count);
+    if (g_.first) x_ = floats(p_.type, p_.x, n, count, x_image_, g_.x_at);
+    if (g_.last) t2_ = floats(g_.kept, p_.t2, n, count, t2_image_, g_.t2_at);
+    if (g_.core) t1_ = floats(g_.kept, p_.t1, n, count, t1_image_, g_.t1_at);
+    if (!g_.dx && !g_.core && !g_.first) return sums_of_g(0, count, 0, p_.out_height, nullptr);
+    const bool widened = p_.type != Tucker2Type::float32;
+    Tucker2Params back = g_.back;
+    back.images = in_scratch(grad_) ? count : end - n;
+    back.x = grad_;
+    float* const dx = widened ? scratch_ + g_.dx_at : static_cast<float*>(g_.dx) + n * x_image_;
+    back.y = g_.dx ? dx : nullptr;
+    back.soon[0] = soon(t2_, t2_image_), back.soon[1] = soon(t1_, t1_image_),
+    back.soon[2] = soon(x_, x_image_);
+    const bool together = g_.group > g_.plan.group_images;
+    back.soon_steps = together ? 0 : sum_steps();
+    if (together) back.t1 = scratch_ + g_.dz2_at, back.t2 = scratch_ + g_.dz1_at;
+    Forward forward(back, g_.plan, scratch_);
+    for (int64_t i = 0; i < count; i += g_.plan.group_images)
+      forward.run(i, smaller(g_.plan.group_images, count - i), 0, back.out_height,
+                  [&](const Forward::Made& made) {
+                    if (!together) sums(made);
+                  });
+    if (together)
+      sums({{0, count, 0, back.out_height},
+            back.t1,
+            back.t2,
+            nullptr,
+            padded_height(back) * padded_width(back) * p_.rank_out,
+            0,
+            padded_height(back)});
+    if (g_.dx && widened)
+      from_float(p_.type, dx, static_cast<uint16_t*>(g_.dx) + n * x_image_, count * x_image_);
+  }
+
+  bool in_scratch(const float* at) const { return at >= scratch_ && at < scratch_ + g_.scratch_floats; }
+
+  // Widened numbers are in the caches already.
+  Tucker2Soon soon(const float* at, int64_t floats) const {
+    const bool far = at && !in_scratch(at);
+    return far ? Tucker2Soon{reinterpret_cast<const char*>(at), 4 * floats} : Tucker2Soon{};
+  }
+
+  // How often the sums of a row of dz1 ask for lines, about. At a stride the first band has all of g and t1's.
+  int64_t sum_steps() const {
+    constexpr int64_t kStep = 16 * kLanes * kAheadSteps;  // multiply-adds
+    const int64_t outputs = g_.back.up.on ? 0 : p_.out_height * p_.out_width;
+    const int64_t image = (g_.first ? p_.height * p_.width * p_.channels * p_.rank_in : 0) +
+                          (g_.core ? outputs * p_.rank_in * p_.rank_out * p_.kernel_h * p_.kernel_w : 0) +
+                          (g_.last ? outputs * p_.rank_out * p_.features : 0);
+    return image / (p_.height * kStep);
+  }
+
+  void sums(const Forward::Made& made) {
+    const Band& band = made.band;
+    const int64_t border = g_.back.padding_h, first = clamp(made.begin - border, 0, p_.out_height),
+                  last = clamp(made.end - border, first, p_.out_height);
+    if (first < last) {
+      sums_of_g(band.image, band.count, first, last, made.ahead);
+      const int64_t t1_row = padded_width(p_) * p_.rank_in, row = padded_width(g_.back) * p_.rank_out;
+      const Rows t1{t1_ + band.image * t1_image_ + first * p_.stride_h * t1_row, t1_image_, t1_row};
+      const Rows dz2{made.t1 + (border + first - made.begin) * row + g_.back.padding_w * p_.rank_out,
+                     made.t1_image, row};
+      if (g_.core) core_gradient(p_, t1, dz2, band.count, last - first, made.ahead, g_.core);
     }
-    if (g_.core) {
-      const float* const t1 = floats(g_.kept, p_.t1, n, count, t1_image_, g_.t1_at);
-      core_gradient(p_, t1, scratch_ + g_.dz2_at, g_.back.padding_h, g_.back.padding_w, count, g_.core);
-    }
-    if (g_.first) {
-      const Image in{x, p_.channels_last, x_image_, p_.channels_last ? 1 : p_.height * p_.width,
-                     p_.channels_last ? p_.channels : 1};
-      factor_gradient(scratch_ + g_.dz1_at, p_.rank_in, in, p_.channels, count, p_.height * p_.width,
-                      g_.first);
-    }
+    if (!g_.first) return;
+    const int64_t pixels = band.rows * p_.width;
+    const Image x =
+        image(x_ + band.image * x_image_, p_.channels_last, p_.channels, p_.height, p_.width, band.row);
+    factor_gradient(made.t2, p_.rank_in, pixels * p_.rank_in, x, p_.channels, band.count, pixels, made.ahead,
+                    g_.first);
+  }
+
+  // Rows first <= row < last of g and t2.
+  void sums_of_g(int64_t n, int64_t count, int64_t first, int64_t last, Ahead* ahead) {
+    const int64_t pixels = (last - first) * p_.out_width;
+    const Image g = image(grad_ + n * grad_image_, g_.grad_channels_last, p_.features, p_.out_height,
+                          p_.out_width, first);
+    if (g_.bias) bias_gradient(g, p_.features, count, pixels, g_.bias);
+    if (g_.last)
+      factor_gradient(t2_ + n * t2_image_ + first * p_.out_width * p_.rank_out, p_.rank_out, t2_image_, g,
+                      p_.features, count, pixels, ahead, g_.last);
+  }
+
+  static Image image(const float* data, bool channels_last, int64_t channels, int64_t height, int64_t width,
+                     int64_t row) {
+    const int64_t plane = height * width, pixel = channels_last ? channels : 1;
+    return {data + row * width * pixel, channels_last, channels * plane, channels_last ? 1 : plane, pixel};
   }
 
   // Saved numbers as floats: where they are, or widened into the scratch.
@@ -97,31 +175,12 @@ class Backward {
     return masked;
   }
 
-  // dz2, dz1 and dx of `count` images: the operator with transposed factors.
-  void backwards(int64_t n, int64_t count, int64_t end, const float* grad) {
-    const bool widened = p_.type != Tucker2Type::float32;
-    Tucker2Params back = g_.back;
-    back.images = grad >= scratch_ && grad < scratch_ + g_.scratch_floats ? count : end - n;
-    back.x = grad;
-    back.t1 = g_.core ? scratch_ + g_.dz2_at : nullptr;
-    back.t2 = g_.first ? scratch_ + g_.dz1_at : nullptr;
-    float* const dx = widened ? scratch_ + g_.dx_at : static_cast<float*>(g_.dx) + n * x_image_;
-    back.y = g_.dx ? dx : nullptr;
-    if (g_.first && !widened) {
-      back.soon = reinterpret_cast<const char*>(static_cast<const float*>(p_.x) + n * x_image_);
-      back.soon_bytes = 4 * x_image_;
-    }
-    Forward forward(back, g_.plan, scratch_);
-    for (int64_t i = 0; i < count; i += g_.plan.group_images)
-      forward.run(i, smaller(g_.plan.group_images, count - i), 0, back.out_height);
-    if (g_.dx && widened)
-      from_float(p_.type, dx, static_cast<uint16_t*>(g_.dx) + n * x_image_, count * x_image_);
-  }
-
   const Tucker2GradParams& g_;
   const Tucker2Params& p_;
   float* const scratch_;
-  const int64_t grad_image_, x_image_, t1_image_, t2_image_, dz2_image_, dz1_image_;  // in numbers
+  const int64_t grad_image_, x_image_, t1_image_, t2_image_;  // in numbers
+  const float *grad_ = nullptr, *x_ = nullptr, *t1_ = nullptr,
+              *t2_ = nullptr;  // of the images at hand
 };
 
 // The zeros that the phases of an upsampling core read around `size` input pixels.
@@ -133,6 +192,15 @@ int64_t border_of(int64_t stride, int64_t size, const F& phase) {
     if (c.taps && c.count) border = larger(border, larger(c.taps - 1 - c.source, c.source + c.count - size));
   }
   return border;
+}
+
+// Images at a time: those of a band, or so many that large sums, which caches do not keep, are touched seldom.
+int64_t images_together(const Tucker2GradParams& g, int64_t threads) {
+  constexpr int64_t kLargeSums = 256 << 10, kPixels = 512;  // bytes
+  const Tucker2Params& p = g.forward;
+  const int64_t core = 4 * p.rank_in * p.rank_out * p.kernel_h * p.kernel_w;
+  if (!g.core || core <= kLargeSums || g.plan.band_rows < p.height) return g.plan.group_images;
+  return clamp(kPixels / (p.out_height * p.out_width), g.plan.group_images, larger(1, p.images / threads));
 }
 
 }  // namespace
@@ -166,7 +234,7 @@ void tucker2_gradient_plan(Tucker2GradParams& g, int64_t threads) {
   back.x_row = back.x_pixel * p.out_width;
   back.t1 = back.t2 = nullptr;
   g.plan = tucker2_plan(back, threads);
-  g.group = clamp(larger(g.plan.group_images, kChunkPixels / plane), 1, ceil_div(p.images, threads));
+  g.group = images_together(g, threads);
 
   int64_t at = round_up(g.plan.scratch_floats, 16);
   auto take = [&](bool needed, int64_t floats) {
@@ -177,11 +245,12 @@ void tucker2_gradient_plan(Tucker2GradParams& g, int64_t threads) {
   const bool widens = p.type != Tucker2Type::float32, kept_widens = g.kept != Tucker2Type::float32;
   g.grad_at = take(widens || g.y, p.features * plane);
   g.x_at = take(widens && g.first, p.channels * p.height * p.width);
+  const bool together = g.group > g.plan.group_images;
+  g.dz2_at = take(together, padded_height(back) * padded_width(back) * p.rank_out);
+  g.dz1_at = take(together, p.height * p.width * p.rank_in);
   g.dx_at = take(widens && g.dx, p.channels * p.height * p.width);
   g.t1_at = take(kept_widens && g.core, padded_height(p) * padded_width(p) * p.rank_in);
   g.t2_at = take(kept_widens && g.last, plane * p.rank_out);
-  g.dz2_at = take(g.core, padded_height(back) * padded_width(back) * p.rank_out);
-  g.dz1_at = take(g.first, p.height * p.width * p.rank_in);
   g.scratch_floats = at;
 }
 

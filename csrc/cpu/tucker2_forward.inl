@@ -56,8 +56,22 @@ class Forward {
         t1_row_(stages_.t1_row()),
         far_(image_bytes(p) > kNearBytes) {}
 
+  // A band that is done: t2 of its pixels, and what it has added of t1, padded
+  // rows begin <= row < end of images that are t1_image floats apart.
+  struct Made {
+    Band band;
+    const float *t1, *t2;
+    Ahead* ahead;  // or null: what is still to be asked for
+    int64_t t1_image, begin, end;
+  };
+
   // Output rows first <= row < last of `count` images from `image` on.
   void run(int64_t image, int64_t count, int64_t first, int64_t last) {
+    run(image, count, first, last, [](const Made&) {});
+  }
+  // The same; then(made) after each band.
+  template <class F>
+  void run(int64_t image, int64_t count, int64_t first, int64_t last, const F& then) {
     image_ = image, count_ = count;
     have_end_ = 0;
     t1_image_ = (p_.t1 ? padded_height(p_) : plan_.t1_rows) * t1_row_;
@@ -65,6 +79,7 @@ class Forward {
     for (int64_t row = first; row < last; row += plan_.band_rows) {
       const Band band{image, count, row, smaller(plan_.band_rows, last - row)};
       const int64_t from = row * p_.stride_h, windows = (band.rows - 1) * p_.stride_h + window_rows();
+      const int64_t had = have_end_;
       if (p_.up.on)
         need_rows(0, padded_height(p_));
       else
@@ -72,9 +87,12 @@ class Forward {
       float* t2 = p_.t2 ? p_.t2 + (image * p_.out_height + row) * p_.out_width * words(p_.rank_out)
                         : scratch_ + plan_.t2_at;
       look_ahead(row, band.rows, last);
-      ahead_.spread_over(stages_.core_steps(band));
-      stages_.core(band, t1_ + (from - origin_) * t1_row_, t1_image_, t2, far_ ? &ahead_ : nullptr);
+      ahead_.spread_over(stages_.core_steps(band) + band.count * band.rows * p_.soon_steps);
+      const float* const t1 = p_.up.on ? t1_ : t1_ + (from - origin_) * t1_row_;
+      Ahead* const ahead = far_ ? &ahead_ : nullptr;
+      stages_.core(band, t1, t1_image_, t2, ahead);
       if (p_.y) stages_.last(band, t2);
+      then(Made{band, t1_ + (had - origin_) * t1_row_, t2, ahead, t1_image_, had, have_end_});
     }
   }
 
@@ -126,10 +144,10 @@ class Forward {
     else if (p_.y && !p_.channels_last)
       ahead_.add(y + row * p_.out_width * size, band * size, plane * size, count_ * p_.features);
 
-    if (p_.soon) {
-      const int64_t bytes = count_ * p_.soon_bytes, from = bytes / 64 * row / last * 64,
+    for (const Tucker2Soon& soon : p_.soon) {
+      const int64_t bytes = count_ * soon.bytes, from = bytes / 64 * row / last * 64,
                     to = bytes / 64 * (row + rows) / last * 64;
-      ahead_.add(p_.soon + image_ * p_.soon_bytes + from, to - from, 0, 1);
+      ahead_.add(soon.at + image_ * soon.bytes + from, to - from, 0, 1);
     }
     const bool next_image = row + rows >= last;
     const int64_t image = next_image ? image_ + count_ : image_;

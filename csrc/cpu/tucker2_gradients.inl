@@ -1,118 +1,179 @@
-// Weight gradients of tucker2: sums of outer products over pixels, k-major GEMMs on the same tiles as the
-// forward pass. The tensor of ranks is broadcast and the wide one fills the vectors, which at rank 16 halves
-// the loads per FMA; planes can only be broadcast.
+// Weight gradients of tucker2: sums of outer products over pixels. The tensor
+// of ranks is broadcast and the wide one fills the vectors, which at rank 16
+// halves the loads per FMA; planes can only be broadcast.
 #pragma once
 
-#include "cpu/tucker2_forward.inl"
+#include "cpu/tucker2_outer.inl"
 
 namespace kegfast::KEGFAST_ISA {
 namespace {
 
-constexpr int64_t kChunkPixels = 256;  // A and B of a chunk stay in L2 while the whole gradient is swept
-
-// Rows of pixels of two tensors that are multiplied pixel by pixel.
-struct RowPairs {
-  int64_t a[kChunkPixels], b[kChunkPixels];  // offsets of each row, in floats
-  int64_t count;
-};
-
-// C (M, N) += sum over rows and pixels of A[pixel, :M]^T B[pixel, :N].
-template <A kA>
-void outer_products(const float* a, int64_t a_step, int64_t m, const float* b, int64_t b_step, int64_t n,
-                    const RowPairs& rows, int64_t pixels, float* c) {
-  const int64_t vectors = ceil_div(n, kLanes);
-  const Cut cut = best_cut(vectors, m, rows.count * pixels, kMaxVectors);
-  const auto& tiles = kTiles<kA, B::plain, Bias::per_lane, 1>.f;
-  Tile tile{};
-  tile.a_step = a_step;
-  tile.segments = rows.a;
-  tile.segment_count = rows.count;
-  tile.segment_length = pixels;
-  tile.b_segments = rows.b;
-  tile.b_step = b_step;
-  tile.c_step = n;
-  tile.accumulate = true;
-  for (int64_t v = 0; v < vectors; v += cut.vectors) {
-    const int width = static_cast<int>(smaller(cut.vectors, vectors - v));
-    tile.b = b + v * kLanes;
-    tile.tail = static_cast<int>(smaller(kLanes, n - (v + width - 1) * kLanes));
-    int64_t done = 0;
-    for (int i = 0; i < cut.tiles; ++i) {
-      const int64_t next = (i + 1) * m / cut.tiles;
-      tile.a = a + (kA == A::k_major ? done : done * a_step);
-      tile.c = c + done * n + v * kLanes;
-      tiles[width][next - done](tile);
-      done = next;
-    }
-  }
-}
-
-// Calls f(rows, length) for chunks of about kChunkPixels pixels of `images` images whose pixels lie in a row,
-// `a_image` and `b_image` floats apart, `a_pixel` and `b_pixel` from one to the next.
+// Calls f(rows) for chunks of about `chunk` pixels of `images` images whose
+// pixels lie in a row, `a_image` and `b_image` floats apart, `a_pixel` and
+// `b_pixel` from one to the next.
 template <class F>
 void for_chunks(int64_t images, int64_t pixels, int64_t a_image, int64_t a_pixel, int64_t b_image,
-                int64_t b_pixel, const F& f) {
-  const int64_t together = clamp(kChunkPixels / pixels, 1, kChunkPixels);
+                int64_t b_pixel, const F& f, int64_t chunk = kChunkPixels) {
+  const int64_t together = clamp(chunk / pixels, 1, kChunkPixels);
   RowPairs rows;
   for (int64_t n = 0; n < images; n += together) {
     rows.count = smaller(together, images - n);
-    for (int64_t from = 0; from < pixels; from += kChunkPixels) {
+    for (int64_t from = 0; from < pixels; from += chunk) {
       for (int64_t i = 0; i < rows.count; ++i) {
         rows.a[i] = (n + i) * a_image + from * a_pixel;
         rows.b[i] = (n + i) * b_image + from * b_pixel;
       }
-      f(rows, smaller(kChunkPixels, pixels - from));
+      rows.pixels = smaller(chunk, pixels - from);
+      f(rows);
     }
   }
 }
 
-// Pixels of `ranks` contiguous numbers (t2, dz1) against images of `channels` channels (g, x), whose pixels lie
-// in a row: (ranks, channels) where channels are contiguous, else (channels, ranks).
+// Images of which `pixels` in a row are meant: where the first lies, and the
+// steps.
 struct Image {
   const float* data;
   bool channels_last;
-  int64_t image, channel, pixel;  // steps
+  int64_t image, channel, pixel;
 };
-void factor_gradient(const float* ranked, int64_t ranks, const Image& x, int64_t channels, int64_t images,
-                     int64_t pixels, float* c) {
+
+// Pixels of `ranks` contiguous numbers (t2, dz1) against those of `channels`
+// channels (g, x): (ranks, channels) where channels are contiguous, else
+// (channels, ranks).
+void factor_gradient(const float* ranked, int64_t ranks, int64_t ranked_image, const Image& x,
+                     int64_t channels, int64_t images, int64_t pixels, Ahead* ahead, float* c) {
   if (x.channels_last)
-    for_chunks(images, pixels, pixels * ranks, ranks, x.image, x.pixel, [&](const RowPairs& rows, int64_t n) {
-      outer_products<A::k_major>(ranked, ranks, ranks, x.data, x.pixel, channels, rows, n, c);
+    for_chunks(images, pixels, ranked_image, ranks, x.image, x.pixel, [&](const RowPairs& rows) {
+      outer_products<A::k_major>(ranked, ranks, ranks, x.data, x.pixel, channels, rows, ahead, c);
     });
   else
-    for_chunks(images, pixels, x.image, x.pixel, pixels * ranks, ranks, [&](const RowPairs& rows, int64_t n) {
-      outer_products<A::row_major>(x.data, x.channel, channels, ranked, ranks, ranks, rows, n, c);
+    for_chunks(images, pixels, x.image, x.pixel, ranked_image, ranks, [&](const RowPairs& rows) {
+      outer_products<A::row_major>(x.data, x.channel, channels, ranked, ranks, ranks, rows, ahead, c);
     });
 }
 
-// dz2 with its border against the windows of t1: per segment (R2, length of the segment).
-void core_gradient(const Tucker2Params& p, const float* t1, const float* dz2, int64_t border_h,
-                   int64_t border_w, int64_t images, float* c) {
-  const int64_t r1 = p.rank_in, r2 = p.rank_out, height = p.out_height, width = p.out_width;
-  const int64_t t1_row = padded_width(p) * r1, dz2_row = (width + 2 * border_w) * r2;
-  const int64_t t1_image = padded_height(p) * t1_row, dz2_image = (height + 2 * border_h) * dz2_row;
+template <int Step>
+KEGFAST_INLINE Floats fold_pixels(Floats v) {
+  if constexpr (Step < kLanes) return fold_pixels<2 * Step>(add_swapped<Step>(v));
+  return v;
+}
+
+constexpr int64_t kLanesChunk = 4096;  // floats of either tensor: in L1
+
+// Ranks of 2, 4 and 8, alike: a vector holds kLanes / R pixels of t1, and each of dz2's channels is spread over
+// theirs. c (R, 3 R) += the three taps of a window's row.
+template <int R>
+void three_taps(const float* dz2, const float* t1, const RowPairs& rows, Ahead* ahead, float* c) {
+  constexpr int kPixels = kLanes / R, kTaps = 3,
+                kOutputs = R < 4 ? R : 4;  // at a time
+  constexpr int kChains = chains(kOutputs * kTaps);
+  for (int from = 0; from < R; from += kOutputs) {
+    Ints spread[kOutputs];
+    for (int o = 0; o < kOutputs; ++o)
+      for (int l = 0; l < kLanes; ++l) spread[o][l] = l / R * R + from + o;
+    Floats acc[kChains][kOutputs][kTaps] = {};
+    const auto step = [&](Floats d, const float* window, int lanes,
+                          Floats(&sums)[kOutputs][kTaps]) __attribute__((always_inline)) {
+      Floats w[kTaps];
+      KEGFAST_UNROLL
+      for (int j = 0; j < kTaps; ++j)
+        w[j] = lanes == kLanes ? load_unaligned(window + j * R) : load_first(window + j * R, lanes);
+      KEGFAST_UNROLL
+      for (int o = 0; o < kOutputs; ++o) {
+        const Floats x = __builtin_shuffle(d, spread[o]);
+        KEGFAST_UNROLL
+        for (int j = 0; j < kTaps; ++j) sums[o][j] += x * w[j];
+      }
+    };
+    for (int64_t r = 0; r < rows.count; ++r) {
+      const float *d = dz2 + rows.a[r], *window = t1 + rows.b[r];
+      int64_t left = rows.pixels;
+      for (; left >= kChains * kPixels; left -= kChains * kPixels) {
+        if (ahead && left % kAheadSteps == 0) ahead->step();
+        KEGFAST_UNROLL
+        for (int i = 0; i < kChains; ++i, d += kLanes, window += kLanes)
+          step(load_unaligned(d), window, kLanes, acc[i]);
+      }
+      if (ahead) ahead->step();
+      for (; left > 0; left -= kPixels, d += kLanes, window += kLanes) {
+        const int lanes = static_cast<int>(smaller(left, kPixels)) * R;
+        step(load_first(d, lanes), window, lanes, acc[0]);
+      }
+    }
+    for (int o = 0; o < kOutputs; ++o)
+      for (int j = 0; j < kTaps; ++j) {
+        Floats sum = acc[0][o][j];
+        for (int i = 1; i < kChains; ++i) sum += acc[i][o][j];
+        float* const to = c + ((from + o) * kTaps + j) * R;
+        store_first(to, fold_pixels<R>(sum) + load_first(to, R), R);
+      }
+  }
+}
+
+bool spreads(const Tucker2Params& p) {
+  const int64_t r = p.rank_in;
+  return kLanes >= 8 && r == p.rank_out && 2 * r <= kLanes && (r == 2 || r == 4 || r == 8) &&
+         p.kernel_w == 3 && p.dilation_w == 1 && p.stride_w == 1;
+}
+
+void three_taps(int64_t r, const float* dz2, const float* t1, const RowPairs& rows, Ahead* ahead, float* c) {
+  if constexpr (kLanes >= 16)
+    if (r == 8) return three_taps<8>(dz2, t1, rows, ahead, c);
+  if constexpr (kLanes >= 8) {
+    if (r == 4) return three_taps<4>(dz2, t1, rows, ahead, c);
+    if (r == 2) return three_taps<2>(dz2, t1, rows, ahead, c);
+  }
+}
+
+// The first of some rows of an intermediate in `images` images.
+struct Rows {
+  const float* data;
+  int64_t image, row;  // steps
+};
+
+constexpr int64_t kQuickSums = 16 * kLanes;
+
+// `height` rows of dz2 against the windows of t1: per segment (R2, length of the segment).
+void core_gradient(const Tucker2Params& p, const Rows& t1, const Rows& dz2, int64_t images, int64_t height,
+                   Ahead* ahead, float* c) {
+  const int64_t r1 = p.rank_in, r2 = p.rank_out, width = p.out_width;
   const Window window = core_window(p);
-  const float* const inner = dz2 + border_h * dz2_row + border_w * r2;
-  const auto taps = [&](const RowPairs& rows, int64_t pixels) {
+  const int64_t t1_step = p.stride_w * r1, block = r2 * window.length;
+  const bool lanes = spreads(p), together = window.length <= kLanes && p.dilation_w == 1;
+  const auto taps = [&](const RowPairs& rows) {
+    if (together && !lanes) {
+      const Outer outer{dz2.data, r2, t1.data,       t1_step, p.dilation_h * t1.row,
+                        &rows,    c,  window.length, block,   static_cast<int>(window.length),
+                        ahead};
+      return outer_products<A::k_major, Lanes::segments>(outer, r2, window.segments);
+    }
     for (int64_t s = 0; s < window.segments; ++s) {
       const int64_t i = p.dilation_w == 1 ? s : s / p.kernel_w, j = p.dilation_w == 1 ? 0 : s % p.kernel_w;
-      outer_products<A::k_major>(inner, r2, r2, t1 + i * p.dilation_h * t1_row + j * p.dilation_w * r1,
-                                 p.stride_w * r1, window.length, rows, pixels, c + s * r2 * window.length);
+      const float* const from = t1.data + i * p.dilation_h * t1.row + j * p.dilation_w * r1;
+      if (lanes)
+        three_taps(r1, dz2.data, from, rows, ahead, c + s * block);
+      else
+        outer_products<A::k_major>(dz2.data, r2, r2, from, t1_step, window.length, rows, ahead,
+                                   c + s * block);
     }
   };
-  // Where both have rows of one length, the border's zeros between dz2's rows are cheaper than stopping there.
-  if (p.stride_h * p.stride_w == 1 && padded_width(p) == width + 2 * border_w)
-    return for_chunks(images, (height - 1) * padded_width(p) + width, dz2_image, r2, t1_image, r1, taps);
+  // Where both have rows of one length and a pixel is quickly done, the border's zeros between dz2's rows are
+  // cheaper than stopping there.
+  const bool narrow = lanes || r2 * window.length <= kQuickSums;
+  if (narrow && p.stride_h * p.stride_w == 1 && t1.row * r2 == dz2.row * r1)
+    return for_chunks(images, (height - 1) * (t1.row / r1) + width, dz2.image, r2, t1.image, r1, taps,
+                      lanes ? kLanesChunk / r1 : kChunkPixels);
   const int64_t step = clamp(kChunkPixels / width, 1, kChunkPixels);
   RowPairs rows;
+  rows.pixels = width;
   for (int64_t row = 0; row < images * height; row += step) {
     rows.count = smaller(step, images * height - row);
     for (int64_t i = 0; i < rows.count; ++i) {
       const int64_t n = (row + i) / height, r = (row + i) % height;
-      rows.a[i] = n * dz2_image + r * dz2_row;
-      rows.b[i] = n * t1_image + r * p.stride_h * t1_row;
+      rows.a[i] = n * dz2.image + r * dz2.row;
+      rows.b[i] = n * t1.image + r * p.stride_h * t1.row;
     }
-    taps(rows, width);
+    taps(rows);
   }
 }
 

@@ -196,7 +196,7 @@ Tucker2Plan tucker2_plan(const Tucker2Params& p, int64_t threads) {
     const int64_t fit = larger(1, kWindowBytes / (4 * row * padded_height(p)));
     plan.group_images = clamp(pixels / image_pixels, 1, smaller(fit, ceil_div(p.images, threads)));
   }
-  if (p.up.on) plan.band_rows = p.out_height, plan.group_images = 1;
+  if (p.up.on) plan.group_images = 1;
   const int64_t needed = (plan.band_rows - 1) * p.stride_h + halo;
   plan.t1_rows = smaller(padded_height(p), larger(needed, kWindowBytes / (4 * row)));
   if (plan.group_images > 1 || p.up.on) plan.t1_rows = padded_height(p);

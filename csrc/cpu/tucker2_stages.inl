@@ -73,13 +73,22 @@ class Stages {
       const int64_t vectors = ceil_div(p_.rank_out, 2 * kLanes);
       return points_of(edge) * vectors * ceil_div(tiles, pixels) * ceil_div(p_.rank_in, kAheadSteps);
     }
-    const Window window = core_window(p_);
-    int64_t each = 0;  // of a tile
-    for_parts(p_.rank_out, window, true, [&](const Part& part, int64_t) {
-      each += ceil_div(part.outputs * part.group, 2 * kLanes) * window.segments *
-              ceil_div(window.length, kAheadSteps * part.group);
-    });
-    return each * band.count * band.rows * ceil_div(p_.out_width, pixels);
+    const auto row = [&](Window window, int64_t width) {
+      int64_t each = 0;  // of a tile
+      for_parts(p_.rank_out, window, true, [&](const Part& part, int64_t) {
+        each += ceil_div(part.outputs * part.group, 2 * kLanes) * window.segments *
+                ceil_div(window.length, kAheadSteps * part.group);
+      });
+      return each * ceil_div(width, pixels);
+    };
+    if (!p_.up.on) return band.count * band.rows * row(core_window(p_), p_.out_width);
+    int64_t phases = 0;
+    for (int64_t a = 0; a < p_.up.stride_h; ++a)
+      for (int64_t b = 0; b < p_.up.stride_w; ++b) {
+        const Comb w = comb_w(p_, b);
+        phases += row({comb_h(p_, a).taps * w.taps, words(p_.rank_in)}, w.count);
+      }
+    return ceil_div(band.rows, p_.up.stride_h) * phases;
   }
 
   // t2 of a band from t1 at its first window, whose images are t1_image floats apart.
@@ -93,7 +102,7 @@ class Stages {
       return Winograd<4>(p_, packed, tiles, ahead).run(tiled);
     }
 #endif
-    if (p_.up.on) return core_phases(t1, t2, ahead);
+    if (p_.up.on) return core_phases(band, t1, t2, ahead);
     const Window window = core_window(p_);
     Tile tile{};
     tile.segments = window_;
@@ -158,8 +167,9 @@ class Stages {
       sweep<A::k_major>(tile, grid, 1, p_.rank_in);
   }
 
-  // The upsampling core of one image: every phase fills its own comb of the output.
-  void core_phases(const float* t1, float* t2, Ahead* ahead) {
+  // The upsampling core of one image's rows, from all of its t1: every phase
+  // fills its own comb of the output.
+  void core_phases(const Band& band, const float* t1, float* t2, Ahead* ahead) {
     Tile tile{};
     tile.segments = window_;
     tile.segment_length = words(p_.rank_in);
@@ -173,17 +183,19 @@ class Stages {
     for (int64_t a = 0; a < p_.up.stride_h; ++a)
       for (int64_t b = 0; b < p_.up.stride_w; ++b) {
         const Comb h = comb_h(p_, a), w = comb_w(p_, b);
-        tile.c = out + h.first * row + w.first * p_.rank_out;
+        const int64_t skipped = ceil_div(larger(0, band.row - h.first), p_.up.stride_h),
+                      end = ceil_div(larger(0, band.row + band.rows - h.first), p_.up.stride_h);
+        tile.c = out + (h.first + skipped * p_.up.stride_h - band.row) * row + w.first * p_.rank_out;
         tile.segment_count = h.taps * w.taps;
-        const Grid grid{1, h.count, w.count, 0, t1_row(), 0, p_.up.stride_h * row};
+        const Grid grid{1, larger(0, end - skipped), w.count, 0, t1_row(), 0, p_.up.stride_h * row};
         if (tile.segment_count == 0) {
           clear(tile, grid);
           continue;
         }
         for (int64_t s = 0; s < tile.segment_count; ++s)
-          window_[s] = (p_.padding_h + h.source - s / w.taps) * t1_row() +
+          window_[s] = (p_.padding_h + h.source + skipped - s / w.taps) * t1_row() +
                        (p_.padding_w + w.source - s % w.taps) * tile.a_step;
-        if (h.count && w.count) sweep<A::row_major>(tile, grid, tile.a_step, p_.rank_out);
+        if (grid.rows && grid.pixels) sweep<A::row_major>(tile, grid, tile.a_step, p_.rank_out);
         tile.b += packed_floats(p_.rank_out, {tile.segment_count, tile.segment_length});
       }
   }

@@ -26,9 +26,13 @@ struct Cut {
 
 constexpr int64_t kNearVectors = 256;  // of B: what L1 keeps beside A and C
 
-// Fewest half cycles for sums of `length`: the larger of FMA count, load count and FMA latency in the loop, what
-// storing a pixel costs beside its vectors, and B's way from L2.
-inline Cut best_cut(int64_t vectors, int64_t pixels, int64_t length, int max_vectors) {
+constexpr int64_t kLatency = 8;  // half cycles of an FMA
+
+// Fewest half cycles for sums of `length`: the larger of FMA count, load count
+// and FMA latency in the loop, what storing a pixel costs beside its vectors,
+// and B's way from L2.
+inline Cut best_cut(int64_t vectors, int64_t pixels, int64_t length, int max_vectors,
+                    int64_t latency = kLatency) {
   constexpr int64_t kPixelCost = 7;
   const bool far = length * vectors > kNearVectors;
   Cut best{1, 1};
@@ -37,7 +41,7 @@ inline Cut best_cut(int64_t vectors, int64_t pixels, int64_t length, int max_vec
     const int tiles = static_cast<int>(ceil_div(pixels, max_pixels(v)));
     const int64_t narrow = pixels / tiles, wider = pixels % tiles;
     auto cycles = [&](int64_t width, int64_t n) {
-      const int64_t step = larger(larger(width * n, width + n), 8) + (far ? n : 0);
+      const int64_t step = larger(larger(width * n, width + n), latency) + (far ? n : 0);
       return length * step + kPixelCost * width;
     };
     auto row = [&](int64_t n) {
@@ -49,17 +53,17 @@ inline Cut best_cut(int64_t vectors, int64_t pixels, int64_t length, int max_vec
   return best;
 }
 
-template <A kA, B kB, Bias kBias, int Group>
-inline constexpr TileTable<kA, kB, Group, kBias> kTiles{};
+template <A kA, Bias kBias, int Group>
+inline constexpr TileTable<kA, Group, kBias> kTiles{};
 
 template <A kA, Bias kBias>
 inline const TileFunction (*tiles_of(int group)) [kMaxPixels + 1] {
   if constexpr (kA == A::row_major && kLanes == 16) {
-    if (group == 2) return kTiles<kA, B::packed, kBias, 2>.f;
-    if (group == 4) return kTiles<kA, B::packed, kBias, 4>.f;
-    if (group == 8) return kTiles<kA, B::packed, kBias, 8>.f;
+    if (group == 2) return kTiles<kA, kBias, 2>.f;
+    if (group == 4) return kTiles<kA, kBias, 4>.f;
+    if (group == 8) return kTiles<kA, kBias, 8>.f;
   }
-  return kTiles<kA, B::packed, kBias, 1>.f;
+  return kTiles<kA, kBias, 1>.f;
 }
 
 // The calls of one tile that make up its whole sum: f(tile, offset in A, offset in B), bias and ReLU with the

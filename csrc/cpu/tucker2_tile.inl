@@ -3,10 +3,9 @@
 //
 //   C[j, :] (+)= sum over segments s and k < length of A(s, k, j) * B[s * length + k, :]
 //
-// A is read one word at a time and broadcast, B by whole vectors of words (tucker2_number.inl: a word is a float
-// or a pair of bfloat16, and k, segments and steps of A and B count words; C counts numbers). Forward stages are GEMMs over pixels (j)
-// in which the core's kh x kw window is kh segments of kw * R1 contiguous floats; weight gradients are GEMMs
-// whose k runs over pixels.
+// A is read one word at a time and broadcast, B by whole vectors of words, zero-padded (tucker2_number.inl: a word is
+// a float or a pair of bfloat16, and k, segments and steps of A and B count words; C counts numbers). The stages are
+// GEMMs over pixels (j) in which the core's kh x kw window is kh segments of kw * R1 contiguous floats.
 #pragma once
 
 #include "cpu/tucker2_number.inl"
@@ -45,7 +44,7 @@ class Ahead {
     const char* at;
     int64_t run, stride, runs;  // `runs` stretches of `run` bytes, `stride` apart
   };
-  Block blocks_[3];
+  Block blocks_[5];
   int count_ = 0, current_ = 0;
   int64_t offset_ = 0, lines_ = 0, per_step_ = 0;
 };
@@ -56,8 +55,7 @@ struct Tile {
   const int64_t* segments;  // offsets from a, in floats
   int64_t segment_count, segment_length;
   const float* b;
-  const int64_t* b_segments;  // offsets from b per segment, or null: B is contiguous over segments
-  int64_t b_step, b_vector;   // floats from one k, one vector to the next
+  int64_t b_vector;  // floats from one vector to the next
   Number* c;
   int64_t c_step;
   const float* bias;  // added where not null: per lane (channels in lanes) or per j
@@ -67,7 +65,6 @@ struct Tile {
 };
 
 enum class A { row_major, k_major };  // k_major: A(s, k, j) at a + segment + k * a_step + j
-enum class B { packed, plain };  // packed: rows of kLanes, zero-padded; plain: any step, last vector masked
 enum class Bias { per_lane, per_row };
 
 // Register budget: Pixels * Vectors accumulators, one B vector per column, one broadcast.
@@ -176,15 +173,14 @@ KEGFAST_INLINE void store_tile(const Tile& t, const Floats (&acc)[Pixels][Vector
   finish_tile<Pixels, Vectors, Group, kBias, Finish::store>(t, acc);
 }
 
-template <int Pixels, int Vectors, A kA, B kB, int Group, Bias kBias>
+template <int Pixels, int Vectors, A kA, int Group, Bias kBias>
 void run_tile(const Tile& t) {
-  static_assert(Group == 1 || (Vectors == 1 && kA == A::row_major && kB == B::packed));
+  static_assert(Group == 1 || (Vectors == 1 && kA == A::row_major));
   constexpr int kBases = kA == A::row_major ? (Pixels + 2) / 3 : 1;  // x86 addresses base + {0, 1, 2} * step
   Floats acc[Pixels][Vectors] = {};
-  const int64_t a_step = t.a_step, b_vector = t.b_vector, b_step = kB == B::packed ? kLanes : t.b_step;
+  const int64_t a_step = t.a_step, b_vector = t.b_vector;
   const float* b = t.b;
   for (int64_t s = 0; s < t.segment_count; ++s) {
-    if (kB == B::plain && t.b_segments) b = t.b + t.b_segments[s];
     const float* base[kBases];
     KEGFAST_UNROLL
     for (int i = 0; i < kBases; ++i) base[i] = t.a + t.segments[s] + 3 * i * a_step;
@@ -195,10 +191,7 @@ void run_tile(const Tile& t) {
       for (int64_t k = part; k >= Group; k -= Group) {
         Floats w[Vectors];
         KEGFAST_UNROLL
-        for (int v = 0; v < Vectors; ++v)
-          w[v] = kB == B::plain && v == Vectors - 1 ? load_first(b + v * kLanes, t.tail)
-                 : kB == B::plain                   ? load_unaligned(b + v * kLanes)
-                                                    : load_unaligned(b + v * b_vector);
+        for (int v = 0; v < Vectors; ++v) w[v] = load_unaligned(b + v * b_vector);
         KEGFAST_UNROLL
         for (int j = 0; j < Pixels; ++j) {
           const Floats x =
@@ -206,7 +199,7 @@ void run_tile(const Tile& t) {
           KEGFAST_UNROLL
           for (int v = 0; v < Vectors; ++v) acc[j][v] = multiply_add(x, w[v], acc[j][v]);
         }
-        b += b_step;
+        b += kLanes;
         KEGFAST_UNROLL
         for (int i = 0; i < kBases; ++i) {
           base[i] += kA == A::row_major ? Group : a_step;
@@ -221,7 +214,7 @@ void run_tile(const Tile& t) {
       for (int j = 0; j < Pixels; ++j)
         acc[j][0] = multiply_add(
             splat_rest<Group>(base[kA == A::row_major ? j / 3 : 0] + (j % 3) * a_step, rest), w, acc[j][0]);
-      b += b_step;
+      b += kLanes;
     }
   }
   if constexpr (Group > 1) {
@@ -233,14 +226,14 @@ void run_tile(const Tile& t) {
 
 using TileFunction = void (*)(const Tile&);
 
-template <A kA, B kB, int Group, Bias kBias>
+template <A kA, int Group, Bias kBias>
 struct TileTable {
   TileFunction f[kMaxVectors + 1][kMaxPixels + 1] = {};
   template <int Vectors, int Pixels>
   constexpr void fill() {
     if constexpr (Vectors <= (Group > 1 ? 1 : kMaxVectors)) {
       if constexpr (Pixels <= max_pixels(Vectors)) {
-        f[Vectors][Pixels] = &run_tile<Pixels, Vectors, kA, kB, Group, kBias>;
+        f[Vectors][Pixels] = &run_tile<Pixels, Vectors, kA, Group, kBias>;
         fill<Vectors, Pixels + 1>();
       } else {
         fill<Vectors + 1, 1>();

@@ -26,6 +26,9 @@ KEGFAST_INLINE Floats relu(Floats v) {
 KEGFAST_INLINE Floats load_first(const float* p, int n) {
 #if defined(__AVX512F__)
   return (Floats)_mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << n) - 1), p);
+#elif defined(__AVX2__)
+  const __m256i lanes = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+  return (Floats)_mm256_maskload_ps(p, _mm256_cmpgt_epi32(_mm256_set1_epi32(n), lanes));
 #else
   Floats v{};
   for (int i = 0; i < n; ++i) v[i] = p[i];
