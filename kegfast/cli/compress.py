@@ -51,6 +51,9 @@ def run(args: argparse.Namespace) -> None:
     from kegfast.files import write_json
     from kegfast.report import Page
 
+    budget = parse_budget(args.budget)
+    if args.example is None and (kinds := {"flops", "memory", "latency"}.intersection(budget or ())):
+        raise ValueError(f"example must be given with a budget of {kinds.pop()}: --example N,C,H,W")
     device = options.pick_device(args.device)
     described = args.data is not None or args.sample_shape is not None
     info = options.sample_info(args) if described else None
@@ -61,7 +64,7 @@ def run(args: argparse.Namespace) -> None:
     torch.manual_seed(args.seed)
     student, report = compression.compress(
         model, parse_ranks(args.rank), include=args.include, exclude=args.exclude,
-        budget=parse_budget(args.budget), example_input=_example(args.example, model),
+        budget=budget, example_input=_example(args.example, model),
         calibration=_calibration(args, info, device), samples=args.samples, round_to=args.round_to,
     )  # fmt: skip
     options.save_model(student, args.out, args.model)

@@ -75,7 +75,8 @@ def compress(
             most 256 images of 32 x 32 or their like); BatchNorm statistics are then moved as they move
             on both models.
         samples: how many to draw from `calibration`. Anything with `.sample(n)` is asked for eight times
-            as many where that is cheap, and those are kept that fall into a classifier's classes alike.
+            as many where that is cheap, and those are kept that fall into a classifier's classes alike;
+            samples that are changed are not, as they are led to all classes.
         measure: time dense, unfused and fused layers on `example_input` and keep what is fastest;
             the whole model is then never slower than before. Under a budget or explicit ranks a layer
             may lose as long as the model does not.
@@ -266,7 +267,10 @@ def _rule_rank(
     if isinstance(rule, tuple | list) and not named and len(rule) == 2:
         sides = zip(rule, (weight.shape[1], weight.shape[0]), strict=True)
         rule = tuple(None if r is None else min(r, channels) for r, channels in sides)
-    chosen = ranks.layer_rank(weight, rule)
+    try:
+        chosen = ranks.layer_rank(weight, rule)
+    except ValueError as error:
+        raise ValueError(f"rank of {site.name or 'the model'}: {error}") from error
     entry.rank_before_rounding = chosen
     rounded = round_rank(chosen, weight.shape, round_to) if round_to else chosen
     saved = weight.numel() - costs.factor_parameters(weight.shape, rounded)

@@ -10,7 +10,7 @@ from kegfast.check import expected
 from kegfast.compression.decompose import Metric
 from kegfast.compression.matching import match_statistics
 from kegfast.compression.norms import look_familiar
-from kegfast.compression.samples import gather, probes
+from kegfast.compression.samples import gather, of_every_class, probes
 from kegfast.compression.sensitivity import metrics
 from kegfast.compression.surgery import Site
 from kegfast.compression.traffic import Inputs, Traffic, trace
@@ -65,6 +65,8 @@ def collect(
         if not evidence.probes and not look_familiar(model, evidence.samples):
             evidence.synthetic = True
             evidence.samples = match_statistics(model, evidence.samples)
+        elif not evidence.probes:
+            evidence.samples = of_every_class(model, evidence.samples, calibration)
         if budget:
             evidence.metrics = metrics(model, selected, evidence.samples, noise=evidence.probes)
     return evidence

@@ -23,8 +23,7 @@ CHUNK = 256
 def gather(calibration: Any, n: int, model: nn.Module) -> Tensor:
     """n unlabelled samples from a tensor, a Dataset, a DataLoader or anything with `.sample(n)`.
 
-    A source makes more than n, and those are kept that a classifier puts into all its classes alike: noise
-    and made images fall into few of them, and leave the others to chance.
+    They come on the model's device and in its dtype; it has been seen to take them.
     """
     if isinstance(calibration, Tensor):
         samples = calibration[:n]
@@ -46,28 +45,38 @@ def gather(calibration: Any, n: int, model: nn.Module) -> Tensor:
     else:
         what = "a tensor, a Dataset, a DataLoader or an object with .sample(n)"
         raise TypeError(expected("calibration", what, calibration))
+    like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
+    samples = _checked(samples).to(like)
+    with evaluation(model), check.accepts("calibration", samples):
+        model(samples[:2])
+    return samples
+
+
+def _checked(samples: Any) -> Tensor:
     if not isinstance(samples, Tensor) or not samples.is_floating_point():
         raise TypeError(expected("calibration", "of floating-point values", samples))
     if len(samples) < 2 or not bool(samples.isfinite().all()):
         raise ValueError(expected("calibration", "at least two finite samples", samples))
-    like = next((p for p in model.parameters() if p.is_floating_point()), samples)
-    samples = samples.detach().to(like)
-    with evaluation(model), check.accepts("calibration", samples):
-        model(samples[:2])
-    return balanced(model, samples, n)
+    return samples.detach()
 
 
-def _drawn(source: Any, n: int) -> Tensor:
-    """What a source makes for a choice of n: first n, then as many more as `BANK` allows."""
-    first = source.sample(n)
-    first = first[0] if isinstance(first, tuple | list) else first
-    if not isinstance(first, Tensor) or not len(first):
-        return first
-    more = min((BANK - 1) * n, BANK_NUMBERS // first[0].numel() - n)
-    if more <= 0:
-        return first
-    rest = source.sample(more)
-    return torch.cat([first, rest[0] if isinstance(rest, tuple | list) else rest])
+def _drawn(source: Any, n: int) -> Any:
+    drawn = source.sample(n)
+    return drawn[0] if isinstance(drawn, tuple | list) else drawn
+
+
+def of_every_class(model: nn.Module, samples: Tensor, calibration: Any) -> Tensor:  # (n, ...)
+    """As many samples, chosen with others of a source so that a classifier puts them into all classes alike.
+
+    Noise and made images fall into few classes, and leave the others to chance. What the caller chose, in a
+    tensor or a data set, stays as it is, and so do samples that `BANK_NUMBERS` leaves no choice of.
+    """
+    n = len(samples)
+    more = min((BANK - 1) * n, BANK_NUMBERS // max(samples[0].numel(), 1) - n)
+    if isinstance(calibration, Tensor) or not hasattr(calibration, "sample") or more <= 0:
+        return samples
+    others = _checked(_drawn(calibration, max(more, 2))).to(samples)
+    return balanced(model, torch.cat([samples, others]), n)
 
 
 @torch.no_grad()
@@ -76,8 +85,6 @@ def balanced(model: nn.Module, samples: Tensor, n: int) -> Tensor:  # (m, ...) -
 
     Outputs that are no table of logits have no classes: the first n stay.
     """
-    if len(samples) <= n:
-        return samples
     with evaluation(model):
         answers = [answers_of(model(chunk)) for chunk in samples.split(CHUNK)]
     if answers[0] is None:

@@ -100,6 +100,7 @@ SHORT = {
         ("compress TEACHER --rank a=2 0.5", "PATTERN=RULE for each pattern, got '0.5'"),
         ("compress TEACHER --budget 0.4", "budget must be KIND=SHARE"),
         ("compress TEACHER --budget size=0.4", "budget must be one of"),
+        ("compress TEACHER --budget flops=0.4", "example must be given with a budget of flops: --example"),
         ("compress TEACHER --example 1,x", "example must be a shape"),
         ("compress TEACHER --example 0,6", "example must be a shape"),
         ("compress TEACHER --example 2,5", "example_input must be what the model takes"),

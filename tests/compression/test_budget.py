@@ -19,7 +19,7 @@ from kegfast.compression.evidence import Evidence
 from kegfast.compression.matching import match_statistics
 from kegfast.compression.norms import batch_statistics, look_familiar, reestimate_norms
 from kegfast.compression.refit import refit
-from kegfast.compression.samples import balanced, gather, probes
+from kegfast.compression.samples import balanced, gather, of_every_class, probes
 from kegfast.models import LeNet5, ResNet14
 
 
@@ -246,14 +246,15 @@ def test_sources_give_every_class_alike() -> None:
             return torch.randn(n, 4, generator=rng) - 0.5, None
 
     rng = torch.Generator().manual_seed(0)
-    samples = gather(Skewed(), 60, Sign())
+    first = gather(Skewed(), 60, Sign())
+    samples = of_every_class(Sign(), first, Skewed())
     assert samples.shape == (60, 4)
     assert Sign()(samples[:9]).argmax(1).bincount(minlength=3).tolist() == [3, 3, 3]  # so is every prefix
     counts = Sign()(samples).argmax(1).bincount(minlength=3).tolist()
     assert max(counts) - 1 <= 31  # some class is rare; the others share what it leaves
     assert abs(counts[0] - counts[1]) <= 1
     given = torch.randn(70, 4)
-    assert torch.equal(gather(given, 60, Sign()), given[:60])  # what the caller chose stays as it is
+    assert of_every_class(Sign(), given, given) is given  # what the caller chose stays as it is
     flat = nn.Flatten(0)  # no table of logits
     assert torch.equal(balanced(flat, given, 8), given[:8])
 

@@ -170,7 +170,7 @@ def test_ranks_are_rounded_up_where_it_saves():
         ({"include": "nothing*"}, "include must match a layer"),
         ({"exclude": ["nothing*"]}, "exclude must match a layer"),
         ({"rank": {"nothing": "evbmf"}}, "rank must match a layer"),
-        ({"rank": {"conv1": (2, 6)}}, "in_rank must be an int from 1 to 1"),
+        ({"rank": {"conv1": (2, 6)}}, "rank of conv1: in_rank must be an int from 1 to 1"),
         ({"rank": "svd"}, "rank must be"),
         ({"rank": {"conv3": (16, 120)}, "budget": {"params": 0.2}}, r"budget\['params'\] must be at least"),
         ({"budget": {"size": 0.5}}, "budget must be"),
