@@ -117,7 +117,7 @@ class Objective(nn.Module):
                 continue
             value = self._value(term, batch)
             total = total + weight * value
-            values[term.name] = value
+            values[term.name] = values.get(term.name, 0.0) + value
         if not values:
             raise ValueError(expected("loss", "at least one term with a weight", self.terms))
         return {"loss": total} if len(self.terms) == 1 else {"loss": total, **values}

@@ -68,6 +68,12 @@ def test_a_sum_reports_its_terms(batch):
     torch.testing.assert_close(values["loss"], values["soft_target"] + 25 * values["rkd_distance"])
 
 
+def test_terms_of_one_name_are_reported_as_their_sum(batch):
+    values = Objective("hint@a+hint@b=c:2")(batch)
+    first, second = (Objective(text)(batch)["loss"] for text in ("hint@a", "hint@b=c"))
+    torch.testing.assert_close(values, {"loss": first + 2 * second, "hint": first + second})
+
+
 def test_alpha_mixes_the_labels_in(batch):
     value = Objective("soft_target", alpha=0.25, temperature=3.0)(batch)["loss"]
     expected = losses.soft_target(batch.student, batch.teacher, batch.labels, alpha=0.25, temperature=3.0)
