@@ -56,23 +56,27 @@ kegfast::Tucker2Prepared* prepared(PyObject* address) {
 constexpr int64_t kShareWork = 1'000'000;  // multiply-adds from which other Python threads may run meanwhile
 
 PyObject* run_tucker2(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
-  if (count != 4) {
-    PyErr_SetString(PyExc_TypeError,
-                    "run_tucker2 takes a prepared call, x's _cdata and addresses of x and y");
+  if (count != 6) {
+    PyErr_SetString(
+        PyExc_TypeError,
+        "run_tucker2 takes a prepared call, _cdata and address of x and of the addend, and y's address");
     return nullptr;
   }
   const auto* const call = prepared(arguments[0]);
-  auto* const x_implementation = PyLong_AsVoidPtr(arguments[1]);
-  const auto* const x = static_cast<const float*>(PyLong_AsVoidPtr(arguments[2]));
-  auto* const y = static_cast<float*>(PyLong_AsVoidPtr(arguments[3]));
+  const auto given = [&](int i) {
+    return kegfast::Tucker2Given{PyLong_AsVoidPtr(arguments[i]),
+                                 static_cast<const float*>(PyLong_AsVoidPtr(arguments[i + 1]))};
+  };
+  const kegfast::Tucker2Given x = given(1), addend = given(3);
+  auto* const y = static_cast<float*>(PyLong_AsVoidPtr(arguments[5]));
   if (PyErr_Occurred()) return nullptr;
   bool done = false;
   try {
     if (kegfast::prepared_work(*call) < kShareWork) {
-      done = kegfast::run_prepared(*call, x_implementation, x, y);
+      done = kegfast::run_prepared(*call, x, addend, y);
     } else {
       const py::gil_scoped_release others_run;
-      done = kegfast::run_prepared(*call, x_implementation, x, y);
+      done = kegfast::run_prepared(*call, x, addend, y);
     }
   } catch (const std::exception& error) {
     PyErr_SetString(PyExc_RuntimeError, error.what());

@@ -30,6 +30,12 @@ STABLE_TORCH_LIBRARY(kegfast, m) {
       "tucker2(Tensor x, Tensor first, Tensor core, Tensor last, Tensor? bias, Tensor? packed, int stride_h, "
       "int stride_w,"
       " int padding_h, int padding_w, int dilation_h, int dilation_w, bool relu) -> Tensor");
+  // The same on CPUs, with an addend of y's shape and type before the ReLU.
+  m.def(
+      "tucker2_add(Tensor x, Tensor first, Tensor core, Tensor last, Tensor? bias, Tensor addend, Tensor? "
+      "packed,"
+      " int stride_h, int stride_w, int padding_h, int padding_w, int dilation_h, int dilation_w, bool relu)"
+      " -> Tensor");
   // The same for training. keep: also what the weight gradients need, t1 (N, H + 2 ph, W + 2 pw, R1) with its
   // zero border and t2 (N, P, Q, R2), float32 (x's type on CUDA); else both are empty.
   m.def(
@@ -53,10 +59,11 @@ STABLE_TORCH_LIBRARY(kegfast, m) {
       " int padding_h, int padding_w, int dilation_h, int dilation_w, bool need_x, bool need_first, bool "
       "need_core,"
       " bool need_last) -> (Tensor, Tensor, Tensor, Tensor)");
-  // Settles a call of tucker2 for repetition: the address of what _C.run_tucker2 takes, or 0.
+  // Settles a call of tucker2 or tucker2_add for repetition: the address of what _C.run_tucker2 takes, or 0.
   m.def(
-      "tucker2_prepare(Tensor x, Tensor first, Tensor core, Tensor last, Tensor? bias, Tensor packed, int "
-      "stride_h,"
+      "tucker2_prepare(Tensor x, Tensor first, Tensor core, Tensor last, Tensor? bias, Tensor? addend, "
+      "Tensor "
+      "packed, int stride_h,"
       " int stride_w, int padding_h, int padding_w, int dilation_h, int dilation_w, bool relu) -> int");
   // The factors in the order in which the CPU kernels read them, for one memory layout and instruction set.
   m.def(

@@ -2,7 +2,7 @@
 //
 //   t1 = first x        (N, H, W, R1)  1x1, C -> R1
 //   t2 = core * t1      (N, P, Q, R2)  kernel_h x kernel_w, R1 -> R2, with stride, padding, dilation
-//   y  = last t2 + bias (N, P, Q, K)   1x1, R2 -> K, then ReLU if asked
+//   y  = last t2 + bias (N, P, Q, K)   1x1, R2 -> K, then an addend and ReLU if asked
 //
 // Gradients, with g = dL/dy: dz2 = last^T g, dz1 = core^T * dz2, dx = first^T dz1: the same operator with
 // transposed factors, whose two intermediates are what the weight gradients need:
@@ -52,6 +52,7 @@ struct Tucker2Params {
   int64_t x_image, x_channel, x_row, x_pixel;  // x_channel == 1 if channels_last, else x_pixel == 1
   const float* packed;                         // the factors as tucker2_pack laid them out
   const float* bias;                           // (K), or null
+  const void* addend;                          // (N, K, P, Q) as y, which it may be, or null
   void* y;                                     // (N, K, P, Q) dense, or null: stop at t2
   float* t1;  // in words: (N, H + 2 ph, W + 2 pw, R1) with its zero border, or null: do not keep
   float* t2;  // (N, P, Q, R2), or null: do not keep
@@ -90,9 +91,14 @@ constexpr int64_t kMostSamples = 96;
 struct Tucker2Prepared;
 // x, first, core, last and bias, if there is one, by the addresses of their implementations.
 std::vector<void*> prepared_tensors(const Tucker2Prepared& call);
-// implementation: of x. The factors must be alive. False, with nothing done, where the call no longer holds:
-// another kind of x, other factors than then, other threads, another instruction set.
-bool run_prepared(const Tucker2Prepared& call, void* implementation, const float* x, float* y);
+// A tensor by the addresses of its implementation and of its numbers.
+struct Tucker2Given {
+  void* implementation;
+  const float* data;
+};
+// addend: nulls where there is none. The factors must be alive. False, with nothing done, where the call no
+// longer holds: another kind of x or addend, other factors than then, other threads, another instruction set.
+bool run_prepared(const Tucker2Prepared& call, Tucker2Given x, Tucker2Given addend, float* y);
 int64_t prepared_work(const Tucker2Prepared& call);  // multiply-adds
 void forget_prepared(Tucker2Prepared* call);
 

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from kegfast import native
+from kegfast import native, reference
 from kegfast.ops import reads_channels_last
 from kegfast.packed import Weights, is_dense, watched
 
@@ -26,7 +26,9 @@ class PackedConvolutions:
         self._kept: tuple[tuple[object, ...], tuple[int, ...], list[Tensor], tuple[Tensor, ...]]
         self._kept = (), (), [], ()
 
-    def __call__(self, x: Tensor, weights: Weights, options: tuple) -> Tensor | None:
+    def __call__(
+        self, x: Tensor, weights: Weights, options: tuple, addend: Tensor | float | None = None
+    ) -> Tensor | None:
         """The layer's output, or None where oneDNN does not take it. `options`: geometry and activation."""
         if not (torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled) or watched():
             return None
@@ -48,6 +50,8 @@ class PackedConvolutions:
         first, core, last = kept[2]
         z = _run(x, first, None, _POINTWISE)
         z = _run(z, core, None, geometry)
+        if addend is not None:
+            return reference.finish(_run(z, last, bias, _POINTWISE), addend, options[3])
         return _run(z, last, bias, _POINTWISE, "none" if options[3] is None else "relu")
 
     def __reduce__(self) -> tuple[Callable[[], "PackedConvolutions"], tuple[()]]:

@@ -10,7 +10,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 from kegfast import check, cuda, diversity, native, reference, tuning
 from kegfast.check import expected
 from kegfast.ops import reads_channels_last as reads_channels_last
-from kegfast.ops import tucker2_training
+from kegfast.ops import tucker2_output_size, tucker2_training
 from kegfast.soft_target import fused as _fused_soft_target
 
 Metric = Literal["l1", "sqeuclidean", "l2", "euclidean", "cosine"]
@@ -177,8 +177,9 @@ def tucker_conv2d(
     dilation: Pair = 1,
     activation: Literal["relu"] | None = None,
     recompute: bool = False,
+    addend: Tensor | float | None = None,
 ) -> Tensor:  # (N, K, H', W')
-    """last(core(first(x))) + bias, then the activation: a Tucker-2 convolution as one operator.
+    """last(core(first(x))) + bias + addend, then the activation: a Tucker-2 convolution as one operator.
 
     Args:
         x: (N, C, H, W) input, contiguous or channels_last.
@@ -190,6 +191,9 @@ def tucker_conv2d(
         activation: None or "relu", applied in the operator's last store.
         recompute: compute the two intermediates anew in the backward pass instead of keeping them:
             less memory for about a third more time. Forward values are the same.
+        addend: what is added before the activation, a residual network's shortcut, or None. On the CPU,
+            where nothing needs a gradient, the last store takes one of the output's shape and dtype, best in
+            its memory format; torch adds any other, by its rules of broadcasting and types.
 
     Returns:
         (N, K, H', W') in x's dtype and memory format.
@@ -199,18 +203,26 @@ def tucker_conv2d(
         ValueError: for shapes, devices or geometry that do not fit together.
     """
     given = x, first, core, last, bias
-    if has_torch_function(given):  # torch.fx's proxies, and tensors with a mind of their own
-        rest = stride, padding, dilation, activation, recompute
-        return handle_torch_function(tucker_conv2d, given, *given, *rest)
+    if has_torch_function((*given, addend)):  # torch.fx's proxies, and tensors with a mind of their own
+        rest = stride, padding, dilation, activation, recompute, addend
+        return handle_torch_function(tucker_conv2d, (*given, addend), *given, *rest)
     geometry = _check_tucker2(x, first, core, last, bias, stride, padding, dilation, activation)
     x, first, core, last, bias = _autocast(x, first, core, last, bias)
     weights = (x, first, core, last, bias)
     training = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in weights)
     form = _form(*weights[:4], geometry, training) if _fuses(x, core) else None
+    if addend is not None:
+        size = (x.shape[0], last.shape[0], *tucker2_output_size(*x.shape[2:], core, *geometry))
+        _check_addend(addend, size, x.device)
     if form is None:
         tuning.note_unfused()
-        return reference.tucker_conv2d(*weights, *geometry, activation)
+        return reference.tucker_conv2d(*weights, *geometry, activation, addend)
     ints = [n for two in geometry for n in two]
+    if addend is not None:
+        if x.is_cpu and not training and _adds(addend, size, x.dtype):
+            return torch.ops.kegfast.tucker2_add(*weights, addend, None, *ints, activation == "relu")
+        y = tucker_conv2d(*weights, *geometry, None, recompute)
+        return reference.finish(y, addend, activation)
     if training:
         keep = not recompute and any(t.requires_grad for t in (first, core, last))
         return tucker2_training(*weights, *ints, activation == "relu", keep)
@@ -307,6 +319,28 @@ def _check_tucker2(
         what = f"at least {max(reach[0], 1)} x {max(reach[1], 1)} pixels, the core's window"
         raise ValueError(expected("x", what, x))
     return geometry
+
+
+def _check_addend(addend: object, size: tuple[int, ...], device: torch.device) -> None:
+    if isinstance(addend, int | float):
+        return
+    if not isinstance(addend, Tensor) or addend.layout is not torch.strided:
+        raise TypeError(expected("addend", "a dense tensor or a number", addend))
+    sizes = zip(reversed(addend.shape), reversed(size), strict=False)
+    if (addend.dim() and addend.device != device) or any(a != b and 1 not in (a, b) for a, b in sizes):
+        what = f"on {device} and of a shape that adds to {tuple(map(int, size))}"
+        raise ValueError(expected("addend", what, addend))
+
+
+def _adds(addend: Tensor | float, size: tuple[int, ...], dtype: torch.dtype) -> bool:
+    """Whether the compiled operator takes it on the CPU; otherwise torch's addition does."""
+    return (
+        isinstance(addend, Tensor)
+        and addend.is_cpu
+        and addend.dtype is dtype
+        and addend.shape == size
+        and not (torch.is_grad_enabled() and addend.requires_grad)
+    )
 
 
 def _autocasts(x: Tensor) -> bool:

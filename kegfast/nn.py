@@ -142,14 +142,18 @@ class TuckerConv2d(nn.Module):
             raise ValueError(expected("conv", what, conv))
         return layer
 
-    def forward(self, x: Tensor) -> Tensor:  # (N, C, H, W) -> (N, K, H', W')
-        """last(core(first(x))), then the activation.
+    def forward(
+        self,
+        x: Tensor,  # (N, C, H, W)
+        addend: Tensor | float | None = None,  # (N, K, H', W')
+    ) -> Tensor:  # (N, K, H', W')
+        """last(core(first(x))), plus the addend where there is one, then the activation.
 
         Outside autograd at most one dispatcher call, on prepacked factors; every lookup is on the clock of
         small layers.
         """
         if is_grad_enabled() or is_compiling():
-            return self._forward_checked(x)
+            return self._forward_checked(x, addend)
         modules = self._modules
         core_layer, last_layer = modules["core"], modules["last"]
         try:
@@ -158,12 +162,12 @@ class TuckerConv2d(nn.Module):
                 last_layer._parameters["weight"], last_layer._parameters["bias"],
             )  # fmt: skip
         except KeyError:  # parametrised or pruned
-            return self._forward_checked(x)
+            return self._forward_checked(x, addend)
         options = core_layer.stride, core_layer.padding, core_layer.dilation, self.activation
-        y = self._prepared(x, weights, options)
-        return self._forward_dispatched(x, weights, options) if y is None else y
+        y = self._prepared(x, weights, options, addend)
+        return self._forward_dispatched(x, weights, options, addend) if y is None else y
 
-    def _forward_checked(self, x: Tensor) -> Tensor:
+    def _forward_checked(self, x: Tensor, addend: Tensor | float | None = None) -> Tensor:
         return functional.tucker_conv2d(
             x,
             self.first.weight,
@@ -175,26 +179,33 @@ class TuckerConv2d(nn.Module):
             self.core.dilation,
             self.activation,
             self.recompute,
+            addend,
         )
 
-    def _forward_dispatched(self, x: Tensor, weights: Weights, options: tuple) -> Tensor:
-        if not functional.fuses_inference(x):
-            return self._forward_checked(x)
+    def _forward_dispatched(
+        self, x: Tensor, weights: Weights, options: tuple, addend: Tensor | float | None
+    ) -> Tensor:
+        fuses = functional.fuses_inference
+        if not fuses(x) or (addend is not None and (x.is_cuda or not fuses(addend))):
+            return self._forward_checked(x, addend)
         stride, padding, dilation, activation = options
         if x.is_cuda:
             return self._forward_cuda(x, weights, options)
         if not cpu.takes(x, weights[1], weights[2].shape[0], (stride, padding, dilation)):
-            y = self._convolutions(x, weights, options)
+            y = self._convolutions(x, weights, options, addend)
             if y is not None:
                 note_unfused()
                 return y
         packed = self._packed(*weights[:3], stride, dilation, functional.reads_channels_last(x))
         arguments = *stride, *padding, *dilation, activation is not None
         try:
-            y = torch.ops.kegfast.tucker2.default(x, *weights, packed, *arguments)
-        except RuntimeError:
-            return self._forward_checked(x)  # says what is wrong with the arguments
-        self._prepared.learn(x, y, weights, options, packed, arguments)
+            if addend is None:
+                y = torch.ops.kegfast.tucker2.default(x, *weights, packed, *arguments)
+            else:
+                y = torch.ops.kegfast.tucker2_add.default(x, *weights, addend, packed, *arguments)
+        except RuntimeError:  # an addend that only torch adds, or wrong arguments, which this names
+            return self._forward_checked(x, addend)
+        self._prepared.learn(x, y, weights, options, packed, arguments, addend)
         return y
 
     def _forward_cuda(self, x: Tensor, weights: Weights, options: tuple) -> Tensor:

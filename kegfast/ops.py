@@ -47,6 +47,10 @@ def _tucker2_fake(x, first, core, last, bias, packed, sh, sw, ph, pw, dh, dw, re
     return _empty_image(x, (x.shape[0], last.shape[0], *size))
 
 
+def _tucker2_add_fake(x, first, core, last, bias, addend, packed, sh, sw, ph, pw, dh, dw, relu):
+    return _tucker2_fake(x, first, core, last, bias, packed, sh, sw, ph, pw, dh, dw, relu)
+
+
 def _tucker2_forward_fake(x, first, core, last, bias, sh, sw, ph, pw, dh, dw, relu, keep):
     y = _tucker2_fake(x, first, core, last, bias, None, sh, sw, ph, pw, dh, dw, relu)
     n, _, h, w = x.shape
@@ -238,11 +242,13 @@ def _register_tucker2() -> None:
 
     ops = torch.ops.kegfast
     register_fake("kegfast::tucker2", _tucker2_fake)
+    register_fake("kegfast::tucker2_add", _tucker2_add_fake)
     register_fake("kegfast::tucker2_forward", _tucker2_forward_fake)
     register_fake("kegfast::tucker2_backward", _tucker2_backward_fake)
     register_fake("kegfast::tucker2_gradients", _tucker2_gradients_fake)
     register_autograd("kegfast::tucker2_forward", _tucker2_backward, setup_context=_tucker2_setup)
     register_flop_formula(ops.tucker2)(tucker2_formula)
+    register_flop_formula(ops.tucker2_add)(tucker2_formula)
     register_flop_formula(ops.tucker2_forward)(forward_formula)
     register_flop_formula(ops.tucker2_backward)(backward_formula)
     register_flop_formula(ops.tucker2_gradients)(gradients_formula)

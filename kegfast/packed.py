@@ -87,7 +87,9 @@ class PreparedCall:
         self._call: _Prepared | None = None
         self._seen: tuple[object, ...] = ()
 
-    def __call__(self, x: Tensor, weights: Weights, options: tuple[object, ...]) -> Tensor | None:
+    def __call__(
+        self, x: Tensor, weights: Weights, options: tuple[object, ...], addend: object = None
+    ) -> Tensor | None:
         """The layer's output, or None: then call the operator. `options`: all else that decides it."""
         call = self._call
         if call is None or type(x) is not Tensor or watched() or native._backend == "reference":
@@ -95,8 +97,14 @@ class PreparedCall:
         try:
             if _key(weights, options) != call.key or x.is_neg():
                 return None
+            added = 0, 0
+            if addend is not None:
+                if type(addend) is not Tensor or addend.is_neg():
+                    return None
+                added = addend._cdata, addend.data_ptr()
             y = x.new_empty_strided(call.size, call.steps)
-            return y if native._C.run_tucker2(call.address, x._cdata, x.data_ptr(), y.data_ptr()) else None
+            done = native._C.run_tucker2(call.address, x._cdata, x.data_ptr(), *added, y.data_ptr())
+            return y if done else None
         except RuntimeError:  # no versions, or no memory of its own
             return None
 
@@ -108,6 +116,7 @@ class PreparedCall:
         options: tuple[object, ...],
         packed: Tensor | None,
         arguments: tuple[int | bool, ...],
+        addend: Tensor | None = None,
     ) -> None:
         """Settles the call that has just given y, when it is the second of its shape in a row."""
         if watched():
@@ -116,7 +125,7 @@ class PreparedCall:
         small = y.numel() * 4 <= _MOST_BYTES and x.dtype is torch.float32
         if packed is None or not small or seen != self._seen or not is_dense(x):
             return
-        address = torch.ops.kegfast.tucker2_prepare(x, *weights, packed, *arguments)
+        address = torch.ops.kegfast.tucker2_prepare(x, *weights, addend, packed, *arguments)
         if address:
             kept = tuple(w if w is None else w.detach() for w in weights), packed
             call = _Prepared(address, y, _key(weights, options), kept)

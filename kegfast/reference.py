@@ -45,10 +45,20 @@ def tucker_conv2d(
     padding: tuple[int, int],
     dilation: tuple[int, int],
     activation: str | None,
+    addend: Tensor | float | None = None,
 ) -> Tensor:  # (N, K, H', W')
-    """Three convolutions in a row: 1x1, core kh x kw, 1x1."""
+    """Three convolutions in a row: 1x1, core kh x kw, 1x1; then the addend, then the activation."""
     y = F.conv2d(F.conv2d(x, first), core, None, stride, padding, dilation)
-    y = F.conv2d(y, last, bias)
+    return finish(F.conv2d(y, last, bias), addend, activation)
+
+
+def finish(
+    y: Tensor,  # (N, K, H', W')
+    addend: Tensor | float | None,
+    activation: str | None,
+) -> Tensor:  # (N, K, H', W'), or what it broadcasts to
+    """What `tucker_conv2d` does behind its last convolution."""
+    y = y if addend is None else y + addend
     return F.relu(y) if activation == "relu" else y
 
 

@@ -44,7 +44,7 @@ NAMES += " stride padding dilation channels_last relu"
 class Call(ctypes.Structure):
     """tests/amx/harness.cpp's Call."""
 
-    _fields_ = [(name, ctypes.c_void_p) for name in ("x", "first", "core", "last", "bias", "y")]
+    _fields_ = [(name, ctypes.c_void_p) for name in ("x", "first", "core", "last", "bias", "addend", "y")]
     _fields_ += [(name, ctypes.c_int64) for name in NAMES.split()]
 
 
@@ -67,10 +67,18 @@ def test_emulated_registers(emulator: ctypes.CDLL, name: str, channels_last: boo
     layout = torch.channels_last if channels_last else torch.contiguous_format
     x, bias = x.contiguous(memory_format=layout), bias.float()
     y = torch.full(want.shape, float("nan"), dtype=torch.bfloat16).contiguous(memory_format=layout)
-    pointers = [t.data_ptr() for t in (x, first, core, last, bias, y)]
     sizes = [*x.shape, core.shape[1], core.shape[0], last.shape[0], *core.shape[2:]]
-    emulator.amx_forward(ctypes.byref(Call(*pointers, *sizes, *rest, channels_last, relu)))
+
+    def run(addend: torch.Tensor | None) -> None:
+        pointers = [t if t is None else t.data_ptr() for t in (x, first, core, last, bias, addend, y)]
+        emulator.amx_forward(ctypes.byref(Call(*pointers, *sizes, *rest, channels_last, relu)))
+
+    run(None)
     assert relative_error(y, want) < 8e-3
     plain = kegfast.functional.tucker_conv2d(*tensors, *rest, "relu" if relu else None)
     assert relative_error(y, plain.double()) < 8e-3
     assert (y.double() - want).abs().max() < 5e-2 * want.abs().max()
+    addend = torch.randn(want.shape).bfloat16().contiguous(memory_format=layout)
+    run(addend)
+    want = exact(tensors, rest) + addend
+    assert relative_error(y, want.relu() if relu else want) < 8e-3

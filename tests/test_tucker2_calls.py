@@ -295,7 +295,8 @@ def test_packed_factors_are_known_by_their_samples(name: str, channels_last: boo
         packed = ops.tucker2_pack(*factors, *stride, *dilation, functional.reads_channels_last(x))
 
         def known() -> bool:
-            address = ops.tucker2_prepare(x, *factors, bias, packed, *stride, *padding, *dilation, False)
+            geometry = *stride, *padding, *dilation
+            address = ops.tucker2_prepare(x, *factors, bias, None, packed, *geometry, False)
             if address:
                 native._C.forget_tucker2(address)
             return address != 0

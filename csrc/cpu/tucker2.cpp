@@ -61,6 +61,7 @@ class SeenTensor {
 
 struct Tucker2Prepared {
   std::vector<SeenTensor> seen;  // x, first, core, last, bias
+  std::optional<SeenTensor> addend;
   Tucker2Params p;
   Tucker2Plan plan;
   int64_t threads;
@@ -91,6 +92,31 @@ void check_weights(const Tensor& x, const Tensor& first, const Tensor& core, con
   if (bias)
     KEGFAST_CHECK(bias->numel() == last.size(0) && bias->scalar_type() == x.scalar_type(), "bias",
                   "(K) of x's type", bias->numel());
+}
+
+void check_addend(const Tucker2Params& p, const Tensor& addend) {
+  KEGFAST_CHECK(addend.dim() == 4 && addend.size(0) == p.images && addend.size(1) == p.features &&
+                    addend.size(2) == p.out_height && addend.size(3) == p.out_width,
+                "addend", "of the output's shape", addend.dim());
+  KEGFAST_CHECK(addend.is_cpu() && type_of(addend) == p.type, "addend", "of x's type on x's device",
+                static_cast<int>(addend.scalar_type()));
+}
+
+bool lies_as_output(const Tucker2Params& p, const Tensor& t) {
+  const int64_t plane = p.out_height * p.out_width, k = p.features;
+  const int64_t strides[] = {k * plane, p.channels_last ? 1 : plane, p.out_width * (p.channels_last ? k : 1),
+                             p.channels_last ? k : 1};
+  for (int64_t i = 0; i < 4; ++i)
+    if (t.size(i) > 1 && t.stride(i) != strides[i]) return false;
+  return true;
+}
+
+// Where the addend lies otherwise than y, y starts as a copy of it.
+void set_addend(Tucker2Params& p, const Tensor& addend, Tensor& y) {
+  check_addend(p, addend);
+  const bool in_place = lies_as_output(p, addend);
+  if (!in_place) torch::stable::copy_(y, addend);
+  p.addend = (in_place ? addend : y).const_data_ptr();
 }
 
 struct Run {
@@ -129,8 +155,8 @@ void run_factors(Tucker2Params& p, const Tensor& first_weight, const Tensor& cor
 }
 
 Run forward(const Tensor& input, const Tensor& first, const Tensor& core, const Tensor& last,
-            const std::optional<Tensor>& bias, const std::optional<Tensor>& packed, const Geometry& g,
-            bool relu, bool keep) {
+            const std::optional<Tensor>& bias, const std::optional<Tensor>& addend,
+            const std::optional<Tensor>& packed, const Geometry& g, bool relu, bool keep) {
   check_weights(input, first, core, last, bias);
   const Tensor x = readable(input);
   Tucker2Params p = geometry(x.size(0), x.size(1), x.size(2), x.size(3), core, last.size(0), g);
@@ -139,6 +165,7 @@ Run forward(const Tensor& input, const Tensor& first, const Tensor& core, const 
   p.relu = relu;
   Run run{empty(p.images, p.features, p.out_height, p.out_width, p.channels_last, x.scalar_type()), {}, {}};
   p.y = run.y.mutable_data_ptr();
+  if (addend) set_addend(p, *addend, run.y);
   if (keep) keep_intermediates(p, run);
   std::optional<Tensor> wide_bias;
   if (bias) {
@@ -155,7 +182,16 @@ Tensor tucker2(const Tensor& x, const Tensor& first, const Tensor& core, const T
                const std::optional<Tensor>& bias, const std::optional<Tensor>& packed, int64_t stride_h,
                int64_t stride_w, int64_t padding_h, int64_t padding_w, int64_t dilation_h, int64_t dilation_w,
                bool relu) {
-  return forward(x, first, core, last, bias, packed,
+  return forward(x, first, core, last, bias, {}, packed,
+                 {stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w}, relu, false)
+      .y;
+}
+
+Tensor tucker2_add(const Tensor& x, const Tensor& first, const Tensor& core, const Tensor& last,
+                   const std::optional<Tensor>& bias, const Tensor& addend,
+                   const std::optional<Tensor>& packed, int64_t stride_h, int64_t stride_w, int64_t padding_h,
+                   int64_t padding_w, int64_t dilation_h, int64_t dilation_w, bool relu) {
+  return forward(x, first, core, last, bias, addend, packed,
                  {stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w}, relu, false)
       .y;
 }
@@ -165,7 +201,7 @@ std::tuple<Tensor, Tensor, Tensor> tucker2_forward(const Tensor& x, const Tensor
                                                    int64_t stride_h, int64_t stride_w, int64_t padding_h,
                                                    int64_t padding_w, int64_t dilation_h, int64_t dilation_w,
                                                    bool relu, bool keep) {
-  Run run = forward(x, first, core, last, bias, {},
+  Run run = forward(x, first, core, last, bias, {}, {},
                     {stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w}, relu, keep);
   if (!keep) {
     const ScalarType kept = type_of(x) == Tucker2Type::bfloat16 ? ScalarType::BFloat16 : ScalarType::Float;
@@ -195,9 +231,10 @@ Tensor tucker2_pack(const Tensor& first, const Tensor& core, const Tensor& last,
 
 // 0 where every call needs what forward() does.
 int64_t tucker2_prepare(const Tensor& x, const Tensor& first_weight, const Tensor& core_weight,
-                        const Tensor& last_weight, const std::optional<Tensor>& bias, const Tensor& packed,
-                        int64_t stride_h, int64_t stride_w, int64_t padding_h, int64_t padding_w,
-                        int64_t dilation_h, int64_t dilation_w, bool relu) {
+                        const Tensor& last_weight, const std::optional<Tensor>& bias,
+                        const std::optional<Tensor>& addend, const Tensor& packed, int64_t stride_h,
+                        int64_t stride_w, int64_t padding_h, int64_t padding_w, int64_t dilation_h,
+                        int64_t dilation_w, bool relu) {
   check_weights(x, first_weight, core_weight, last_weight, bias);
   Tucker2Params p = geometry(x.size(0), x.size(1), x.size(2), x.size(3), core_weight, last_weight.size(0),
                              {stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w});
@@ -206,6 +243,11 @@ int64_t tucker2_prepare(const Tensor& x, const Tensor& first_weight, const Tenso
   p.relu = relu;
   p.bias = bias ? bias->const_data_ptr<float>() : nullptr;
   p.packed = packed.const_data_ptr<float>();
+  if (addend) {
+    check_addend(p, *addend);
+    if (!lies_as_output(p, *addend)) return 0;
+    p.addend = addend->const_data_ptr();
+  }
   choose_form(p);
   const int64_t threads = threads_for(work_of(p), p.images * p.out_height);
   const Tucker2Plan plan = KEGFAST_SELECT(tucker2_plan)(p, threads);
@@ -216,9 +258,11 @@ int64_t tucker2_prepare(const Tensor& x, const Tensor& first_weight, const Tenso
   std::vector<SeenTensor> seen;
   for (const Tensor* t : {&x, &first_weight, &core_weight, &last_weight}) seen.emplace_back(*t);
   if (bias) seen.emplace_back(*bias);
-  auto* const call =
-      new Tucker2Prepared{std::move(seen), p,  plan, threads, torch::stable::get_num_threads(), active_isa(),
-                          choices_made(),  {}, 0};
+  std::optional<SeenTensor> seen_addend;
+  if (addend) seen_addend.emplace(*addend);
+  auto* const call = new Tucker2Prepared{
+      std::move(seen), std::move(seen_addend), p,  plan, threads, torch::stable::get_num_threads(),
+      active_isa(),    choices_made(),         {}, 0};
   call->sample_count = KEGFAST_SELECT(tucker2_samples)(p, plan, first, core, last, call->samples);
   return reinterpret_cast<int64_t>(call);
 }
@@ -231,17 +275,19 @@ std::vector<void*> prepared_tensors(const Tucker2Prepared& call) {
   return found;
 }
 
-bool run_prepared(const Tucker2Prepared& call, void* implementation, const float* x, float* y) {
+bool run_prepared(const Tucker2Prepared& call, Tucker2Given x, Tucker2Given addend, float* y) {
   if (call.isa != active_isa() || call.choices != choices_made() || call.p.winograd != tucker2_winograd() ||
       call.pool_threads != torch::stable::get_num_threads())
     return false;
-  if (!call.seen[0].looks_like(implementation)) return false;
+  if (!call.seen[0].looks_like(x.implementation)) return false;
+  if (call.addend.has_value() != (addend.data != nullptr)) return false;
+  if (call.addend && !call.addend->looks_like(addend.implementation)) return false;
   for (size_t i = 1; i < call.seen.size(); ++i)
     if (!call.seen[i].unchanged()) return false;
   for (int64_t i = 0; i < call.sample_count; ++i)
     if (std::memcmp(call.samples[i].factor, call.samples[i].packed, sizeof(float)) != 0) return false;
   Tucker2Params p = call.p;
-  p.x = x, p.y = y;
+  p.x = x.data, p.addend = addend.data, p.y = y;
   run_rows(p, call.plan, call.threads);
   return true;
 }
@@ -257,6 +303,7 @@ void forget_prepared(Tucker2Prepared* call) {
 
 STABLE_TORCH_LIBRARY_IMPL(kegfast, CPU, m) {
   m.impl("tucker2", TORCH_BOX(&kegfast::tucker2));
+  m.impl("tucker2_add", TORCH_BOX(&kegfast::tucker2_add));
   m.impl("tucker2_forward", TORCH_BOX(&kegfast::tucker2_forward));
   m.impl("tucker2_prepare", TORCH_BOX(&kegfast::tucker2_prepare));
   m.impl("tucker2_pack", TORCH_BOX(&kegfast::tucker2_pack));

@@ -56,6 +56,21 @@ KEGFAST_INLINE void store_numbers(uint16_t* p, Floats v, int n) {
 #endif
 }
 
+// The first n lanes, as floats; the others load as zero.
+KEGFAST_INLINE Floats load_numbers(const float* p, int n) {
+  return load_first(p, n);
+}
+KEGFAST_INLINE Floats load_numbers(const uint16_t* p, int n) {
+#if defined(__AVX512BF16__)
+  const __mmask16 mask = static_cast<__mmask16>((1u << n) - 1);
+  return (Floats)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, p)), 16);
+#else
+  Floats v{};
+  for (int i = 0; i < n; ++i) v[i] = bf16_to_float(p[i]);
+  return v;
+#endif
+}
+
 // Whole vectors past the caches; p must be aligned to them.
 KEGFAST_INLINE void stream_numbers(float* p, Floats v) {
   store_stream(p, v);

@@ -210,6 +210,13 @@ class Stages {
   Number* output(int64_t at) const {
     return converts() ? reinterpret_cast<Number*>(scratch_ + plan_.y_at) : static_cast<Number*>(p_.y) + at;
   }
+  // Where outputs are converted, they start as the addend's floats.
+  void add(Tile& tile) const {
+    tile.accumulate = p_.addend != nullptr;
+    if (p_.addend && !converts())
+      tile.addend = static_cast<const Number*>(p_.addend) - static_cast<const Number*>(p_.y);
+  }
+  const uint16_t* half_addend(int64_t at) const { return static_cast<const uint16_t*>(p_.addend) + at; }
 
   void last_to_pixels(int64_t image, int64_t row, int64_t pixels, const float* t2) {
     const int64_t at = (image * p_.out_height + row) * p_.out_width * p_.features;
@@ -227,6 +234,9 @@ class Stages {
     tile.bias = p_.bias;
     tile.relu = p_.relu;
     tile.stream = stream_ && !convert;
+    add(tile);
+    if (convert && p_.addend)
+      to_float(p_.type, half_addend(at), reinterpret_cast<float*>(y), pixels * p_.features);
     const Grid grid{1, 1, pixels, 0, 0, 0, 0};
     sweep<A::row_major>(tile, grid, words(p_.rank_out), p_.features);
     if (convert)
@@ -250,7 +260,10 @@ class Stages {
     tile.b_vector = words(p_.rank_out) * kLanes;
     tile.c_step = convert ? pixels : plane;
     tile.relu = p_.relu;
+    add(tile);
     Number* const y = output(at);
+    for (int64_t k = 0; convert && p_.addend && k < p_.features; ++k)
+      to_float(p_.type, half_addend(at + k * plane), reinterpret_cast<float*>(y) + k * pixels, pixels);
     const float* weights = p_.packed + plan_.last_at;
     const int64_t vectors = ceil_div(pixels, kLanes);
     const Cut cut = best_cut(vectors, p_.features, p_.rank_out, kMaxVectors);

@@ -81,7 +81,7 @@ void for_chains(const Tile& whole, int group, const F& f) {
       part.segments += s;
       part.segment_count = smaller(together, segments - s);
       part.segment_length = smaller(piece, length - k);
-      part.accumulate = s + k > 0;
+      if (s + k > 0) part.accumulate = true, part.addend = 0;
       part.relu = ends && whole.relu;
       if (!ends) part.bias = nullptr;
       f(part, kA == A::row_major ? k : k * whole.a_step, (s * ceil_div(length, group) + k / group) * kLanes);

@@ -44,7 +44,7 @@ class Ahead {
     const char* at;
     int64_t run, stride, runs;  // `runs` stretches of `run` bytes, `stride` apart
   };
-  Block blocks_[5];
+  Block blocks_[6];
   int count_ = 0, current_ = 0;
   int64_t offset_ = 0, lines_ = 0, per_step_ = 0;
 };
@@ -61,7 +61,8 @@ struct Tile {
   const float* bias;  // added where not null: per lane (channels in lanes) or per j
   int tail;           // lanes of the last vector that exist
   bool accumulate, relu, stream;
-  Ahead* ahead;  // or null
+  int64_t addend;  // where to accumulate: numbers from c to those that the sums are added to, 0: c's own
+  Ahead* ahead;    // or null
 };
 
 enum class A { row_major, k_major };  // k_major: A(s, k, j) at a + segment + k * a_step + j
@@ -125,17 +126,19 @@ KEGFAST_INLINE Floats fold_groups(Floats v) {
 
 // What happens to a sum on its way to memory. The common cases are compiled apart: choosing anew in every
 // store cost a tile as much as 12 steps of k.
-enum class Finish { store, add, bias, bias_relu, any };
+enum class Finish { store, add, bias, bias_relu, add_bias_relu, any };
 
 template <int Pixels, int Vectors, int Group, Bias kBias, Finish kFinish>
 KEGFAST_INLINE void finish_tile(const Tile& t, const Floats (&acc)[Pixels][Vectors]) {
   constexpr bool kAny = kFinish == Finish::any;
   constexpr int kWhole = kLanes / Group;
-  [[maybe_unused]] const bool add = kAny ? t.accumulate : kFinish == Finish::add;
-  const bool with_bias = kAny ? t.bias != nullptr : kFinish == Finish::bias || kFinish == Finish::bias_relu;
-  const bool with_relu = kAny ? t.relu : kFinish == Finish::bias_relu;
+  constexpr bool kAll = kFinish == Finish::add_bias_relu;
+  const bool add = kAny ? t.accumulate : kFinish == Finish::add || kAll;
+  const bool with_bias =
+      kAny ? t.bias != nullptr : kFinish == Finish::bias || kFinish == Finish::bias_relu || kAll;
+  const bool with_relu = kAny ? t.relu : kFinish == Finish::bias_relu || kAll;
   Number* const c = t.c;
-  const int64_t step = t.c_step;
+  const int64_t step = t.c_step, addend = t.addend;
   Floats bias[Vectors] = {};
   if (kBias == Bias::per_lane && with_bias) {
     KEGFAST_UNROLL
@@ -149,9 +152,7 @@ KEGFAST_INLINE void finish_tile(const Tile& t, const Floats (&acc)[Pixels][Vecto
       Number* const to = c + j * step + v * kLanes;
       const int n = kAny && v == Vectors - 1 ? t.tail : kWhole;
       Floats x = acc[j][v];
-#if !defined(KEGFAST_PAIRS)  // whose sums are never rounded halfway
-      if (add) x += load_first(to, n);
-#endif
+      if (add) x += load_numbers(to + addend, n);
       if (with_bias) x += kBias == Bias::per_lane ? bias[v] : splat(t.bias[j]);
       if (with_relu) x = relu(x);
       if (kAny && t.stream && n == kLanes)
@@ -164,9 +165,11 @@ KEGFAST_INLINE void finish_tile(const Tile& t, const Floats (&acc)[Pixels][Vecto
 
 template <int Pixels, int Vectors, int Group, Bias kBias>
 KEGFAST_INLINE void store_tile(const Tile& t, const Floats (&acc)[Pixels][Vectors]) {
-  const bool any =
-      t.tail < kLanes / Group || t.stream || (t.accumulate && (t.bias || t.relu)) || (t.relu && !t.bias);
+  const bool all = t.accumulate && t.bias && t.relu;
+  const bool any = t.tail < kLanes / Group || t.stream || (t.accumulate && (t.bias || t.relu) && !all) ||
+                   (t.relu && !t.bias);
   if (any) return finish_tile<Pixels, Vectors, Group, kBias, Finish::any>(t, acc);
+  if (all) return finish_tile<Pixels, Vectors, Group, kBias, Finish::add_bias_relu>(t, acc);
   if (t.accumulate) return finish_tile<Pixels, Vectors, Group, kBias, Finish::add>(t, acc);
   if (t.relu) return finish_tile<Pixels, Vectors, Group, kBias, Finish::bias_relu>(t, acc);
   if (t.bias) return finish_tile<Pixels, Vectors, Group, kBias, Finish::bias>(t, acc);

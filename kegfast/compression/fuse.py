@@ -16,15 +16,18 @@ log = logging.getLogger(__name__)
 
 LAYERS = (nn.Conv2d, nn.Linear, TuckerConv2d, TuckerLinear, FactorChain)
 RELU = (torch.relu, nn.functional.relu, torch.relu_)
+ADD = (operator.add, operator.iadd, torch.add, "add", "add_")
+ADD_IN_PLACE = (operator.iadd, "add_")
 
 
 def fuse(model: nn.Module) -> nn.Module:
     """Folds BatchNorm and ReLU into the layers before them, for inference.
 
     A BatchNorm (by its running statistics) goes into the weights and bias of the convolution or Linear
-    before it, factored or dense; a ReLU that follows a TuckerConv2d goes into its operator, which
-    applies it in its last store, at no cost; any other ReLU of a layer's output or of a sum overwrites it,
-    as fresh memory costs more than the ReLU. All only where nothing else reads the value between.
+    before it, factored or dense; an addition that follows a TuckerConv2d (a residual network's shortcut) and
+    a ReLU behind it or the layer go into its operator, which applies them in its last store, at next to no
+    cost; any other ReLU of a layer's output or of a sum overwrites it, as fresh memory costs more than the
+    ReLU. All only where nothing else reads the value between.
 
     Args:
         model: any module; it stays as it is.
@@ -57,7 +60,8 @@ def _fuse_graph(model: fx.GraphModule) -> None:
         if node.op != "call_module" or not isinstance(modules[node.target], LAYERS):
             continue
         layer = modules[node.target]
-        if calls[id(layer)] > 1:  # what follows differs from call to call
+        # What follows differs from call to call; a layer with an addend has been fused.
+        if calls[id(layer)] > 1 or len(node.args) + len(node.kwargs) > 1:
             continue
         follower = _only_user(node)
         if follower is not None and follower.op == "call_module":
@@ -67,7 +71,12 @@ def _fuse_graph(model: fx.GraphModule) -> None:
                 model.set_submodule(follower.target, nn.Identity())
                 _skip(model, follower)
                 follower = _only_user(node)
-        if isinstance(layer, TuckerConv2d) and follower is not None and _is_relu(follower, modules):
+        if not isinstance(layer, TuckerConv2d) or follower is None:
+            continue
+        addend = _addend(node, follower, modules) if layer.activation is None else None
+        if addend is not None:
+            follower = _only_user(_take_addend(model, node, follower, addend))
+        if follower is not None and _is_relu(follower, modules):
             layer.activation = "relu"
             _skip(model, follower)
     for node in list(model.graph.nodes):
@@ -85,6 +94,45 @@ def _is_relu(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
     if node.op == "call_module":
         return type(modules[node.target]) is nn.ReLU
     return node.target in RELU if node.op == "call_function" else node.target in ("relu", "relu_")
+
+
+def _addend(call: fx.Node, addition: fx.Node, modules: dict[str, nn.Module]) -> fx.Node | None:
+    """What a layer's output is added to, where the layer may run as late as that."""
+    if addition.op == "call_module" or addition.target not in ADD:
+        return None
+    if len(addition.args) != 2 or addition.kwargs:
+        return None
+    left, right = addition.args
+    other = right if left is call else left
+    if not isinstance(other, fx.Node) or other is call:
+        return None
+    if addition.target in ADD_IN_PLACE and left is other and not _is_fresh(other, modules):
+        return None
+    between = call.next
+    while between is not addition:
+        if _may_write(between, modules):
+            return None
+        between = between.next
+    return other
+
+
+def _may_write(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
+    """Whether it may change a tensor that others read."""
+    if node.op == "call_module":
+        return bool(getattr(modules[node.target], "inplace", False))
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "unknown_")
+    in_place = getattr(operator, name, None) is node.target and name.startswith(("i", "set"))
+    in_place |= name.partition(".")[0].endswith("_")
+    return in_place or "out" in node.kwargs or any(v is True for v in (*node.args, *node.kwargs.values()))
+
+
+def _take_addend(model: fx.GraphModule, call: fx.Node, addition: fx.Node, addend: fx.Node) -> fx.Node:
+    with model.graph.inserting_before(addition):
+        fused = model.graph.call_module(call.target, (call.all_input_nodes[0], addend))
+    addition.replace_all_uses_with(fused)
+    model.graph.erase_node(addition)
+    model.graph.erase_node(call)
+    return fused
 
 
 def _is_fresh(node: fx.Node, modules: dict[str, nn.Module]) -> bool:

@@ -20,6 +20,7 @@ from kegfast.compression.structure import (
 )
 from kegfast.compression.surgery import Site, factored_layers, factors_of, replace
 from kegfast.files import read_tensors, save_tensors
+from kegfast.nn import TuckerConv2d
 from kegfast.version import __version__
 
 FORMAT = "kegfast-model-1"
@@ -163,11 +164,16 @@ def _with_shared(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tens
 
 def _adapt(model: nn.Module, structure: Mapping[str, Any]) -> nn.Module:
     """The model with every layer that the structure describes differently replaced."""
+    calls = [node for node in structure["graph"] or [] if node["op"] == "call_module" and "args" in node]
+    adding = [node["target"] for node in calls if len(node["args"]["tuple"]) > 1]
+    adding = {structure["aliases"].get(name, name) for name in adding}
     for name, spec in structure["modules"].items():
         old = model.get_submodule(name)
         if module_spec(old) != spec:
             shared = [n for n, m in model.named_modules(remove_duplicate=False) if m is old]
             new = module_from(spec)
+            if isinstance(new, TuckerConv2d) and name in adding:
+                new.activation = None  # the model's own code adds, and rectifies then
             model = replace(model, Site(name, new, shared), new)
     return model
 

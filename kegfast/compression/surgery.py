@@ -1,12 +1,13 @@
 """Finding the layers of a model that can be factorised, and replacing them."""
 
 import copy
+import operator
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 
 from kegfast.check import expected
@@ -246,6 +247,34 @@ def replace_all(
     return model
 
 
+def spell_out_addends(model: nn.Module) -> None:
+    """Gives graphs additions, and the ReLUs behind them, for the addends that `fuse` has put into layers."""
+    spelled = set()
+    for graph in (module for module in model.modules() if isinstance(module, fx.GraphModule)):
+        nodes = graph.graph.find_nodes(op="call_module")
+        calls = [(call, graph.get_submodule(call.target)) for call in nodes]
+        spelled |= {layer for call, layer in calls if isinstance(layer, TuckerConv2d) and len(call.args) > 1}
+        for call, layer in calls:
+            if layer not in spelled:
+                continue
+            end = call
+            if len(call.args) > 1:
+                end = _insert_after(call, operator.add, call.args[1])
+                call.args = call.args[:1]
+            if layer.activation == "relu":
+                _insert_after(end, torch.relu)
+        graph.recompile()
+    for layer in spelled:
+        layer.activation = None
+
+
+def _insert_after(node: fx.Node, function: Callable[..., Tensor], *arguments: fx.Node) -> fx.Node:
+    with node.graph.inserting_after(node):
+        call = node.graph.call_function(function, (node, *arguments))
+    node.replace_all_uses_with(call, delete_user_cb=lambda user: user is not call)
+    return call
+
+
 def densify(model: nn.Module) -> nn.Module:
     """Undoes `compress`: every factored layer becomes one dense Conv2d or Linear again, in place.
 
@@ -253,6 +282,7 @@ def densify(model: nn.Module) -> nn.Module:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(expected("model", "a torch.nn.Module", model))
+    spell_out_addends(model)
     return replace_all(model, is_factored, _dense)
 
 

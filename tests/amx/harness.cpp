@@ -12,6 +12,7 @@ namespace {
 struct Call {
   const uint16_t *x, *first, *core, *last;  // dense; x as pixels of channels where channels_last
   const float* bias;
+  const uint16_t* addend;  // as y, or null
   uint16_t* y;
   int64_t images, channels, height, width, rank_in, rank_out, features, kernel_h, kernel_w;
   int64_t stride, padding, dilation, channels_last, relu;
@@ -36,7 +37,7 @@ extern "C" void amx_forward(const Call* call) {
   p.out_width = (c.width + 2 * c.padding - c.dilation * (c.kernel_w - 1) - 1) / c.stride + 1;
   p.channels_last = c.channels_last, p.relu = c.relu, p.pairs = true;
   p.type = Tucker2Type::bfloat16;
-  p.x = c.x, p.y = c.y, p.bias = c.bias;
+  p.x = c.x, p.y = c.y, p.bias = c.bias, p.addend = c.addend;
   p.x_image = c.channels * c.height * c.width;
   p.x_channel = c.channels_last ? 1 : c.height * c.width;
   p.x_pixel = c.channels_last ? c.channels : 1;
