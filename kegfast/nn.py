@@ -10,6 +10,7 @@ from torch.compiler import is_compiling
 from kegfast import check, cpu, cuda, functional
 from kegfast.check import expected
 from kegfast.convolutions import PackedConvolutions
+from kegfast.ops import tucker2_training
 from kegfast.packed import PackedFactors, PreparedCall, Weights
 from kegfast.tuning import note_unfused
 
@@ -152,7 +153,7 @@ class TuckerConv2d(nn.Module):
         Outside autograd at most one dispatcher call, on prepacked factors; every lookup is on the clock of
         small layers.
         """
-        if is_grad_enabled() or is_compiling():
+        if is_compiling():
             return self._forward_checked(x, addend)
         modules = self._modules
         core_layer, last_layer = modules["core"], modules["last"]
@@ -164,8 +165,24 @@ class TuckerConv2d(nn.Module):
         except KeyError:  # parametrised or pruned
             return self._forward_checked(x, addend)
         options = core_layer.stride, core_layer.padding, core_layer.dilation, self.activation
+        if is_grad_enabled():
+            return self._forward_training(x, weights, options, addend)
         y = self._prepared(x, weights, options, addend)
         return self._forward_dispatched(x, weights, options, addend) if y is None else y
+
+    def _forward_training(
+        self, x: Tensor, weights: Weights, options: tuple, addend: Tensor | float | None
+    ) -> Tensor:
+        """Straight to the operator in the plain case: among other layers, checks take as long as it does."""
+        plain = type(x) is Tensor and x.is_cpu and weights[0].requires_grad and addend is None
+        if plain and functional.fuses_inference(x):
+            stride, padding, dilation, activation = options
+            arguments = *stride, *padding, *dilation, activation is not None, not self.recompute
+            try:
+                return tucker2_training(x, *weights, *arguments)
+            except RuntimeError:
+                pass  # below, what is wrong with the arguments
+        return self._forward_checked(x, addend)
 
     def _forward_checked(self, x: Tensor, addend: Tensor | float | None = None) -> Tensor:
         return functional.tucker_conv2d(

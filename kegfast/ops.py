@@ -32,6 +32,11 @@ def _empty_image(x: Tensor, size: tuple[int, ...]) -> Tensor:
     return x.new_empty(size)
 
 
+def _is_dense_pixels(x: Tensor) -> bool:  # (N, C, H, W)
+    _, c, h, w = x.shape
+    return reads_channels_last(x) and x.stride() == (h * w * c, 1, w * c, c)
+
+
 def _kept_dtype(x: Tensor) -> torch.dtype:
     """Of the intermediates: x's, but for float16 on the CPU, which is computed in float32."""
     return torch.float32 if x.device.type == "cpu" and x.dtype == torch.float16 else x.dtype
@@ -75,7 +80,9 @@ def _tucker2_gradients_fake(
     gradient, y, x, t1, t2, first, core, last, sh, sw, ph, pw, dh, dw, *needs
 ):  # fmt: skip
     need_x, *need_weights, need_bias = needs
-    grad_x = _empty_image(gradient, x.shape) if need_x else x.new_empty(0)
+    grad_x = x.new_empty(x.shape if need_x else 0)
+    if need_x and _is_dense_pixels(x):
+        grad_x = _empty_image(x, x.shape)
     weights = zip((first, core, last), need_weights, strict=True)
     wide = {"dtype": torch.float32}
     grads = [w.new_empty(w.shape if need else 0, **wide) for w, need in weights]

@@ -264,6 +264,16 @@ def test_slices(cut, channels_last: bool) -> None:
     assert_close(y, exact([x, *tensors[1:]], rest), 5e-6)
 
 
+@pytest.mark.parametrize("size", [3, 8])  # of one pixel, which lies in both layouts, and of more
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_the_gradient_of_x_lies_as_x(layout: torch.memory_format, size: int) -> None:
+    tensors, rest = make((2, 6, size, size, 3, 4, 5, (3, 3), 1, 0, 1), torch.float32)
+    x = tensors[0].contiguous(memory_format=layout).requires_grad_()
+    y = tucker_conv2d(x, *tensors[1:], *rest, "relu")
+    (grad,) = torch.autograd.grad(y, x, torch.ones(y.shape))
+    assert grad.is_contiguous(memory_format=layout)
+
+
 def test_weights_in_any_strides() -> None:
     tensors, rest = make(GEOMETRIES["3x3"], torch.float32)
     strided = [t.contiguous(memory_format=torch.channels_last) for t in tensors[1:4]]

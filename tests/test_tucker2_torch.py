@@ -53,10 +53,11 @@ def test_opcheck_of_the_gradient(channels_last: bool) -> None:
     for geometry in ((1, 1, 1, 0, 1, 1), (2, 1, 1, 1, 1, 1)):
         y, t1, t2 = torch.ops.kegfast.tucker2_forward(x, first, core, last, None, *geometry, True, True)
         for needs in ((True,) * 5, (True, False, False, False, False), (False, True, False, True, True)):
-            torch.library.opcheck(
-                torch.ops.kegfast.tucker2_gradients.default,
-                (torch.ones_like(y), y, x, t1, t2, first, core, last, *geometry, *needs),
-            )
+            for gradient in (torch.ones_like(y), torch.ones(y.shape)):
+                torch.library.opcheck(
+                    torch.ops.kegfast.tucker2_gradients.default,
+                    (gradient, y, x, t1, t2, first, core, last, *geometry, *needs),
+                )
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])

@@ -24,6 +24,17 @@ Tensor dense(const Tensor& x) {
   return dense_channels_last(x) ? x : torch::stable::contiguous(x);
 }
 
+// An output or its gradient in the layout that x has: the gradient of x must have it too, or what torch does
+// with that one next takes its slow ways. LeNet5, whose last convolution makes single pixels, which are in both
+// layouts: its ReLUs' gradients took 377 instead of 14 us.
+Tensor dense_as(const Tensor& t, bool channels_last) {
+  const bool both = t.size(2) * t.size(3) == 1;
+  if (!channels_last || both) return torch::stable::contiguous(t);
+  if (dense_channels_last(t)) return t;
+  Tensor copy = empty(t.size(0), t.size(1), t.size(2), t.size(3), true, t.scalar_type());
+  return torch::stable::copy_(copy, t);
+}
+
 // The same factor run backwards: outputs and inputs change places, taps reverse unless the core upsamples.
 Tucker2Factor transposed(const Tensor& weight, bool reverse) {
   const Tucker2Factor w = factor(weight);
@@ -78,14 +89,11 @@ Gradients tucker2_gradients(const Tensor& gradient, const std::optional<Tensor>&
   KEGFAST_CHECK(gradient.is_cpu() && gradient.scalar_type() == type && core.scalar_type() == type,
                 "arguments", "CPU tensors of x's type", static_cast<int>(core.scalar_type()));
   const Tensor x = dense(input);
-  Tensor grad = dense(gradient);
-  std::optional<Tensor> y;
-  if (output) {
-    y = dense(*output);
-    if (dense_channels_last(*y) != dense_channels_last(grad))
-      y = torch::stable::contiguous(*y), grad = torch::stable::contiguous(grad);
-  }
   Tucker2GradParams g{};
+  g.grad_channels_last = dense_channels_last(x);
+  const Tensor grad = dense_as(gradient, g.grad_channels_last);
+  std::optional<Tensor> y;
+  if (output) y = dense_as(*output, g.grad_channels_last);
   Tucker2Params& p = g.forward;
   p = geometry(x.size(0), x.size(1), x.size(2), x.size(3), core, last.size(0),
                {stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w});
@@ -105,7 +113,6 @@ Gradients tucker2_gradients(const Tensor& gradient, const std::optional<Tensor>&
   }
   g.grad = grad.const_data_ptr();
   g.y = y ? y->const_data_ptr() : nullptr;
-  g.grad_channels_last = dense_channels_last(grad);
 
   Gradients grads{need_x ? empty(p.images, p.channels, p.height, p.width, g.grad_channels_last, type)
                          : empty_flat(0, type),

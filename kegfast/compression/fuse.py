@@ -18,6 +18,7 @@ LAYERS = (nn.Conv2d, nn.Linear, TuckerConv2d, TuckerLinear, FactorChain)
 RELU = (torch.relu, nn.functional.relu, torch.relu_)
 ADD = (operator.add, operator.iadd, torch.add, "add", "add_")
 ADD_IN_PLACE = (operator.iadd, "add_")
+MAX_POOL = (nn.functional.max_pool2d, torch.max_pool2d)
 
 
 def fuse(model: nn.Module) -> nn.Module:
@@ -26,8 +27,9 @@ def fuse(model: nn.Module) -> nn.Module:
     A BatchNorm (by its running statistics) goes into the weights and bias of the convolution or Linear
     before it, factored or dense; an addition that follows a TuckerConv2d (a residual network's shortcut) and
     a ReLU behind it or the layer go into its operator, which applies them in its last store, at next to no
-    cost; any other ReLU of a layer's output or of a sum overwrites it, as fresh memory costs more than the
-    ReLU. All only where nothing else reads the value between.
+    cost; any other ReLU before a max pooling moves behind it, where less is left to rectify, and one of a
+    layer's output, of a sum or of a maximum overwrites it, as fresh memory costs more than the ReLU. All only
+    where nothing else reads the value between.
 
     Args:
         model: any module; it stays as it is.
@@ -79,6 +81,11 @@ def _fuse_graph(model: fx.GraphModule) -> None:
         if follower is not None and _is_relu(follower, modules):
             layer.activation = "relu"
             _skip(model, follower)
+    for node in list(model.graph.nodes):
+        if _is_relu(node, modules) and _only_user(node.all_input_nodes[0]) is node:
+            pool = _only_user(node)
+            if pool is not None and _is_max_pool(pool, modules):
+                _move_behind(model, node, pool)
     for node in list(model.graph.nodes):
         if _is_relu(node, modules) and _is_fresh(node.all_input_nodes[0], modules):
             _overwrite(model, node)
@@ -139,8 +146,10 @@ def _is_fresh(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
     """Whether it makes memory of its own that only one other node reads."""
     if len(node.users) != 1:
         return False
-    if node.op == "call_module":
-        return type(modules[node.target]) in LAYERS
+    if node.op == "call_module" and type(modules[node.target]) in LAYERS:
+        return True
+    if _is_max_pool(node, modules):
+        return True
     is_sum = node.op == "call_function" and node.target in (operator.add, torch.add)
     return is_sum and "out" not in node.kwargs
 
@@ -150,6 +159,22 @@ def _overwrite(model: fx.GraphModule, relu: fx.Node) -> None:
         args = (relu.all_input_nodes[0],)
         in_place = model.graph.call_function(nn.functional.relu, args, {"inplace": True})
     relu.replace_all_uses_with(in_place)
+    model.graph.erase_node(relu)
+
+
+def _is_max_pool(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
+    if node.op == "call_module":
+        module = modules[node.target]
+        return type(module) is nn.MaxPool2d and not module.return_indices
+    indices = len(node.args) > 6 or node.kwargs.get("return_indices", False)
+    return node.op == "call_function" and node.target in MAX_POOL and not indices
+
+
+def _move_behind(model: fx.GraphModule, relu: fx.Node, pool: fx.Node) -> None:
+    pool.replace_input_with(relu, relu.all_input_nodes[0])
+    with model.graph.inserting_after(pool):
+        late = model.graph.call_function(nn.functional.relu, (pool,))
+    pool.replace_all_uses_with(late, delete_user_cb=lambda user: user is not late)
     model.graph.erase_node(relu)
 
 

@@ -109,6 +109,35 @@ def test_a_relu_overwrites_only_what_it_alone_reads():
         torch.testing.assert_close(got, want)
 
 
+class Pooled(nn.Module):
+    """ReLUs before max pooling, by module and by function; the last is read again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.relu = nn.Conv2d(3, 3, 3), nn.ReLU(inplace=True)
+        self.pool, self.where = nn.MaxPool2d(3, 2, 1), nn.MaxPool2d(2, return_indices=True)
+
+    def forward(self, x):
+        x = self.pool(self.relu(self.a(x)))
+        x = nn.functional.max_pool2d(torch.relu(x - 0.1), 2, stride=1)
+        y = torch.relu(x - 0.2)
+        y = y + self.where(torch.relu(y - 0.1))[1].sum()
+        y = y + nn.functional.max_pool2d(torch.relu(y - 0.1), 2, return_indices=True)[1].sum()
+        return nn.functional.max_pool2d(y, 2, return_indices=False) + y.sum()
+
+
+def test_a_relu_moves_behind_a_max_pooling():
+    torch.manual_seed(0)
+    model = Pooled().eval()
+    folded, x = fuse(model), X.clone()
+    assert torch.equal(folded(x), model(X))
+    assert torch.equal(x, X)
+    pools = [node for node in folded.graph.nodes if node.name in ("pool", "max_pool2d")]
+    assert [next(iter(pool.users)).target for pool in pools] == [nn.functional.relu] * 2
+    x[0, 0, 5, 5] = torch.nan
+    torch.testing.assert_close(folded(x), model(x), rtol=0, atol=0, equal_nan=True)
+
+
 def test_values_that_others_read_are_left_alone():
     torch.manual_seed(0)
     model = Twice()
