@@ -2,7 +2,8 @@ import pytest
 import torch
 
 from kegfast.extraction import procedural
-from kegfast.extraction.procedural import MOST, DeadLeaves
+from kegfast.extraction.familiar import Familiar
+from kegfast.extraction.procedural import MOST, Blobs, DeadLeaves, bent
 
 
 def draw(n, *args, seed=0, **options):
@@ -118,3 +119,75 @@ def test_bad_arguments_are_named(arguments, message):
 def test_a_bad_count_is_named(n):
     with pytest.raises((ValueError, TypeError), match="n must be"):
         DeadLeaves((1, 8, 8)).sample(n)
+
+
+def test_more_leaves_where_they_are_asked_for():
+    images = draw(64, (1, 48, 48), 0.5, 0.25, levels="uniform", most=30)
+    assert max(len(image.unique()) for image in images) > MOST + 8
+    with pytest.raises(ValueError, match="most"):
+        DeadLeaves((1, 8, 8), most=0)
+
+
+def test_blobs_are_of_two_greys_and_the_ground_has_the_more_usual_one(monkeypatch):
+    monkeypatch.setattr(procedural, "_blur", lambda images: images)
+    torch.manual_seed(0)
+    images = Blobs((1, 32, 32), 0.1307, 0.3081).sample(320)[0] * 0.3081 + 0.1307
+    assert images.shape == (320, 1, 32, 32)
+    assert all(len(image.unique()) == 2 for image in images)
+    dark = (images < 0.5).float().mean((1, 2, 3))
+    assert (dark > 0.5).float().mean() > 0.85
+    torch.manual_seed(0)
+    assert Blobs((3, 20, 12), (0.4, 0.5, 0.6), (0.2, 0.2, 0.2)).sample(7)[0].shape == (7, 3, 20, 12)
+
+
+def test_bent_images_stay_what_they_are_up_to_smooth_offsets():
+    torch.manual_seed(0)
+    flat = torch.full((4, 3, 16, 24), 0.7)
+    torch.testing.assert_close(bent(flat), flat)
+    ramp = torch.linspace(0, 1, 32).expand(64, 1, 32, 32)
+    moved = bent(ramp)
+    assert moved.amin() >= 0
+    assert moved.amax() <= 1
+    change = (moved - ramp).square().mean((1, 2, 3)).sqrt()
+    assert change.min() < 0.05
+    assert 0.05 < change.mean() < 0.3
+    steps = (moved[..., 1:] - moved[..., :-1]).abs()
+    assert steps.mean() < 0.1  # neighbours come from neighbours
+
+
+def test_familiar_images_are_taken_for_every_class_in_turn():
+    torch.manual_seed(0)
+    teacher = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 4)).eval()
+    leaves = DeadLeaves((1, 8, 8))
+    torch.manual_seed(1)
+    start = leaves.sample(40)[0]
+    torch.manual_seed(1)
+    images, labels = Familiar(leaves, teacher, 4).sample(40)
+    assert labels is None
+    assert not images.requires_grad
+    assert all(parameter.grad is None for parameter in teacher.parameters())
+    assert images.amin() >= start.amin()
+    assert images.amax() <= start.amax()
+    wanted = torch.arange(40) % 4
+    right = [(teacher(x).argmax(1) == wanted).float().mean() for x in (start, images)]
+    assert right[1] > 0.9 > right[0]
+    torch.manual_seed(1)
+    with torch.no_grad():  # as pools draw
+        assert torch.equal(Familiar(leaves, teacher, 4).sample(40)[0], images)
+    near = Familiar(leaves, teacher, 4, steps=1)
+    torch.manual_seed(1)
+    assert (near.sample(40)[0] - start).abs().mean() < (images - start).abs().mean()
+
+
+@pytest.mark.parametrize(
+    ("source", "classes", "steps", "error", "name"),
+    [
+        (DeadLeaves((1, 8, 8)), 5, 1, ValueError, "num_classes"),
+        (DeadLeaves((1, 8, 8)), 4, 0, ValueError, "steps"),
+        (torch.zeros(3, 1, 8, 8), 4, 1, TypeError, "source"),
+    ],
+)
+def test_familiar_refuses_by_name(source, classes, steps, error, name):
+    teacher = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 4))
+    with pytest.raises(error, match=name):
+        Familiar(source, teacher, classes, steps)

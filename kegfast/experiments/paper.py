@@ -13,8 +13,8 @@ Ranks = Mapping[str, tuple[int, int]]
 
 METHODS = ("tucker-only", "uniform", "gaussian", "procedural", "kegnet", "kegfast", "oracle")
 """What a compressed student is taught with: nothing, noise, dead leaves, the published generators, the
-default recipe, real unlabelled training samples. The default recipe solves the factors on dead leaves before
-it teaches with them; for tables, on sums of Gaussian rows of one class."""
+default recipe, real unlabelled training samples. The default recipe teaches with artificial images of several
+kinds, for tables with sums of Gaussian rows of one class, and by budget solves the factors on them first."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Config:
         temperature: of the KL divergence from the teacher.
         generator_steps: steps of the generators, all of them at once.
         generator_batch: samples per generator and step.
-        probe: held-out samples per source that students are chosen by.
+        probe: held-out samples per source that students are judged by.
         calibration: samples that the default recipe's factors are solved on.
         protocol: "equal", or "paper": five times fewer samples of noise than of generators, which are asked
             for soft labels. A data set's budget of that name is `PROTOCOLS`'.
@@ -184,7 +184,7 @@ PAPERS = {
                 2: _kegnet({"conv2": (3, 4), "conv3": (7, 11)}, 67.35, 88.27, 87.70, 90.89),
                 3: _kegnet({"conv2": (3, 4), "conv3": (5, 8)}, 50.01, 69.89, 71.76, 89.94),
             },
-            Config(pool=32_768, steps=1_000, generator_steps=600),
+            Config(pool=65_536, steps=2_000, generator_steps=600),
             98.90, beta=0.0, training={"epochs": 5, "shift": 2},
         ),
         Paper(

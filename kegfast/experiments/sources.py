@@ -13,13 +13,14 @@ from torch import Tensor, nn
 from kegfast.compression.matching import match_statistics
 from kegfast.data import DataInfo
 from kegfast.data.splits import Samples
-from kegfast.distillation import Augmented, GaussianNoise, InMemory, Pool, UniformNoise
+from kegfast.distillation import Augmented, GaussianNoise, InMemory, Mixture, Pool, UniformNoise
 from kegfast.distillation.sources import Source
 from kegfast.experiments.ledger import Ledger
 from kegfast.experiments.paper import Config, Paper
 from kegfast.extraction import RECIPES, Generators, extract
 from kegfast.extraction.class_sums import ClassSums
-from kegfast.extraction.procedural import DeadLeaves
+from kegfast.extraction.familiar import Familiar
+from kegfast.extraction.procedural import Blobs, DeadLeaves, bent
 from kegfast.extraction.ranks import own_path
 from kegfast.files import read_tensors, save_tensors
 from kegfast.loop import mix
@@ -29,11 +30,15 @@ from kegfast.training import random_shift
 FEWER = 5
 """The paper's noise has so many times fewer samples: one generator's."""
 PROBES = ("uniform", "gaussian", "procedural", "kegnet")
-"""Sources whose samples judge a student that was taught with another."""
+"""Sources on which the agreement of a student is reported that was taught with another."""
 MADE_OF = {"kegfast": ("procedural", "gaussian")}
-"""Sources that a recipe draws from, and that must not judge its students."""
+"""Sources that a recipe draws from, and on which its students' agreement says little."""
+MANY = 16
+"""The most leaves on an image of the family that has many."""
 MATCHED = 512
 """Dead leaves that are changed until a teacher's BatchNorm finds them familiar, and shown in many places."""
+JUDGED = 256
+"""Others that are changed so; they judge the students of a teacher with BatchNorm."""
 SHIFT = 2
 """By how many pixels at most, and as often mirrored as not: leaves fall anywhere."""
 
@@ -69,6 +74,7 @@ class Sources:
         self.output, self.ledger, self.config = output, ledger, config
         self.seed, self.progress = seed, progress
         self._probes: dict[str, Tensor] = {}
+        self._judge: Tensor | None = None
 
     def pool(self, method: str) -> tuple[Pool, float]:
         """The samples of a method, and the CPU seconds that making them took, training included."""
@@ -90,6 +96,25 @@ class Sources:
             if name not in self._probes:
                 self._probes[name] = self.draw(name, self.config.probe)
         return {name: self._probes[name] for name in names}
+
+    def judge(self) -> Tensor:
+        """Held-out samples that the teacher takes for its classes in turn; any student is judged by them.
+
+        What it answers to noise or dead leaves falls mostly into a few classes, and a student that has
+        forgotten the others may be the closest there.
+        """
+        if self._judge is None:
+            with _seeded(self.seed, "judge"):
+                if self.has_norms:
+                    self._judge = self._match(min(JUDGED, self.config.probe))
+                else:
+                    self._judge = self._familiar().sample(self.config.probe)[0]
+        return self._judge
+
+    def _familiar(self) -> Source:
+        if self.paper.tabular:
+            return self.source("kegfast")
+        return Familiar(self.source("procedural"), self.teacher, self.info.num_classes)
 
     def draw(self, method: str, n: int) -> Tensor:
         """`n` samples of a method that are in no pool."""
@@ -121,12 +146,16 @@ class Sources:
         if method == "kegfast" and self.paper.tabular:
             return ClassSums(self.teacher, self.info.num_classes, GaussianNoise(shape))
         if method == "kegfast":
-            return (
-                Augmented(InMemory(self.matched()), _moved) if self.has_norms else self.source("procedural")
-            )
+            return Augmented(InMemory(self.matched()), _moved) if self.has_norms else self.families()
         generators = self.generators()
         generators.labels = "soft" if self.config.protocol == "paper" else "one-hot"
         return generators
+
+    def families(self) -> Mixture:
+        """Artificial images of four kinds: each leaves a student free where another holds it."""
+        kind = self.info.sample_shape, self.info.mean, self.info.std
+        bent_leaves = Augmented(DeadLeaves(*kind), bent)
+        return Mixture([DeadLeaves(*kind, most=MANY), bent_leaves, Blobs(*kind), self._familiar()])
 
     def generators(self) -> Generators:
         """The paper's generators, trained where there are none yet."""
@@ -170,25 +199,39 @@ class Sources:
         path = self.output / f"matched-{self.seed}.safetensors"
         if path.exists():
             return read_tensors(path)[0]["samples"]
-        start, parts = time.process_time(), []
+        start = time.process_time()
         with _seeded(self.seed, "matched"):
-            left = self.source("procedural").sample(MATCHED)[0]
+            made = self._match(MATCHED)
+        seconds = time.process_time() - start
+        self.ledger.cell(self._training("kegfast"), lambda: {"seconds": seconds})
+        save_tensors(path, {"samples": made})
+        return made
+
+    def _match(self, n: int) -> Tensor:
+        left, parts = self.source("procedural").sample(n)[0], []
         while len(left):
             parts.append(match_statistics(self.teacher, left))
             left = left[len(parts[-1]) :]
-        seconds = time.process_time() - start
-        self.ledger.cell(f"matched/{self.seed}", lambda: {"seconds": seconds})
-        made = torch.cat(parts)
-        save_tensors(path, {"samples": made})
-        return made
+        return torch.cat(parts)
 
     @property
     def key(self) -> str:
         """The generators' cell in the ledger."""
         return f"generators/{self.seed}"
 
+    def made(self, method: str) -> bool:
+        """Whether drawing from a source costs no more than the draw."""
+        key = self._training(method)
+        return key is None or key in self.ledger.cells
+
+    def _training(self, method: str) -> str | None:
+        """The cell of what must be trained before a method has samples."""
+        if method == "kegnet":
+            return self.key
+        return f"matched/{self.seed}" if method == "kegfast" and self.has_norms else None
+
     def _training_seconds(self, method: str) -> float:
-        key = {"kegnet": self.key, "kegfast": f"matched/{self.seed}"}.get(method)
+        key = self._training(method)
         return self.ledger.cells[key]["seconds"] if key in self.ledger.cells else 0.0
 
 

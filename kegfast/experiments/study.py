@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kegfast import compression
@@ -25,6 +26,9 @@ from kegfast.training import evaluate
 
 log = logging.getLogger(__name__)
 
+SURELY = 0.9
+"""A student that has learnt for longer must diverge from its teacher by less than this share of what one
+does that has learnt less: what no sample shows is forgotten unseen."""
 RANKS = ("paper", "budget")
 """Where the ranks come from: the paper's, or `compress(budget=...)` at the same number of parameters."""
 BUDGETED = ("tucker-only", "kegfast", "oracle")
@@ -132,11 +136,10 @@ class Study:
         return left
 
     def starts(self, number: int, ranks: str, method: str, seed: int) -> list[nn.Module]:
-        """Freshly compressed students, among which agreement on other sources' samples decides.
+        """Freshly compressed students, of which the one closest to the teacher is taught.
 
-        The default recipe adds those whose factors are solved anew on its artificial samples. At the paper's
-        ranks a table's stay as they are, so few are left that solving layer by layer leads astray; and those
-        of networks that share layers with the teacher, of which nothing but statistics would be solved.
+        By budget the default recipe adds one whose factors are solved on its artificial samples. The paper's
+        ranks leave so little of some layers that solving them one by one leads astray.
         """
         if number not in self.paper.students:
             raise ValueError(expected("students", f"of {sorted(self.paper.students)}", number))
@@ -146,7 +149,7 @@ class Study:
         if ranks == "budget":
             spend = {"budget": {"params": 1 / report.ratio}}
             plain = compression.compress(self.teacher, **spend)[0]
-        if method != "kegfast" or (ranks == "paper" and (self.paper.tabular or self.paper.shared)):
+        if method != "kegfast" or ranks == "paper":
             return [plain]
         samples = self.sources(seed).calibration(self.config.calibration)
         solved = compression.compress(self.teacher, calibration=samples, samples=len(samples), **spend)[0]
@@ -160,6 +163,7 @@ class Study:
         sources = self.sources(seed)
         pool, seconds = (None, 0.0) if method == "tucker-only" else sources.pool(method)
         probes = {} if pool is None else sources.probes(method)
+        judge = None if pool is None else sources.judge()
         lessons: dict[str, Lesson] = {}
         for number, ranks, name in missing:
             log.info("%s %s", self.paper.dataset, name)
@@ -167,12 +171,14 @@ class Study:
             if pool is not None and ranks not in lessons:
                 lessons[ranks] = self._lesson(pool, ranks, method, seed)
             starts = self.starts(number, ranks, method, seed)
-            candidates, agreement, chosen = self._candidates(name, starts, lessons.get(ranks), probes)
+            candidates, divergence = self._candidates(name, starts, lessons.get(ranks), judge)
+            chosen = _chosen(divergence)
             spent = seconds + time.process_time() - start
             compression.save(candidates[chosen], self.weights(name))
             result = {
                 "accuracy": [self.accuracy(model) for model in candidates],
-                "agreement": agreement,
+                "agreement": [self._agreement(model, probes) for model in candidates],
+                "divergence": divergence,
                 "chosen": chosen,
                 "seconds": spent,
                 "samples": 0 if pool is None else len(pool),
@@ -189,16 +195,14 @@ class Study:
         return Lesson(pool, shared, schedule, seed)
 
     def _candidates(
-        self, name: str, starts: list[nn.Module], lesson: Lesson | None, probes: dict[str, Tensor]
-    ) -> tuple[list[nn.Module], list[dict[str, float]], int]:
-        """The starts, then the best of them after each leg; their agreement; which one agrees best."""
-        candidates = list(starts)
-        agreement = [self._agreement(model, probes) for model in starts]
-        if lesson is not None:
-            legs = self._teach(name, deepcopy(starts[_best(agreement)]), lesson)
-            candidates += legs
-            agreement += [self._agreement(model, probes) for model in legs]
-        return candidates, agreement, _best(agreement)
+        self, name: str, starts: list[nn.Module], lesson: Lesson | None, judge: Tensor | None
+    ) -> tuple[list[nn.Module], list[float]]:
+        """The starts, then the closest of them after each leg; how far each diverges from the teacher."""
+        if lesson is None or judge is None:
+            return list(starts), [0.0] * len(starts)
+        found = [self._divergence(model, judge) for model in starts]
+        legs = self._teach(name, deepcopy(starts[found.index(min(found))]), lesson)
+        return [*starts, *legs], found + [self._divergence(model, judge) for model in legs]
 
     def _size(self, student: nn.Module) -> dict[str, float]:
         own, teacher = (sum(p.numel() for p in model.parameters()) for model in (student, self.teacher))
@@ -235,15 +239,25 @@ class Study:
         """Percent of each probe's samples that student and teacher put into one class."""
         found = {}
         for name, samples in probes.items():
-            with torch.no_grad():
-                answers = [model.eval()(samples).argmax(1) for model in (student, self.teacher)]
+            answers = [_logits(model, samples).argmax(1) for model in (student, self.teacher)]
             found[name] = 100.0 * float((answers[0] == answers[1]).float().mean())
         return found
 
+    def _divergence(self, student: nn.Module, judge: Tensor) -> float:
+        """KL divergence from the teacher, mean over samples."""
+        own, wanted = (_logits(model, judge).log_softmax(1) for model in (student, self.teacher))
+        return float(F.kl_div(own, wanted, log_target=True, reduction="batchmean"))
 
-def _best(agreement: list[dict[str, float]]) -> int:
-    """The first candidate of the highest mean agreement."""
-    return max(range(len(agreement)), key=lambda i: sum(agreement[i].values()))
+
+@torch.no_grad()
+def _logits(model: nn.Module, samples: Tensor) -> Tensor:
+    model.eval()
+    return torch.cat([model(part) for part in samples.split(128)])
+
+
+def _chosen(divergence: list[float]) -> int:
+    """The first candidate that none of the later ones surely beats."""
+    return next(i for i, own in enumerate(divergence) if min(divergence) >= SURELY * own)
 
 
 def cell_name(student: int, ranks: str, method: str, seed: int) -> str:

@@ -115,8 +115,9 @@ def page(study: Study, found: Sequence[dict[str, Any]], seed: int, path: Path) -
     result = Page(f"kegfast reproduce {study.paper.dataset}", title(study))
     result.section(
         "Accuracy",
-        "Percent of the test set. 'ours' is the student that agreement with the teacher on the samples of "
-        "the other sources ('agree') chose, without data; 'best' is the choice of the test set itself.",
+        "Percent of the test set. 'ours' is the student that was chosen without data, by its divergence from "
+        "the teacher on artificial samples of all classes; 'best' is the choice of the test set itself. "
+        "'agree' is the agreement with the teacher on held-out samples of the other sources.",
     )
     result.table(HEADERS, [cells(row) for row in found])
     sources = study.sources(seed)
@@ -182,7 +183,7 @@ def _samples(page: Page, study: Study, sources: Sources) -> None:
     classes = study.info.num_classes
     shown, entries, counts, sure = {}, [], {}, {}
     for method in METHODS:
-        if method == "tucker-only" or not sources.has(method) or not _made(study, sources, method):
+        if method == "tucker-only" or not sources.has(method) or not sources.made(method):
             continue
         samples = sources.draw(method, SHOWN)
         with torch.no_grad():
@@ -215,11 +216,6 @@ def _samples(page: Page, study: Study, sources: Sources) -> None:
     page.chart(confidence, "How sure the teacher is of the samples.")
     if len(study.info.sample_shape) == 3:
         page.images(shown)
-
-
-def _made(study: Study, sources: Sources, method: str) -> bool:
-    """Whether showing a source would not train its generators first."""
-    return method != "kegnet" or sources.key in study.ledger.cells
 
 
 def _percent(value: float | None) -> str:

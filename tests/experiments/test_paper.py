@@ -148,16 +148,23 @@ def test_another_budget_does_not_mix_with_old_results(table_paper, tmp_path):
         reproduce("pendigits", tmp_path, **options, **TINY | {"steps": 4})
 
 
-def test_students_are_chosen_by_agreement_and_not_by_accuracy(table_paper, tmp_path, monkeypatch):
-    agreement = iter([{"uniform": 10.0, "kegnet": 90.0}, {"uniform": 50.0, "kegnet": 49.0}])
+@pytest.mark.parametrize(
+    ("divergence", "kept"),
+    [([2.0, 1.0], 1), ([1.0, 0.95], 0), ([1.0, 1.2], 0), ([1.0, 0.89], 1)],
+    ids=["closer", "hardly closer", "further", "surely closer"],
+)
+def test_students_are_chosen_by_divergence_and_not_by_accuracy(
+    table_paper, tmp_path, monkeypatch, divergence, kept
+):
+    found = iter(divergence)
     accuracy = iter([99.0, 20.0, 80.0])  # the teacher's, then those of the start and of the only leg
     monkeypatch.setattr(Study, "accuracy", lambda self, model: next(accuracy))
-    monkeypatch.setattr(Study, "_agreement", lambda self, student, probes: next(agreement))
+    monkeypatch.setattr(Study, "_divergence", lambda self, student, judge: next(found))
     options = {"seeds": [0], "methods": ["gaussian"], "ranks": ["paper"]}
     (row,) = reproduce("pendigits", tmp_path, **options, **TINY).rows
-    assert row["accuracy"] == [20.0]
+    assert row["accuracy"] == [[20.0, 80.0][kept]]
     assert row["oracle"] == [80.0]
-    assert row["agreement"] == [50.0]
+    assert 0 <= row["agreement"][0] <= 100
 
 
 @pytest.fixture
@@ -179,6 +186,19 @@ def test_no_source_judges_its_own_students(images, method):
     assert seconds > 0
     for samples in probes.values():
         assert not any(torch.equal(one, other) for one in samples for other in pool.samples)
+
+
+def test_judges_are_seen_as_all_classes(images):
+    judge = images.sources(0).judge()
+    assert judge.shape == (20, 1, 32, 32)
+    assert torch.equal(judge, images.sources(0).judge())
+    with torch.no_grad():
+        labels = torch.arange(20) % 10
+        logits = images.teacher(judge)
+        before = images.teacher(images.sources(0).draw("procedural", 20))
+    losses = [torch.nn.functional.cross_entropy(given, labels) for given in (before, logits)]
+    assert losses[1] < losses[0]
+    assert images._divergence(images.teacher, judge) == pytest.approx(0, abs=1e-6)
 
 
 def test_image_methods_end_in_rows_with_their_weights(images):
