@@ -7,7 +7,7 @@ trains one generator with the same networks; only its diversity loss is the B x 
 KegNet code writes. Loss and gradients of both are compared before anything is timed.
 
 Students: LeNet5 with the paper's ranks for S1 on 32,000 samples, batch 128, eight passes as in MNIST's table.
-The rival does what such scripts do: a DataLoader over the samples, three convolutions in a row and the teacher
+The rival does what such scripts do: a DataLoader over the samples, three convolutions in a row, the teacher
 in every step. It is shown by itself, and as a protocol has it that picks the best epoch: before each the
 samples are read from their file, after it comes the accuracy on 10,000 images, each opened, resized and
 normalised by PIL. kegfast is `distill` on a `Pool` with all that it does besides its steps.

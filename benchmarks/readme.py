@@ -126,6 +126,12 @@ def paper(rows: list[dict[str, Any]]) -> str:
     return markdown_table([*headers, "CPU s", "samples"], cells)
 
 
+def ablation(rows: list[dict[str, Any]]) -> str:
+    """Accuracy of each variant: mean and standard deviation over seeds."""
+    cells = [[r["variant"], f"{r['mean']:.2f} ± {r['std']:.2f}", r["n"]] for r in rows]
+    return markdown_table(["taught with", "accuracy", "seeds"], cells)
+
+
 def soft_target(rows: list[dict[str, Any]]) -> str:
     """Fused soft target against torch's operators."""
     cells = [
@@ -233,6 +239,7 @@ TABLES: dict[str, tuple[str, str, Callable[[Any], str]]] = {
     "curve-fashion": ("compression_curve_fashion", "cells", curve),
     "compression-latency": ("compression_latency", "cells", speedups),
     "mnist": ("reproduce_mnist", "rows", paper),
+    "ablation-mnist": ("ablation_mnist", "rows", ablation),
     "fashion": ("reproduce_fashion", "rows", paper),
     "shuttle": ("reproduce_shuttle", "rows", paper),
     "pendigits": ("reproduce_pendigits", "rows", paper),

@@ -146,16 +146,23 @@ class Sources:
         if method == "kegfast" and self.paper.tabular:
             return ClassSums(self.teacher, self.info.num_classes, GaussianNoise(shape))
         if method == "kegfast":
-            return Augmented(InMemory(self.matched()), _moved) if self.has_norms else self.families()
+            if self.has_norms:
+                return Augmented(InMemory(self.matched()), _moved)
+            return Mixture(list(self.kinds().values()))
         generators = self.generators()
         generators.labels = "soft" if self.config.protocol == "paper" else "one-hot"
         return generators
 
-    def families(self) -> Mixture:
-        """Artificial images of four kinds: each leaves a student free where another holds it."""
+    def kinds(self) -> dict[str, Source]:
+        """The kinds of artificial images that the default recipe mixes in equal shares for a network without
+        BatchNorm: each leaves a student free where another holds it."""
         kind = self.info.sample_shape, self.info.mean, self.info.std
-        bent_leaves = Augmented(DeadLeaves(*kind), bent)
-        return Mixture([DeadLeaves(*kind, most=MANY), bent_leaves, Blobs(*kind), self._familiar()])
+        return {
+            "many leaves": DeadLeaves(*kind, most=MANY),
+            "bent leaves": Augmented(DeadLeaves(*kind), bent),
+            "blobs": Blobs(*kind),
+            "leaves moved towards classes": self._familiar(),
+        }
 
     def generators(self) -> Generators:
         """The paper's generators, trained where there are none yet."""

@@ -201,14 +201,14 @@ class Study:
         if lesson is None or judge is None:
             return list(starts), [0.0] * len(starts)
         found = [self._divergence(model, judge) for model in starts]
-        legs = self._teach(name, deepcopy(starts[found.index(min(found))]), lesson)
+        legs = self.teach(name, deepcopy(starts[found.index(min(found))]), lesson)
         return [*starts, *legs], found + [self._divergence(model, judge) for model in legs]
 
     def _size(self, student: nn.Module) -> dict[str, float]:
         own, teacher = (sum(p.numel() for p in model.parameters()) for model in (student, self.teacher))
         return {"params": own, "ratio": teacher / own}
 
-    def _teach(self, name: str, student: nn.Module, lesson: Lesson) -> list[nn.Module]:
+    def teach(self, name: str, student: nn.Module, lesson: Lesson) -> list[nn.Module]:
         """The student after each leg."""
         schedule, config = lesson.schedule, self.config
         legs, world = [], place()[1]

@@ -1,0 +1,85 @@
+"""What MNIST's third student owes to each kind of artificial image.
+
+    python -m benchmarks.bench_ablation --root ../shared/data --teacher mnist.pth.tar
+
+The paper's ranks and the budget of `kegfast reproduce mnist`. Each row leaves out one kind of images, whose
+share goes to the others; the last one solves the factors on the images before it teaches with them. Test
+accuracy after the last step. Finished cells are kept in --out.
+"""
+
+import argparse
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.common import write_results
+from kegfast import compress, data, load_weights
+from kegfast.distillation import InMemory, Pool
+from kegfast.experiments.ledger import spread
+from kegfast.experiments.paper import paper
+from kegfast.experiments.study import Lesson, Study
+from kegfast.loop import seeded
+
+STUDENT = 3
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--root", type=Path, required=True)
+    parser.add_argument("--teacher", type=Path, required=True)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--out", type=Path, default=Path("runs/ablation"))
+    args = parser.parse_args()
+    experiment, splits = paper("mnist"), data.load("mnist", args.root)
+    teacher = load_weights(experiment.build(), args.teacher)
+    study = Study(experiment, splits.info, splits, teacher, args.out)
+    found: dict[str, list[float]] = {}
+    for seed in args.seeds:
+        for name, accuracy in measure(study, seed):
+            print(f"seed {seed}  {accuracy:.2f}  {name}", flush=True)
+            found.setdefault(name, []).append(accuracy)
+    rows = [{"variant": name, "accuracy": values, **spread(values)} for name, values in found.items()]
+    write_results("ablation_mnist", {"rows": rows})
+
+
+def measure(study: Study, seed: int) -> Iterator[tuple[str, float]]:
+    """Each variant's name and accuracy."""
+    kinds = list(study.sources(seed).kinds())
+    variants = {"all kinds": kinds}
+    variants |= {f"without {left}": [kind for kind in kinds if kind != left] for left in kinds}
+    variants["all kinds, factors solved first"] = kinds
+    drawn: dict[str, Tensor] = {}
+    for name, chosen in variants.items():
+
+        def cell(name: str = name, chosen: list[str] = chosen) -> float:
+            if not drawn:
+                drawn.update(draw(study, seed))
+            samples = torch.cat([drawn[kind][: study.config.pool // len(chosen)] for kind in chosen])
+            return taught(study, seed, samples, solved="solved" in name)
+
+        yield name, study.ledger.cell(f"{name}/{seed}", cell)
+
+
+def draw(study: Study, seed: int) -> dict[str, Tensor]:
+    """Of every kind as many images as a mixture of all but one needs."""
+    kinds = study.sources(seed).kinds()
+    with seeded(seed):
+        size = study.config.pool // (len(kinds) - 1)
+        return {name: Pool(source, size).samples for name, source in kinds.items()}
+
+
+def taught(study: Study, seed: int, samples: Tensor, solved: bool) -> float:
+    """Accuracy of a student of these samples."""
+    student: nn.Module = study.starts(STUDENT, "paper", "kegfast", seed)[0]
+    if solved:
+        few = samples[:: len(samples) // study.config.calibration]
+        ranks = dict(study.paper.students[STUDENT].ranks)
+        student = compress(study.teacher, ranks, calibration=few, samples=len(few))[0]
+    lesson = Lesson(InMemory(samples), (), study.paper.schedule("kegfast"), seed)
+    return study.accuracy(study.teach("ablation", student, lesson)[-1])
+
+
+if __name__ == "__main__":
+    main()
