@@ -68,7 +68,7 @@ def main() -> None:
     parser.add_argument(
         "--generators",
         type=Path,
-        help="of kegfast extract: a column of half theirs, half leaves",
+        help="of kegfast extract: a column of theirs and three times as many leaves",
     )
     parser.add_argument("--ways", nargs="+", help="only columns that contain one of these words")
     parser.add_argument("--ratios", type=float, nargs="+", default=RATIOS)
@@ -153,7 +153,7 @@ def calibrations(args: argparse.Namespace, images: Tensor, leaves: DeadLeaves) -
         "budget, dead leaves": {"calibration": leaves, "samples": MADE},
     }
     if args.generators is not None:
-        mixture = Mixture([Generators.load(args.generators), leaves])
+        mixture = Mixture([Generators.load(args.generators), leaves], weights=[1, 3])
         ways["budget, generators and leaves"] = {"calibration": mixture, "samples": MADE}
     return {**ways, "budget, 256 real": {"calibration": real}}
 

@@ -19,7 +19,7 @@ from kegfast.compression.budget import Rank
 from kegfast.compression.choice import keep_fastest
 from kegfast.compression.decompose import Decomposition, Factors, Metric, relative_error
 from kegfast.compression.evidence import Evidence, collect
-from kegfast.compression.norms import reestimate_norms, transfer_norms
+from kegfast.compression.norms import has_norms, reestimate_norms, transfer_norms
 from kegfast.compression.ranks import RankRules, Side
 from kegfast.compression.refit import refit
 from kegfast.compression.report import CompressionReport, LayerReport
@@ -219,7 +219,7 @@ def _trial(model: nn.Module, decompose: _Decomposer, evidence: Evidence, plan: P
         if plan.get(site.name) is not None:
             student = replace(student, site, build(site.module, decompose(site, plan[site.name])))
     if not evidence.probes:  # noise runs by its own statistics
-        refit(student, model, evidence.samples, evidence.metrics)
+        _refit(student, model, evidence)
         _adapt_norms(student, model, evidence)
     return student
 
@@ -240,7 +240,7 @@ def _adapt(student: nn.Module, teacher: nn.Module, evidence: Evidence, report: C
     if evidence.samples is None or not report.ranks:
         return
     if not evidence.probes:  # least squares would fit what only noise has in common
-        refit(student, teacher, evidence.samples, evidence.metrics)
+        _refit(student, teacher, evidence)
         report.notes.append(f"factors and biases solved anew on {len(evidence.samples)} inputs")
     if note := _adapt_norms(student, teacher, evidence):
         report.notes.append(note)
@@ -248,6 +248,11 @@ def _adapt(student: nn.Module, teacher: nn.Module, evidence: Evidence, report: C
     for name in report.ranks:
         weight = teacher.get_submodule(name).weight
         report[name].error = relative_error(weight, factors_of(layers[name]))
+
+
+def _refit(student: nn.Module, teacher: nn.Module, evidence: Evidence) -> None:
+    """Two factors of a layer at once, but beside BatchNorm the last alone: two fit made samples too well."""
+    refit(student, teacher, evidence.samples, None if has_norms(teacher) else evidence.metrics)
 
 
 def _adapt_norms(student: nn.Module, teacher: nn.Module, evidence: Evidence) -> str:

@@ -48,6 +48,11 @@ def batch_statistics(model: nn.Module) -> Iterator[dict[str, tuple[Tensor, Tenso
                 setattr(norm, key, value)
 
 
+def has_norms(model: nn.Module) -> bool:
+    """Whether any BatchNorm is in it."""
+    return any(isinstance(module, _BatchNorm) for module in model.modules())
+
+
 @torch.no_grad()
 def reestimate_norms(student: nn.Module, samples: Tensor) -> bool:
     """Sets every BatchNorm's running statistics to those of the samples; False if there is none."""

@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader, Dataset
 from kegfast import check
 from kegfast.check import expected
 from kegfast.compression.traffic import answers_of, evaluation
+from kegfast.distillation.sources import Mixture
 
 BANK = 8
 """Samples that a source is asked for, for each one kept ..."""
@@ -69,9 +70,13 @@ def of_every_class(model: nn.Module, samples: Tensor, calibration: Any) -> Tenso
     """As many samples, chosen with others of a source so that a classifier puts them into all classes alike.
 
     Noise and made images fall into few classes, and leave the others to chance. What the caller chose, in a
-    tensor or a data set, stays as it is, and so do samples that `BANK_NUMBERS` leaves no choice of.
+    tensor or a data set, stays as it is, and so do samples that `BANK_NUMBERS` leaves no choice of. Each
+    source of a mixture keeps its share.
     """
     n = len(samples)
+    if isinstance(calibration, Mixture) and n == sum(counts := calibration.counts(n)):
+        parts = zip(samples.split(counts), calibration.sources, strict=True)
+        return torch.cat([of_every_class(model, part, source) for part, source in parts if len(part)])
     more = min((BANK - 1) * n, BANK_NUMBERS // max(samples[0].numel(), 1) - n)
     if isinstance(calibration, Tensor) or not hasattr(calibration, "sample") or more <= 0:
         return samples

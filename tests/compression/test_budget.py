@@ -20,6 +20,7 @@ from kegfast.compression.matching import match_statistics
 from kegfast.compression.norms import batch_statistics, look_familiar, reestimate_norms
 from kegfast.compression.refit import refit
 from kegfast.compression.samples import balanced, gather, of_every_class, probes
+from kegfast.distillation import GaussianNoise, Mixture
 from kegfast.models import LeNet5, ResNet14
 
 
@@ -234,10 +235,10 @@ def test_calibration_takes_any_source(form):
 
 
 class Sign(nn.Module):
-    """Three classes by one number: below 0 (most noise below 2), above 2, and in between."""
+    """Three classes by one number: below 0, above 1, and in between."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.stack([-x[:, 0], 1 - (x[:, 0] - 1).abs(), x[:, 0] - 2], 1)
+        return torch.stack([-x[:, 0], 0.5 - (x[:, 0] - 0.5).abs(), x[:, 0] - 1], 1)
 
 
 def test_sources_give_every_class_alike() -> None:
@@ -250,9 +251,13 @@ def test_sources_give_every_class_alike() -> None:
     samples = of_every_class(Sign(), first, Skewed())
     assert samples.shape == (60, 4)
     assert Sign()(samples[:9]).argmax(1).bincount(minlength=3).tolist() == [3, 3, 3]  # so is every prefix
-    counts = Sign()(samples).argmax(1).bincount(minlength=3).tolist()
-    assert max(counts) - 1 <= 31  # some class is rare; the others share what it leaves
-    assert abs(counts[0] - counts[1]) <= 1
+    assert Sign()(samples).argmax(1).bincount().tolist() == [20, 20, 20]  # of the first 60 few are above 1
+    assert Sign()(first).argmax(1).bincount(minlength=3).tolist()[2] < 10
+    mixture = Mixture([Skewed(), GaussianNoise((4,))], weights=[1, 3])
+    mixed = of_every_class(Sign(), gather(mixture, 60, Sign()), mixture)
+    assert mixed.shape == (60, 4)
+    for part in (mixed[:9], mixed[15:24]):  # every source by itself
+        assert Sign()(part).argmax(1).bincount(minlength=3).tolist() == [3, 3, 3]
     given = torch.randn(70, 4)
     assert of_every_class(Sign(), given, given) is given  # what the caller chose stays as it is
     flat = nn.Flatten(0)  # no table of logits
