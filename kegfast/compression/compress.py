@@ -72,8 +72,8 @@ def compress(
             `.sample(n)` such as Generators). Errors are weighted by them, factors and biases solved
             anew, BatchNorm statistics re-estimated. Samples that are visibly not what the model was
             trained on are first changed until BatchNorm finds them familiar (`match_statistics`, at
-            most 256 images of 32 x 32 or their like); BatchNorm statistics are then moved as others of
-            the samples, not changed, move them on both models.
+            most 256 images of 32 x 32 or their like); BatchNorm statistics are then moved as they move
+            on both models.
         samples: how many to draw from `calibration`. Anything with `.sample(n)` is asked for eight times
             as many where that is cheap, and those are kept that fall into a classifier's classes alike;
             samples that are changed are not, as they are led to all classes.
@@ -257,7 +257,7 @@ def _refit(student: nn.Module, teacher: nn.Module, evidence: Evidence) -> None:
 
 def _adapt_norms(student: nn.Module, teacher: nn.Module, evidence: Evidence) -> str:
     if evidence.synthetic:
-        moved = transfer_norms(student, teacher, evidence.others)
+        moved = transfer_norms(student, teacher, evidence.samples)
         return "BatchNorm statistics moved as synthetic inputs to both models say" if moved else ""
     return "BatchNorm statistics re-estimated on them" if reestimate_norms(student, evidence.samples) else ""
 

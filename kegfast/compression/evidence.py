@@ -22,7 +22,6 @@ class Evidence:
 
     example: Inputs | None = None
     samples: Tensor | None = None  # real, generated or noise
-    others: Tensor | None = None  # synthetic ones as they came, which nothing is fitted to
     probes: bool = False  # the samples are noise
     synthetic: bool = False  # at first they did not look to BatchNorm like what it was trained on
     traffic: dict[str, Traffic] = field(default_factory=dict)
@@ -59,14 +58,13 @@ def collect(
     elif budget and evidence.example is not None and len(evidence.example) == 1:
         example = evidence.example[0]
         if example.is_floating_point():
-            evidence.samples = probes(example.shape[1:]).to(next(model.parameters()))
-            evidence.others, evidence.probes, evidence.synthetic = evidence.samples, True, True
+            evidence.samples = probes(example.shape[1:])
+            evidence.probes = evidence.synthetic = True
     if evidence.samples is not None:
+        evidence.samples = evidence.samples.to(next(model.parameters()))
         if not evidence.probes and not look_familiar(model, evidence.samples):
             evidence.synthetic = True
-            made = evidence.samples
-            evidence.samples = match_statistics(model, made)
-            evidence.others = made[-len(evidence.samples) :]  # that were not changed, if there are enough
+            evidence.samples = match_statistics(model, evidence.samples)
         elif not evidence.probes:
             evidence.samples = of_every_class(model, evidence.samples, calibration)
         if budget:

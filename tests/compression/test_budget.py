@@ -388,29 +388,6 @@ def test_made_samples_become_familiar_and_the_model_stays():
     assert all(p.requires_grad and p.grad is None for p in teacher.parameters())
 
 
-def test_norms_move_as_samples_say_that_nothing_was_fitted_to(monkeypatch) -> None:
-    """Matched samples, on which factors are solved, flatter the student's variances."""
-    monkeypatch.setattr("kegfast.compression.matching.NUMBERS", 0)  # the least number is changed
-    monkeypatch.setattr("kegfast.compression.matching.STEPS", 2)
-    module = __import__("sys").modules[compress.__module__]
-    seen = []
-
-    def transfer(student: nn.Module, teacher: nn.Module, samples: Tensor) -> bool:
-        seen.append(samples)
-        return module_transfer(student, teacher, samples)
-
-    module_transfer = module.transfer_norms
-    monkeypatch.setattr(module, "transfer_norms", transfer)
-    made = 6 * torch.rand(40, 3, 16, 16) - 3
-    _, report = compress(odd(), budget={"params": 0.6}, calibration=made)
-    assert any("16 inputs" in note for note in report.notes)
-    assert seen
-    assert all(torch.equal(samples, made[-16:]) for samples in seen)
-    seen.clear()
-    compress(odd(), budget={"params": 0.6}, calibration=made[:16])
-    assert all(torch.equal(samples, made[:16]) for samples in seen)
-
-
 def test_plans_are_compared_as_the_students_will_be_refitted() -> None:
     """Refitting may turn the order of plans round; the student must be the best of those that come out."""
     torch.manual_seed(0)
