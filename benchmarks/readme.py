@@ -200,6 +200,8 @@ def boundary(found: Found) -> str:
         means = [cell["mean"] for cell in cells]
         rise = means[0] < means[1] < means[2]
         goals.append((f"{measure} rises in this order; from first to last by", means[2] - means[0], rise))
+    lengths = [_mean(found[f"boundaries, {name}: length"], 2) for name in ("teacher", *students)]
+    rows.append([f"length of the vectors: teacher, {', '.join(students)}", ", ".join(lengths)])
     across = found["boundaries: percent of the accepted across"]["mean"]
     goals.append(("percent of the accepted samples across, 90 at least", across, across >= 90))
     return _tables(["percent right", *shares], rows, goals)

@@ -110,10 +110,14 @@ class _Run(Learning):
             vectors[name], reached = boundary.perturbations(model, samples, labels, targets)
             with torch.no_grad():
                 usable &= reached & (model(samples).argmax(dim=1) == labels)
-        theirs = vectors.pop("teacher")[usable]
+        found["boundaries: percent of the vectors compared"] = _percent(usable)
+        vectors = {name: each[usable] for name, each in vectors.items()}
+        for name, each in vectors.items():
+            found[f"boundaries, {name}: length"] = float(each.flatten(1).norm(dim=1).mean())
+        theirs = vectors.pop("teacher")
         for name, ours in vectors.items():
             for measure, similarity in MEASURES.items():
-                found[f"boundaries, {name}: {measure}"] = float(similarity(theirs, ours[usable]))
+                found[f"boundaries, {name}: {measure}"] = float(similarity(theirs, ours))
         return found
 
     def _accepted(self, samples: Tensor, labels: Tensor) -> dict[str, float]:

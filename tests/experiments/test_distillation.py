@@ -132,6 +132,7 @@ def test_boundary(tmp_path, monkeypatch):
     for method in boundary.COMPARED:
         for measure in ("MagSim", "AngSim"):
             assert 0.5 < found[f"boundaries, {method}: {measure}"]["mean"] <= 1
+        assert found[f"boundaries, {method}: length"]["mean"] > 0
     assert found["boundaries: percent of bases accepted"]["mean"] > 50
     assert found["boundaries: percent of the accepted across"]["mean"] == 100
     assert len(list(tmp_path.glob("*.hint.pt"))) == 1
