@@ -23,9 +23,9 @@ class tuning:
     """Limits what the Tucker-2 kernels may do; a setter, or a context manager that restores.
 
     Args:
-        winograd: whether 3x3 cores of stride 1 may run by Winograd where that is faster (default True): as
-            F(2x2, 3x3), whose rounding error is that of the direct sum. "f4" takes F(4x4, 3x3) instead, in
-            forward passes: from rank 16 up, 1.1 to 1.2 times as fast as the default, with about 2.5 times
+        winograd: whether 3x3 cores may run by Winograd where that is faster (default True): in output tiles
+            of 2x2, whose rounding error is that of the direct sum. "f4" takes F(4x4, 3x3) instead, in forward
+            passes of stride 1: from rank 16 up, 1.1 to 1.2 times as fast as the default, with about 2.5 times
             the rounding error in float32 (by theory up to 3).
 
     Raises:

@@ -202,6 +202,40 @@ def test_a_layer_packs_anew_for_another_tuning() -> None:
             layer.first.weight.data.mul_(0.75)  # not counted by torch
 
 
+STRIDED = {
+    "odd sizes": (3, 20, 19, 22, 64, 80, 24, (3, 3), 2, 1, 1),
+    "several bands": (1, 8, 67, 60, 64, 64, 20, (3, 3), 2, (0, 2), 1),
+    "several images": (3, 16, 28, 28, 64, 128, 17, (3, 3), 2, 1, 1),
+}
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("name", STRIDED)
+def test_stride_2_against_float64(name: str, channels_last: bool, isa: str) -> None:
+    tensors, rest = make(STRIDED[name], torch.float32)
+    if channels_last:
+        tensors[0] = tensors[0].contiguous(memory_format=torch.channels_last)
+    want = exact(tensors, rest)
+    errors = {}
+    for form, kernel in ((True, "winograd"), ("f4", "winograd"), (False, "direct")):
+        with kegfast.cpu_isa(isa), kegfast.tuning(winograd=form):
+            errors[form] = relative_error(tucker_conv2d(*tensors, *rest), want)
+            assert kegfast.last_kernel() == f"{kernel} {isa}"
+    assert errors["f4"] == errors[True] < 1.3 * errors[False]
+
+
+@needs_native
+@pytest.mark.parametrize("change", [{"size": 14}, {"ranks": (48, 64)}, {"ranks": (64, 66)}], ids=str)
+def test_stride_2_is_direct_where_winograd_gains_nothing(change: dict) -> None:
+    shape = {"size": 16, "ranks": (64, 64)} | change
+    geometry = (3, 8, shape["size"], shape["size"], *shape["ranks"], 8, (3, 3), 2, 1, 1)
+    tensors, rest = make(geometry, torch.float32)
+    y = tucker_conv2d(*tensors, *rest)
+    assert kegfast.last_kernel().startswith("direct")
+    assert relative_error(y, exact(tensors, rest)) < 1e-6
+
+
 @needs_native
 def test_f2_runs_where_it_should_and_can_be_forbidden() -> None:
     tensors, rest = make(GEOMETRIES["odd sizes"], torch.float32)

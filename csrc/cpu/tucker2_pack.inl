@@ -39,7 +39,9 @@ void tucker2_pack(const Tucker2Params& p, const Tucker2Plan& plan, const Tucker2
     pack_factor(core, p.rank_out, p.rank_in, p.kernel_w, core_window(p), true, packed + plan.core_at);
 #if !defined(KEGFAST_PAIRS)
   if (winograd_fits(p) && (all || plan.winograd)) {
-    const auto pack = p.winograd == 2 ? pack_winograd<2> : pack_winograd<4>;
+    const auto pack = p.stride_h == 2         ? pack_winograd<5>
+                      : winograd_edge(p) == 2 ? pack_winograd<4>
+                                              : pack_winograd<6>;
     pack(p, core, packed + plan.winograd_at);
   }
 #endif

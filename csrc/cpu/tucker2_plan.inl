@@ -140,31 +140,47 @@ constexpr int64_t kBandBytes = 32 << 10;       // of t2: stays in L1 between the
 constexpr int64_t kWideBandBytes = 192 << 10;  // where the core's weights are what streams
 constexpr int64_t kWindowBytes = 256 << 10;    // of t1: stays in L2
 
+// Winograd's output tiles, whose F(4x4, 3x3) is for stride 1, and input tiles.
+constexpr int64_t winograd_edge(const Tucker2Params& p) {
+  return p.stride_h == 1 ? p.winograd : smaller(p.winograd, 2);
+}
+constexpr int winograd_side(int64_t edge, int64_t stride) {
+  return static_cast<int>(stride == 1 ? edge + 2 : 2 * edge + 1);
+}
+constexpr int winograd_points(const Tucker2Params& p) {
+  const int side = winograd_side(winograd_edge(p), p.stride_h);
+  return side * side;
+}
+
+// The least ranks whose products outweigh the transforms.
+constexpr int64_t winograd_ranks(const Tucker2Params& p) {
+  return p.stride_h == 2 ? 64 : winograd_edge(p) == 4 ? 16 : 32;
+}
+
 // Whether the core may run by Winograd at all: the transforms work on whole vectors of channels.
 bool winograd_fits(const Tucker2Params& p) {
-  return kPair == 1 && p.winograd && !p.up.on && p.kernel_h == 3 && p.kernel_w == 3 && p.stride_h == 1 &&
-         p.stride_w == 1 && p.dilation_h == 1 && p.dilation_w == 1 &&
-         smaller(p.rank_in, p.rank_out) >= (p.winograd == 4 ? 16 : 32) && p.rank_in % kLanes == 0 &&
+  return kPair == 1 && p.winograd && !p.up.on && p.kernel_h == 3 && p.kernel_w == 3 && p.stride_h <= 2 &&
+         p.stride_w == p.stride_h && p.dilation_h == 1 && p.dilation_w == 1 &&
+         smaller(p.rank_in, p.rank_out) >= winograd_ranks(p) && p.rank_in % kLanes == 0 &&
          p.rank_out % kLanes == 0 &&
          // oneDNN's convolutions of planes sum in smaller blocks: beyond these ranks our error would be 1.6
          // of theirs.
-         (p.winograd == 4 || p.channels_last || larger(p.rank_in, p.rank_out) <= 192);
+         (winograd_edge(p) == 4 || p.channels_last || larger(p.rank_in, p.rank_out) <= 192);
 }
 
-// Whether it should: enough pixels for the 16 or 36 GEMMs, whose weights are 16 / 9 or 4 of the direct ones.
+// Whether it should: enough pixels for the GEMMs, whose weights are 16 / 9 or more of the direct ones, and at stride
+// 2, which gains least, tiles that are mostly whole.
 bool winograd_wins(const Tucker2Params& p, int64_t threads) {
   if (!winograd_fits(p)) return false;
   if (p.form != Tucker2Form::automatic) return p.form == Tucker2Form::winograd;
-  const int64_t edge = p.winograd;
-  const int64_t tiles = p.images * ceil_div(p.out_height, edge) * ceil_div(p.out_width, edge) / threads;
+  const int64_t edge = winograd_edge(p), image = ceil_div(p.out_height, edge) * ceil_div(p.out_width, edge);
+  const int64_t tiles = p.images * image / threads;
+  if (p.stride_h == 2 && 8 * image * winograd_points(p) > 7 * 9 * p.out_height * p.out_width) return false;
   return tiles * edge * edge >= larger(48, larger(p.rank_in, p.rank_out));
 }
 
-constexpr int points_of(int64_t edge) {
-  return static_cast<int>((edge + 2) * (edge + 2));
-}
-constexpr int64_t band_tiles(int64_t edge) {
-  return edge == 4 ? 48 : 64;
+constexpr int64_t band_tiles(const Tucker2Params& p) {
+  return p.stride_h == 2 ? 32 : winograd_edge(p) == 4 ? 48 : 64;
 }
 
 // Floats from one point of `tiles` tiles to the next: a line more than they need, or the streams that a
@@ -184,8 +200,8 @@ int64_t band_pixels(const Tucker2Params& p) {
 Tucker2Plan tucker2_plan(const Tucker2Params& p, int64_t threads) {
   Tucker2Plan plan{};
   const int64_t row = padded_width(p) * words(p.rank_in);
-  plan.winograd = winograd_wins(p, threads) ? p.winograd : 0;
-  const int64_t edge = plan.winograd, pixels = edge ? edge * edge * band_tiles(edge) : band_pixels(p),
+  plan.winograd = winograd_wins(p, threads) ? winograd_edge(p) : 0;
+  const int64_t edge = plan.winograd, pixels = edge ? edge * edge * band_tiles(p) : band_pixels(p),
                 image_pixels = p.out_height * p.out_width;
   const int64_t halo = (p.kernel_h - 1) * p.dilation_h + 1;
   plan.band_rows = clamp(pixels / p.out_width, 1, p.out_height);
@@ -212,7 +228,7 @@ Tucker2Plan tucker2_plan(const Tucker2Params& p, int64_t threads) {
   plan.last_at = take(p.channels_last ? packed_floats(p.features, {1, words(p.rank_out)})
                                       : p.features * words(p.rank_out));
   const int64_t point = packed_floats(p.rank_out, {1, p.rank_in});
-  plan.winograd_at = take(winograd_fits(p) ? points_of(p.winograd) * point : 0);
+  plan.winograd_at = take(winograd_fits(p) ? winograd_points(p) * point : 0);
   plan.packed_floats = at;
   plan.packed_layout = packed_layout(p);
 
@@ -226,7 +242,7 @@ Tucker2Plan tucker2_plan(const Tucker2Params& p, int64_t threads) {
   const int64_t tiles =
       edge ? plan.group_images * ceil_div(plan.band_rows, edge) * ceil_div(p.out_width, edge) : 0;
   const int64_t tile_floats = point_step(tiles, p.rank_in) + point_step(tiles, p.rank_out);
-  plan.tiles_at = take(edge ? round_up(p.rank_in, 16) + points_of(edge) * tile_floats : 0);
+  plan.tiles_at = take(edge ? round_up(p.rank_in, 16) + winograd_points(p) * tile_floats : 0);
   plan.x_at = take(gathers(p) ? gathered_rows(p) * p.width * words(p.channels) : 0);
   plan.y_at = take(convert ? band * p.features : 0);
   plan.scratch_floats = at;

@@ -67,19 +67,20 @@ class Stages {
 
   // How often the tiles of a band's core ask for lines, about.
   int64_t core_steps(const Band& band) const {
-    const int64_t pixels = max_pixels(2);
     if (const int64_t edge = plan_.winograd) {
       const int64_t tiles = band.count * ceil_div(band.rows, edge) * ceil_div(p_.out_width, edge);
       const int64_t vectors = ceil_div(p_.rank_out, 2 * kLanes);
-      return points_of(edge) * vectors * ceil_div(tiles, pixels) * ceil_div(p_.rank_in, kAheadSteps);
+      return winograd_points(p_) * vectors * ceil_div(tiles, max_pixels(2)) *
+             ceil_div(p_.rank_in, kAheadSteps);
     }
     const auto row = [&](Window window, int64_t width) {
-      int64_t each = 0;  // of a tile
+      int64_t each = 0;
       for_parts(p_.rank_out, window, true, [&](const Part& part, int64_t) {
-        each += ceil_div(part.outputs * part.group, 2 * kLanes) * window.segments *
-                ceil_div(window.length, kAheadSteps * part.group);
+        const int64_t lanes = part.outputs * part.group, vectors = lanes > kLanes ? 2 : 1;
+        each += ceil_div(lanes, vectors * kLanes) * ceil_div(width, max_pixels(static_cast<int>(vectors))) *
+                window.segments * ceil_div(window.length, kAheadSteps * part.group);
       });
-      return each * ceil_div(width, pixels);
+      return each;
     };
     if (!p_.up.on) return band.count * band.rows * row(core_window(p_), p_.out_width);
     int64_t phases = 0;
@@ -95,11 +96,13 @@ class Stages {
   void core(const Band& band, const float* t1, int64_t t1_image, float* t2, Ahead* ahead) {
 #if !defined(KEGFAST_PAIRS)
     if (plan_.winograd) {
-      const WinogradBand tiled{band.count, band.rows, t1, t1_image, t1_row(), band.rows + 2, t2};
+      const int64_t rows = (band.rows - 1) * p_.stride_h + 3;
+      const WinogradBand tiled{band.count, band.rows, t1, t1_image, t1_row(), rows, t2};
       const float* const packed = p_.packed + plan_.winograd_at;
       float* const tiles = scratch_ + plan_.tiles_at;
-      if (plan_.winograd == 2) return Winograd<2>(p_, packed, tiles, ahead).run(tiled);
-      return Winograd<4>(p_, packed, tiles, ahead).run(tiled);
+      if (p_.stride_h == 2) return Winograd<2, 2>(p_, packed, tiles, ahead).run(tiled);
+      if (plan_.winograd == 2) return Winograd<2, 1>(p_, packed, tiles, ahead).run(tiled);
+      return Winograd<4, 1>(p_, packed, tiles, ahead).run(tiled);
     }
 #endif
     if (p_.up.on) return core_phases(band, t1, t2, ahead);

@@ -1,11 +1,15 @@
 // The core by Winograd's minimal filtering (Lavin and Gray 2016, section 4.1): F(2x2, 3x3) takes 4 x 4 input
 // tiles to 2 x 2 output tiles by 16 products instead of 36, F(4x4, 3x3) 6 x 6 to 4 x 4 by 36 instead of 144, as one
-// GEMM over tiles for each product ("point").
+// GEMM over tiles for each product ("point"). A core of stride 2 takes 5 x 5 to 2 x 2 by 25 instead of 36: along an
+// axis the even inputs meet two taps, which is F(2, 2) by 3 products, the odd ones the third, by 2.
 //
 // Rounding: the products' errors grow by a = mean over outputs o of sum_i (A_oi |B_i| |G_i|)^2 / 3 along each axis,
 // for data and filters of independent elements, and the sum of both axes by a too. F(2x2): a = 1.7, the same as the
-// direct sum in practice, whose chains are longer. F(4x4) from the paper's points 0, 1, -1, 2, -2: 10.8; from those
-// used here, 0, s/2, -s/2, s, -s with s = sqrt(2), whose squares multiply to 1: 5.0.
+// direct sum in practice, whose chains are longer, and the same at stride 2. F(4x4) from the paper's points 0, 1, -1,
+// 2, -2: 10.8; from those used here, 0, s/2, -s/2, s, -s with s = sqrt(2), whose squares multiply to 1: 5.0.
+//
+// Stride 2, 128->256@28 at ranks 64/128, batch 1 and 8: 1.12 and 1.1 times as fast as the direct sum. At ranks 32/64
+// it gains nothing, on 7 x 7 outputs, whose tiles are 64 pixels, less than 1.05; so neither runs by it.
 //
 // F(4x4), the CIFAR and ResNet layers of stride 1, ranks 16 to 256, channels_last, one core of Zen 5, batch 1, 8 and
 // 64, geometric means: 1.10, 1.16 and 1.16 times as fast as F(2x2) or, at rank 16, the direct sum; 0.94 to 1.33. Its
@@ -27,6 +31,17 @@ KEGFAST_INLINE void filter_axis(const Floats (&g)[3], Floats (&u)[4]) {
 }
 KEGFAST_INLINE void output_axis(const Floats (&m)[4], Floats (&y)[2]) {
   y[0] = m[0] + m[1] + m[2], y[1] = m[1] - m[2] - m[3];
+}
+
+// Stride 2: the even inputs, then the odd.
+KEGFAST_INLINE void input_axis(const Floats (&d)[5], Floats (&v)[5]) {
+  v[0] = d[0] - d[2], v[1] = d[2], v[2] = d[4] - d[2], v[3] = d[1], v[4] = d[3];
+}
+KEGFAST_INLINE void filter_axis(const Floats (&g)[3], Floats (&u)[5]) {
+  u[0] = g[0], u[1] = g[0] + g[2], u[2] = g[2], u[3] = u[4] = g[1];
+}
+KEGFAST_INLINE void output_axis(const Floats (&m)[5], Floats (&y)[2]) {
+  y[0] = m[0] + m[1] + m[3], y[1] = m[1] + m[2] + m[4];
 }
 
 constexpr float kRoot = 1.41421356237309505f;
@@ -52,10 +67,9 @@ KEGFAST_INLINE void output_axis(const Floats (&m)[6], Floats (&y)[4]) {
 }
 
 // V = B^T d B for kLanes channels at once.
-template <int Edge>
-KEGFAST_INLINE void transform_input(const float* const (&d)[points_of(Edge)], int64_t channel, float* v,
+template <int kSide>
+KEGFAST_INLINE void transform_input(const float* const (&d)[kSide * kSide], int64_t channel, float* v,
                                     int64_t step) {
-  constexpr int kSide = Edge + 2;
   Floats half[kSide][kSide];  // transposed
   KEGFAST_UNROLL
   for (int j = 0; j < kSide; ++j) {
@@ -77,10 +91,9 @@ KEGFAST_INLINE void transform_input(const float* const (&d)[points_of(Edge)], in
 }
 
 // Y = A^T m A; out[i] is null for pixels beyond an uneven edge.
-template <int Edge>
+template <int Edge, int kSide>
 KEGFAST_INLINE void transform_output(const float* m, int64_t step, float* const (&out)[Edge * Edge],
                                      int64_t channel) {
-  constexpr int kSide = Edge + 2;
   Floats half[Edge][kSide];
   KEGFAST_UNROLL
   for (int j = 0; j < kSide; ++j) {
@@ -103,9 +116,8 @@ KEGFAST_INLINE void transform_output(const float* m, int64_t step, float* const 
 }
 
 // U = G g G^T of the core, one packed factor per point.
-template <int Edge>
+template <int kSide>
 void pack_winograd(const Tucker2Params& p, const Tucker2Factor& core, float* out) {
-  constexpr int kSide = Edge + 2;
   const int64_t point = packed_floats(p.rank_out, {1, p.rank_in});
   for (int64_t r2 = 0; r2 < p.rank_out; r2 += kLanes)
     for (int64_t r1 = 0; r1 < p.rank_in; ++r1, out += kLanes) {
@@ -138,7 +150,7 @@ struct WinogradBand {
 };
 
 // The core in output tiles of Edge x Edge.
-template <int Edge>
+template <int Edge, int Stride>
 class Winograd {
  public:
   Winograd(const Tucker2Params& p, const float* packed, float* scratch, Ahead* ahead)
@@ -156,7 +168,7 @@ class Winograd {
     for (int64_t n = 0; n < band.images; ++n)
       for (int64_t i = 0; i < tile_rows; ++i)
         for (int64_t j = 0; j < tile_columns; ++j, ++tile)
-          input_tile(band, zeros, n, Edge * i, Edge * j, v + tile * p_.rank_in, tiles);
+          input_tile(band, zeros, n, Stride * Edge * i, Stride * Edge * j, v + tile * p_.rank_in, tiles);
     products(tiles, v, m);
     tile = 0;
     for (int64_t n = 0; n < band.images; ++n)
@@ -166,7 +178,7 @@ class Winograd {
   }
 
  private:
-  static constexpr int kSide = Edge + 2, kPoints = points_of(Edge);
+  static constexpr int kSide = winograd_side(Edge, Stride), kPoints = kSide * kSide;
 
   void input_tile(const WinogradBand& band, const float* zeros, int64_t n, int64_t row, int64_t column,
                   float* v, int64_t tiles) {
@@ -179,7 +191,7 @@ class Winograd {
                    : zeros;
       }
     for (int64_t c = 0; c < p_.rank_in; c += kLanes)
-      transform_input<Edge>(d, c, v + c, point_step(tiles, p_.rank_in));
+      transform_input<kSide>(d, c, v + c, point_step(tiles, p_.rank_in));
   }
 
   void products(int64_t tiles, const float* v, float* m) {
@@ -210,7 +222,7 @@ class Winograd {
                    : nullptr;
       }
     for (int64_t c = 0; c < p_.rank_out; c += kLanes)
-      transform_output<Edge>(m + c, point_step(tiles, p_.rank_out), out, c);
+      transform_output<Edge, kSide>(m + c, point_step(tiles, p_.rank_out), out, c);
   }
 
   const Tucker2Params& p_;
