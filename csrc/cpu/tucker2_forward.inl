@@ -28,6 +28,8 @@
 //   a residual network's shortcut added in the last    ResNet-18, ranks C/4, batch 8, folded: 41.2 -> 39.5 ms, on
 //     store, before the ReLU                             two threads 20.2 -> 19.4, half of what was predicted; 42 ->
 //                                                        32 and 27 -> 18 where torch's sums came in fresh pages
+//   tiles of up to 18 pixels x 1 vector, not 14: rows    32@16, rank 16, batch 64: 705 -> 600 us, 64->128@32/2, ranks
+//     of 16 in one tile                                    8/16, batch 8: 161 -> 135; others on 16 pixels 1.06x
 // Tried without gain: huge pages for outputs and scratch below 2 MB; asking for a call's scratch and factors in
 // its first band (what they cost 512@7 at rank 128 after other work, 280 of 960 us, only moved there); vectors of half
 // the width for tails (they reach half the rate, 139 of 277 GFLOP/s, and so take as long as whole ones); 9 to 12

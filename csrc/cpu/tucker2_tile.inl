@@ -70,7 +70,7 @@ enum class Bias { per_lane, per_row };
 
 // Register budget: Pixels * Vectors accumulators, one B vector per column, one broadcast.
 constexpr int kMaxVectors = kRegisters == 32 ? 4 : 3;
-constexpr int kMaxPixels = kRegisters == 32 ? 14 : 10;
+constexpr int kMaxPixels = kRegisters == 32 ? 18 : 10;  // base pointers of more would not stay in registers
 constexpr int max_pixels(int vectors) {
   const int free = (kRegisters - 1 - vectors) / vectors;
   return free < kMaxPixels ? free : kMaxPixels;
@@ -212,6 +212,7 @@ void run_tile(const Tile& t) {
     }
     const int rest = Group > 1 ? static_cast<int>(t.segment_length % Group) : 0;
     if (Group > 1 && rest) {
+      if (t.ahead && t.segment_length < Group) t.ahead->step();
       const Floats w = load_unaligned(b);
       KEGFAST_UNROLL
       for (int j = 0; j < Pixels; ++j)
