@@ -110,10 +110,10 @@ class Backward {
     return far ? Tucker2Soon{reinterpret_cast<const char*>(at), 4 * floats} : Tucker2Soon{};
   }
 
-  // How often the sums of a row of dz1 ask for lines, about. At a stride the first band has all of g and t1's.
+  // How often the sums of a row of dz1 ask for lines, about.
   int64_t sum_steps() const {
     constexpr int64_t kStep = 16 * kLanes * kAheadSteps;  // multiply-adds
-    const int64_t outputs = g_.back.up.on ? 0 : p_.out_height * p_.out_width;
+    const int64_t outputs = p_.out_height * p_.out_width;
     const int64_t image = (g_.first ? p_.height * p_.width * p_.channels * p_.rank_in : 0) +
                           (g_.core ? outputs * p_.rank_in * p_.rank_out * p_.kernel_h * p_.kernel_w : 0) +
                           (g_.last ? outputs * p_.rank_out * p_.features : 0);
@@ -122,8 +122,11 @@ class Backward {
 
   void sums(const Forward::Made& made) {
     const Band& band = made.band;
-    const int64_t border = g_.back.padding_h, first = clamp(made.begin - border, 0, p_.out_height),
-                  last = clamp(made.end - border, first, p_.out_height);
+    const bool whole = g_.back.up.on;  // the first band has made all of dz2: each sums a share of it
+    const auto share = [&](int64_t row) { return p_.out_height * row / p_.height; };
+    const int64_t border = g_.back.padding_h, below = whole ? share(band.row) : made.begin - border,
+                  end = whole ? share(band.row + band.rows) : made.end - border,
+                  first = clamp(below, 0, p_.out_height), last = clamp(end, first, p_.out_height);
     if (first < last) {
       sums_of_g(band.image, band.count, first, last, made.ahead);
       const int64_t t1_row = padded_width(p_) * p_.rank_in, row = padded_width(g_.back) * p_.rank_out;

@@ -13,8 +13,8 @@ namespace {
 // `b_pixel` from one to the next.
 template <class F>
 void for_chunks(int64_t images, int64_t pixels, int64_t a_image, int64_t a_pixel, int64_t b_image,
-                int64_t b_pixel, const F& f, int64_t chunk = kChunkPixels) {
-  const int64_t together = clamp(chunk / pixels, 1, kChunkPixels);
+                int64_t b_pixel, int64_t chunk, const F& f) {
+  const int64_t together = clamp(chunk / pixels, 1, kMostRows);
   RowPairs rows;
   for (int64_t n = 0; n < images; n += together) {
     rows.count = smaller(together, images - n);
@@ -42,12 +42,13 @@ struct Image {
 // (channels, ranks).
 void factor_gradient(const float* ranked, int64_t ranks, int64_t ranked_image, const Image& x,
                      int64_t channels, int64_t images, int64_t pixels, Ahead* ahead, float* c) {
+  const int64_t chunk = chunk_pixels(ranks + channels);
   if (x.channels_last)
-    for_chunks(images, pixels, ranked_image, ranks, x.image, x.pixel, [&](const RowPairs& rows) {
+    for_chunks(images, pixels, ranked_image, ranks, x.image, x.pixel, chunk, [&](const RowPairs& rows) {
       outer_products<A::k_major>(ranked, ranks, ranks, x.data, x.pixel, channels, rows, ahead, c);
     });
   else
-    for_chunks(images, pixels, x.image, x.pixel, ranked_image, ranks, [&](const RowPairs& rows) {
+    for_chunks(images, pixels, x.image, x.pixel, ranked_image, ranks, chunk, [&](const RowPairs& rows) {
       outer_products<A::row_major>(x.data, x.channel, channels, ranked, ranks, ranks, rows, ahead, c);
     });
 }
@@ -159,11 +160,12 @@ void core_gradient(const Tucker2Params& p, const Rows& t1, const Rows& dz2, int6
   };
   // Where both have rows of one length and a pixel is quickly done, the border's zeros between dz2's rows are
   // cheaper than stopping there.
+  const int64_t chunk = chunk_pixels(r1 + r2);
   const bool narrow = lanes || r2 * window.length <= kQuickSums;
   if (narrow && p.stride_h * p.stride_w == 1 && t1.row * r2 == dz2.row * r1)
-    return for_chunks(images, (height - 1) * (t1.row / r1) + width, dz2.image, r2, t1.image, r1, taps,
-                      lanes ? kLanesChunk / r1 : kChunkPixels);
-  const int64_t step = clamp(kChunkPixels / width, 1, kChunkPixels);
+    return for_chunks(images, (height - 1) * (t1.row / r1) + width, dz2.image, r2, t1.image, r1,
+                      lanes ? kLanesChunk / r1 : chunk, taps);
+  const int64_t step = clamp(chunk / width, 1, kMostRows);
   RowPairs rows;
   rows.pixels = width;
   for (int64_t row = 0; row < images * height; row += step) {

@@ -7,12 +7,17 @@
 namespace kegfast::KEGFAST_ISA {
 namespace {
 
-constexpr int64_t kChunkPixels = 256;  // A and B of a chunk stay in L2 while the whole gradient is swept
+constexpr int64_t kMostRows = 256;
+
+// Pixels of a chunk of A and B, `floats` each: it stays in L2 while the whole gradient is swept.
+constexpr int64_t chunk_pixels(int64_t floats) {
+  return clamp((32 << 10) / floats, 256, 4096);
+}
 
 // Rows of pixels of two tensors that are multiplied pixel by pixel.
 struct RowPairs {
-  int64_t a[kChunkPixels], b[kChunkPixels];  // offsets of each row, in floats
-  int64_t count, pixels;                     // pixels of each row
+  int64_t a[kMostRows], b[kMostRows];  // offsets of each row, in floats
+  int64_t count, pixels;               // pixels of each row
 };
 
 // C[m, v, :] += sum over rows and pixels of A[pixel, m] * B[pixel, v, :].
