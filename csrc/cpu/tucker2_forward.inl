@@ -30,12 +30,15 @@
 //                                                        32 and 27 -> 18 where torch's sums came in fresh pages
 //   tiles of up to 18 pixels x 1 vector, not 14: rows    32@16, rank 16, batch 64: 705 -> 600 us, 64->128@32/2, ranks
 //     of 16 in one tile                                    8/16, batch 8: 161 -> 135; others on 16 pixels 1.06x
-// Tried without gain: huge pages for outputs and scratch below 2 MB; asking for a call's scratch and factors in
-// its first band (what they cost 512@7 at rank 128 after other work, 280 of 960 us, only moved there); vectors of half
-// the width for tails (they reach half the rate, 139 of 277 GFLOP/s, and so take as long as whole ones); 9 to 12
-// outputs beside whole vectors as two tails (0.95 to 0.98x at ranks 25 and 28); half-width stores instead of masked
-// ones; a pixel's tiles for all outputs before the next pixel's; 14 x 2 tiles whose sums are finished in place (GCC
-// then spills a weight in the loop: 252 -> 185).
+//   nothing asked for ahead where L2 holds x and y       16@32, batch 8, rank 8: 97 -> 93 us, rank 2: 61 -> 50
+// Tried without gain: asking for every second, fourth or eighth line and leaving the rest to the machine (0.6 to
+// 1.0 of the speed; nothing asked for at all: 64@56, rank 8, batch 8, 642 -> 1268 us); huge pages for outputs and
+// scratch below 2 MB; asking for a call's scratch and factors in its first band (what they cost 512@7 at rank 128
+// after other work, 280 of 960 us, only moved there); vectors of half the width for tails (they reach half the
+// rate, 139 of 277 GFLOP/s, and so take as long as whole ones); 9 to 12 outputs beside whole vectors as two tails
+// (0.95 to 0.98x at ranks 25 and 28); half-width stores instead of masked ones; a pixel's tiles for all outputs
+// before the next pixel's; 14 x 2 tiles whose sums are finished in place (GCC then spills a weight in the loop:
+// 252 -> 185).
 #pragma once
 
 #include "cpu/tucker2_stages.inl"
@@ -43,7 +46,7 @@
 namespace kegfast::KEGFAST_ISA {
 namespace {
 
-constexpr int64_t kNearBytes = 512 << 10;
+constexpr int64_t kNearBytes = 1 << 20;
 
 int64_t image_bytes(const Tucker2Params& p) {
   const int64_t outputs = p.addend ? 2 : 1;
