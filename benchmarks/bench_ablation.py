@@ -57,7 +57,7 @@ def measure(study: Study, seed: int) -> Iterator[tuple[str, float]]:
             if not drawn:
                 drawn.update(draw(study, seed))
             samples = torch.cat([drawn[kind][: study.config.pool // len(chosen)] for kind in chosen])
-            return taught(study, seed, samples, solved="solved" in name)
+            return taught(study, f"{name} {seed}", samples, seed, solved="solved" in name)
 
         yield name, study.ledger.cell(f"{name}/{seed}", cell)
 
@@ -70,7 +70,7 @@ def draw(study: Study, seed: int) -> dict[str, Tensor]:
         return {name: Pool(source, size).samples for name, source in kinds.items()}
 
 
-def taught(study: Study, seed: int, samples: Tensor, solved: bool) -> float:
+def taught(study: Study, name: str, samples: Tensor, seed: int, solved: bool) -> float:
     """Accuracy of a student of these samples."""
     student: nn.Module = study.starts(STUDENT, "paper", "kegfast", seed)[0]
     if solved:
@@ -78,7 +78,10 @@ def taught(study: Study, seed: int, samples: Tensor, solved: bool) -> float:
         ranks = dict(study.paper.students[STUDENT].ranks)
         student = compress(study.teacher, ranks, calibration=few, samples=len(few))[0]
     lesson = Lesson(InMemory(samples), (), study.paper.schedule("kegfast"), seed)
-    return study.accuracy(study.teach("ablation", student, lesson)[-1])
+    accuracy = study.accuracy(study.teach(name, student, lesson)[-1])
+    for leg in study.output.glob("*-leg*.pt"):
+        leg.unlink()
+    return accuracy
 
 
 if __name__ == "__main__":
