@@ -75,7 +75,17 @@ def test_batch_norm_statistics():
     moments = watched_norm(x, layer, 2)[1]
     parts = batch(noise=torch.randn(2, 2, 4), norms=[moments, moments])
     got = BatchNormStatistics()(parts).tolist()
-    assert got == pytest.approx([2 * (0 + 1), 2 * (4 + 2)], abs=1e-4)
+    assert got == pytest.approx([2 * (0 + 1 / 2), 2 * (4 / math.sqrt(2) + 2 / 2)], abs=1e-4)
+
+
+def test_batch_norm_statistics_do_not_depend_on_the_scale_of_features():
+    layer, scaled = nn.BatchNorm2d(3), nn.BatchNorm2d(3)
+    scaled.running_mean.fill_(0.0)
+    scaled.running_var.fill_(30.0**2)
+    x = torch.randn(8, 3, 2, 2)
+    pair = [watched_norm(30 * x, scaled, 2)[1], watched_norm(x, layer, 2)[1]]
+    large, small = (BatchNormStatistics()(batch(noise=torch.randn(2, 4, 4), norms=[m])) for m in pair)
+    torch.testing.assert_close(large, small, rtol=1e-4, atol=0)
 
 
 def test_batch_norm_statistics_at_their_minimum_have_a_finite_gradient():

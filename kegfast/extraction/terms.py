@@ -77,7 +77,9 @@ class BatchNormStatistics:
     """Distance of batch moments to those the teacher's BatchNorm layers saw (DeepInversion).
 
     Yin et al., Dreaming to Distill, CVPR 2020, Equation 4: the sum over layers of
-    |mean - running_mean|_2 + |var - running_var|_2. Zero for a teacher without BatchNorm layers.
+    |mean - running_mean|_2 + |var - running_var|_2. Here in units of each channel's own deviation and
+    variance: as written, layers with variances of hundreds outweigh the classification a hundred times,
+    and samples get no class. Zero for a teacher without BatchNorm layers.
     """
 
     weight: float = 0.1
@@ -86,7 +88,9 @@ class BatchNormStatistics:
     def __call__(self, batch: Batch) -> Tensor:  # (G,)
         total = batch.noise.new_zeros(batch.noise.shape[0])
         for layer, mean, variance in batch.norms:
-            total = total + _norm(mean - layer.running_mean) + _norm(variance - layer.running_var)
+            unit = layer.running_var + layer.eps
+            total = total + _norm((mean - layer.running_mean) / unit.sqrt())
+            total = total + _norm((variance - layer.running_var) / unit)
         return total
 
 
