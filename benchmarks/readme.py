@@ -6,7 +6,9 @@ from statistics import mean
 from typing import Any
 
 from benchmarks.common import RESULTS, markdown_table, update_readme
+from kegfast.experiments.boundary import COMPARED, MEASURES
 from kegfast.experiments.demo import SOURCES, TITLES
+from kegfast.experiments.lenets import TEACHERS
 
 
 def demo(runs: list[dict[str, Any]]) -> str:
@@ -193,18 +195,24 @@ def boundary(found: Found) -> str:
         for loss in losses[1:]:
             gain = found[f"{share}, {loss}"]["mean"] - alone
             goals.append((f"{share}, {loss}: points above the student alone", gain, gain > 0))
-    students = ("alone", "soft_target", "boundary")
-    for measure in ("MagSim", "AngSim"):
-        cells = [found[f"boundaries, {student}: {measure}"] for student in students]
-        rows.append([f"{measure}: {', '.join(students)}", ", ".join(_mean(cell, 3) for cell in cells)])
-        means = [cell["mean"] for cell in cells]
-        rise = means[0] < means[1] < means[2]
-        goals.append((f"{measure} rises in this order; from first to last by", means[2] - means[0], rise))
-    lengths = [_mean(found[f"boundaries, {name}: length"], 2) for name in ("teacher", *students)]
-    rows.append([f"length of the vectors: teacher, {', '.join(students)}", ", ".join(lengths)])
-    across = found["boundaries: percent of the accepted across"]["mean"]
-    goals.append(("percent of the accepted samples across, 90 at least", across, across >= 90))
-    return _tables(["percent right", *shares], rows, goals)
+    return f"{_tables(['percent right', *shares], rows, goals)}\n\n{_boundaries(found)}"
+
+
+def _boundaries(found: Found) -> str:
+    """How alike the boundaries of students and teacher are, then what was to hold."""
+    rows, goals = [], []
+    for teacher in TEACHERS:
+        rows.append([teacher, "the teacher", _mean(found[f"{teacher}, teacher: length"], 2), "", ""])
+        for student in COMPARED:
+            length, *alike = (found[f"{teacher}, {student}: {name}"] for name in ("length", *MEASURES))
+            rows.append([teacher, student, _mean(length, 2), *(_mean(cell, 3) for cell in alike)])
+        for measure in MEASURES:
+            means = [found[f"{teacher}, {student}: {measure}"]["mean"] for student in COMPARED]
+            name = f"{teacher}: {measure} rises from each student to the next; from first to last by"
+            goals.append((name, means[-1] - means[0], means == sorted(set(means))))
+        across = found[f"{teacher}, percent of the accepted across"]["mean"]
+        goals.append((f"{teacher}: percent of the accepted across, 90 at least", across, across >= 90))
+    return _tables(["teacher", "student", "length of the vectors", *MEASURES], rows, goals)
 
 
 def _tables(headers: list[str], rows: list[list[Any]], goals: list[tuple[str, float, bool]]) -> str:

@@ -2,7 +2,8 @@
 
 A LeNet5 of half the width learns from a hundredth and a tenth of the training set, alone and by each loss
 from a LeNet5 that saw all of it (`kegfast.experiments.few_data`). Three students of all data, by labels, with
-soft targets and with boundary samples, are compared by how alike their boundaries are to the teacher's.
+soft targets and with boundary samples, are compared by how alike their boundaries are to the teacher's, which
+is a LeNet5 once without and once with BatchNorm.
 """
 
 from dataclasses import dataclass, field
@@ -12,14 +13,21 @@ import torch
 from torch import Tensor
 
 from kegfast import data
-from kegfast.distillation import boundary
+from kegfast.distillation import Term, boundary
 from kegfast.experiments import few_data, lenets
 from kegfast.experiments.ledger import spread
 from kegfast.experiments.lenets import PAPER, Budget, Learning, Loss
 from kegfast.experiments.trial import spreads, trials
 from kegfast.training import evaluate
 
-COMPARED: dict[str, Loss] = {"alone": "hard_label", "soft_target": PAPER[:-1], "boundary": PAPER}
+SHARE = 0.1
+"""Of the paper's weight of boundary samples, in the comparison; all of it draws boundaries in too far."""
+
+COMPARED: dict[str, Loss] = {
+    "alone": "hard_label",
+    "soft_target": PAPER[:-1],
+    "boundary": [*PAPER[:-1], Term("boundary", lambda done: SHARE * boundary.boundary_weight(done))],
+}
 """The students whose boundaries are compared with the teacher's; each has a term more than the last."""
 
 MEASURES = {"MagSim": boundary.magnitude_similarity, "AngSim": boundary.angle_similarity}
@@ -43,7 +51,7 @@ class Config:
     """What the results depend on.
 
     Attributes:
-        seeds: One run of everything per seed; all students learn from one teacher.
+        seeds: One run of everything per seed; all learn from the same teachers.
         comparison: Of boundaries.
         few: The students of little data; None leaves them out.
     """
@@ -71,23 +79,26 @@ def run(
     splits = data.load("mnist", root)
     runs = trials(output, "boundaries", config.seeds, config.comparison, progress)
     shared = runs[0].shared()
-    teacher = lenets.teacher(shared, config.comparison, splits)
-    accuracy = shared.cell("teacher", lambda: evaluate(teacher(), splits.test))
-    results = {"teacher": spread([accuracy])}
-    results |= spreads([_Run(trial, config.comparison, splits, teacher).all() for trial in runs])
+    teachers = {name: lenets.teacher(shared, config.comparison, splits, name) for name in lenets.TEACHERS}
+    results = {}
+    for name, teacher in teachers.items():
+        accuracy = shared.cell(name, lambda teacher=teacher: evaluate(teacher(), splits.test))
+        results[f"{name}: accuracy"] = spread([accuracy])
+        results |= spreads([_Run(trial, config.comparison, splits, teacher).all(name) for trial in runs])
     if (few := config.few) is not None:
         runs = trials(output, "few_data", config.seeds, few, progress)
-        results |= spreads([few_data.Run(trial, few, splits, teacher).all() for trial in runs])
+        results |= spreads([few_data.Run(trial, few, splits, teachers["LeNet5"]).all() for trial in runs])
     return results
 
 
 class _Run(Learning):
-    """All cells of one seed."""
+    """The cell of one seed and teacher."""
 
-    def all(self) -> dict[str, float]:
-        return self.trial.cell("boundaries", self._compare)
+    def all(self, teacher: str) -> dict[str, float]:
+        found = self.trial.cell(teacher, lambda: self._compare(teacher))
+        return {f"{teacher}, {name}": value for name, value in found.items()}
 
-    def _compare(self) -> dict[str, float]:
+    def _compare(self, teacher: str) -> dict[str, float]:
         """How alike the boundaries of students of all data are to the teacher's.
 
         The vectors are those from test samples to every other class that all searches, the teacher's and
@@ -100,24 +111,23 @@ class _Run(Learning):
         samples, labels = samples.repeat_interleave(9, dim=0), labels.repeat_interleave(9)
         models = {"teacher": self.teacher()}
         for name, loss in COMPARED.items():
-            models[name] = self.student(
-                f"boundaries, {name}", loss, self.splits.train, steps=self.config.steps
-            )
-            found[f"boundaries, {name}: accuracy"] = evaluate(models[name], self.splits.test)
+            file = name if name == "alone" else f"{teacher}, {name}"  # one for all teachers
+            models[name] = self.student(file, loss, self.splits.train, steps=self.config.steps)
+            found[f"{name}: accuracy"] = evaluate(models[name], self.splits.test)
         vectors = {}
         usable = torch.ones_like(labels, dtype=torch.bool)
         for name, model in models.items():
             vectors[name], reached = boundary.perturbations(model, samples, labels, targets)
             with torch.no_grad():
                 usable &= reached & (model(samples).argmax(dim=1) == labels)
-        found["boundaries: percent of the vectors compared"] = _percent(usable)
+        found["percent of the vectors compared"] = _percent(usable)
         vectors = {name: each[usable] for name, each in vectors.items()}
-        for name, each in vectors.items():
-            found[f"boundaries, {name}: length"] = float(each.flatten(1).norm(dim=1).mean())
+        for name, ours in vectors.items():
+            found[f"{name}: length"] = float(ours.flatten(1).norm(dim=1).mean())
         theirs = vectors.pop("teacher")
         for name, ours in vectors.items():
             for measure, similarity in MEASURES.items():
-                found[f"boundaries, {name}: {measure}"] = float(similarity(theirs, ours))
+                found[f"{name}: {measure}"] = float(similarity(theirs, ours))
         return found
 
     def _accepted(self, samples: Tensor, labels: Tensor) -> dict[str, float]:
@@ -129,8 +139,8 @@ class _Run(Learning):
         with torch.no_grad():
             across = teacher(found.samples[found.accepted]).argmax(dim=1) != found.base[found.accepted]
         return {
-            "boundaries: percent of bases accepted": _percent(found.accepted),
-            "boundaries: percent of the accepted across": _percent(across),
+            "percent of bases accepted": _percent(found.accepted),
+            "percent of the accepted across": _percent(across),
         }
 
 

@@ -1,4 +1,4 @@
-"""A LeNet5 on MNIST and students of half its width: what boundary's experiment is made with."""
+"""LeNet5s on MNIST and students of half their width: what boundary's experiment is made with."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -38,6 +38,18 @@ class HalfLeNet5(nn.Sequential):
         self.fc1, self.act4, self.fc2 = nn.Linear(60, 42), nn.ReLU(), nn.Linear(42, 10)
 
 
+class NormalisedLeNet5(nn.Sequential):
+    """LeNet5 with BatchNorm behind each convolution."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            *(nn.Conv2d(1, 6, 5), nn.BatchNorm2d(6), nn.ReLU(), nn.MaxPool2d(2)),
+            *(nn.Conv2d(6, 16, 5), nn.BatchNorm2d(16), nn.ReLU(), nn.MaxPool2d(2)),
+            *(nn.Conv2d(16, 120, 5), nn.BatchNorm2d(120), nn.ReLU(), nn.Flatten()),
+            *(nn.Linear(120, 84), nn.ReLU(), nn.Linear(84, 10)),
+        )
+
+
 @dataclass(frozen=True)
 class Budget:
     """How every network learns.
@@ -53,13 +65,17 @@ class Budget:
     lr: float = 1e-3
 
 
-def teacher(trial: Trial, config: Budget, splits: Splits) -> Callable[[], nn.Module]:
-    """Makes the teacher when it is first asked for."""
+TEACHERS = {"LeNet5": LeNet5, "LeNet5 with BatchNorm": NormalisedLeNet5}
+"""The second's boundaries lie nearer to the samples."""
+
+
+def teacher(trial: Trial, config: Budget, splits: Splits, name: str) -> Callable[[], nn.Module]:
+    """Makes the teacher of this name when it is first asked for."""
 
     @cache
     def make() -> nn.Module:
-        model = beginning(LeNet5, 0)
-        train(model, splits.train, epochs=config.teacher_epochs, **trial.resumed("teacher"))
+        model = beginning(TEACHERS[name], 0)
+        train(model, splits.train, epochs=config.teacher_epochs, **trial.resumed(name))
         return model.eval()
 
     return make

@@ -1,5 +1,6 @@
 """The experiments of distillation, on a few blobs instead of MNIST: they run, resume and make sense."""
 
+import itertools
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -126,16 +127,17 @@ def test_boundary(tmp_path, monkeypatch):
         ),
     )
     found = boundary.run(tmp_path, config=config)
-    assert found["teacher"]["mean"] > 95
+    assert found["LeNet5: accuracy"]["mean"] > 95
     assert found["10 %, alone"]["mean"] > 50
     assert found["10 %, soft_target"]["mean"] > 50
-    for method in boundary.COMPARED:
+    for teacher, method in itertools.product(lenets.TEACHERS, boundary.COMPARED):
         for measure in ("MagSim", "AngSim"):
-            assert 0.5 < found[f"boundaries, {method}: {measure}"]["mean"] <= 1
-        assert found[f"boundaries, {method}: length"]["mean"] > 0
-    assert found["boundaries: percent of bases accepted"]["mean"] > 50
-    assert found["boundaries: percent of the accepted across"]["mean"] == 100
+            assert 0.5 < found[f"{teacher}, {method}: {measure}"]["mean"] <= 1
+        assert found[f"{teacher}, {method}: length"]["mean"] > 0
+    assert found["LeNet5, percent of bases accepted"]["mean"] > 50
+    assert found["LeNet5, percent of the accepted across"]["mean"] == 100
     assert len(list(tmp_path.glob("*.hint.pt"))) == 1
+    assert len(list(tmp_path.glob("*-alone.pt"))) == 2  # one for both teachers, one of little data
     monkeypatch.setattr(lenets, "train", None)  # all is in the files
     assert boundary.run(tmp_path, config=config) == found
     table = readme.boundary(found)
