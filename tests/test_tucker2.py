@@ -47,7 +47,9 @@ GEOMETRIES = {
 }
 
 
-def make(geometry: tuple, dtype: torch.dtype, seed: int = 0) -> tuple[list[Tensor], tuple]:
+def make(
+    geometry: tuple, dtype: torch.dtype, seed: int = 0, channels_last: bool = False
+) -> tuple[list[Tensor], tuple]:
     """(x, first, core, last, bias) with variance-preserving factors, and (stride, padding, dilation)."""
     n, c, h, w, r1, r2, k, (kh, kw), *rest = geometry
     rng = torch.Generator().manual_seed(seed)
@@ -57,7 +59,10 @@ def make(geometry: tuple, dtype: torch.dtype, seed: int = 0) -> tuple[list[Tenso
         torch.randn(shape, generator=rng, dtype=torch.float64) / fan**0.5
         for shape, fan in zip(shapes, fans, strict=True)
     ]
-    return [t.to(dtype) for t in tensors], tuple(rest)
+    tensors = [t.to(dtype) for t in tensors]
+    if channels_last:
+        tensors[0] = tensors[0].contiguous(memory_format=torch.channels_last)
+    return tensors, tuple(rest)
 
 
 def exact(tensors: list[Tensor], rest: tuple, activation: str | None = None) -> Tensor:
@@ -94,10 +99,8 @@ def test_every_instruction_set(name: str, channels_last: bool, isa: str) -> None
     detected = kegfast.build_info()["isa_detected"]
     if isa not in compiled or compiled.index(isa) > compiled.index(detected):
         pytest.skip(f"this machine cannot run {isa}")
-    tensors, rest = make(GEOMETRIES[name], torch.float32)
+    tensors, rest = make(GEOMETRIES[name], torch.float32, channels_last=channels_last)
     want = exact(tensors, rest)
-    if channels_last:
-        tensors[0] = tensors[0].contiguous(memory_format=torch.channels_last)
     with kegfast.cpu_isa(isa):
         assert_close(tucker_conv2d(*tensors, *rest), want, TOLERANCE[torch.float32])
         check_gradients(tensors, rest, 1e-5)
@@ -122,9 +125,7 @@ def check_gradients(
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("name", GEOMETRIES)
 def test_gradients(name: str, channels_last: bool) -> None:
-    tensors, rest = make(GEOMETRIES[name], torch.float32)
-    if channels_last:
-        tensors[0] = tensors[0].contiguous(memory_format=torch.channels_last)
+    tensors, rest = make(GEOMETRIES[name], torch.float32, channels_last=channels_last)
     check_gradients(tensors, rest, 1e-5)
 
 
@@ -176,9 +177,7 @@ SUMS = {
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("name", ["3x3", "winograd, odd sizes", "padding beyond kernel", *SUMS])
 def test_relu_gradients(name: str, channels_last: bool) -> None:
-    tensors, rest = make((GEOMETRIES | SUMS)[name], torch.float32)
-    if channels_last:
-        tensors[0] = tensors[0].contiguous(memory_format=torch.channels_last)
+    tensors, rest = make((GEOMETRIES | SUMS)[name], torch.float32, channels_last=channels_last)
     check_gradients(tensors, rest, 1e-5, "relu")
 
 

@@ -37,9 +37,7 @@ def levels() -> list[str]:
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("name", SHAPES)
 def test_error_is_that_of_torch_convolutions(name: str, channels_last: bool, isa: str) -> None:
-    tensors, rest = make(SHAPES[name], torch.bfloat16)
-    if channels_last:
-        tensors[0] = tensors[0].contiguous(memory_format=torch.channels_last)
+    tensors, rest = make(SHAPES[name], torch.bfloat16, channels_last=channels_last)
     for activation in (None, "relu"):
         want = exact(tensors, rest, activation)
         theirs = relative_error(reference.tucker_conv2d(*tensors, *rest, activation), want)
@@ -52,9 +50,7 @@ def test_error_is_that_of_torch_convolutions(name: str, channels_last: bool, isa
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("name", ["3x3", "rank 2", "odd channels, odd rank", "strided", "wide", "dilated"])
 def test_gradient_errors_are_those_of_torch_convolutions(name: str, channels_last: bool, isa: str) -> None:
-    tensors, rest = make(SHAPES[name], torch.bfloat16)
-    if channels_last:
-        tensors[0] = tensors[0].contiguous(memory_format=torch.channels_last)
+    tensors, rest = make(SHAPES[name], torch.bfloat16, channels_last=channels_last)
 
     def gradients(function, dtype: torch.dtype) -> list[torch.Tensor]:
         leaves = [t.detach().to(dtype).requires_grad_() for t in tensors]

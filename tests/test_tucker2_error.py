@@ -24,9 +24,9 @@ def test_error_is_at_most_one_and_a_half_times_that_of_the_sequence(
 ) -> None:
     kernel = (shape.kernel, shape.kernel)
     geometry = BATCH[shape.size], shape.channels, shape.size, shape.size, *shape.ranks, shape.features, kernel
-    tensors, rest = make((*geometry, shape.stride, shape.padding, 1), torch.float32)
-    if channels_last:
-        tensors[0] = tensors[0].contiguous(memory_format=torch.channels_last)
+    tensors, rest = make(
+        (*geometry, shape.stride, shape.padding, 1), torch.float32, channels_last=channels_last
+    )
     want = exact(tensors, rest)
 
     def error(y: torch.Tensor) -> float:

@@ -79,9 +79,7 @@ def test_growth_of_rounding_errors() -> None:
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("name", GEOMETRIES)
 def test_f4_against_float64(name: str, channels_last: bool, isa: str) -> None:
-    tensors, rest = make(GEOMETRIES[name], torch.float32)
-    if channels_last:
-        tensors[0] = tensors[0].contiguous(memory_format=torch.channels_last)
+    tensors, rest = make(GEOMETRIES[name], torch.float32, channels_last=channels_last)
     for activation in (None, "relu"):
         with kegfast.cpu_isa(isa), kegfast.tuning(winograd="f4"):
             y = tucker_conv2d(*tensors, *rest, activation)
@@ -95,9 +93,9 @@ def test_f4_against_float64(name: str, channels_last: bool, isa: str) -> None:
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("rank", [32, 64, 128])
 def test_f4_has_the_error_of_its_theory(rank: int, channels_last: bool) -> None:
-    tensors, rest = make((2, 32, 20, 20, rank, rank, 32, (3, 3), 1, 1, 1), torch.float32)
-    if channels_last:
-        tensors[0] = tensors[0].contiguous(memory_format=torch.channels_last)
+    tensors, rest = make(
+        (2, 32, 20, 20, rank, rank, 32, (3, 3), 1, 1, 1), torch.float32, channels_last=channels_last
+    )
     want = exact(tensors, rest)
     errors = {}
     for form, kernel in ((True, "winograd "), ("f4", "winograd_f4 ")):
@@ -213,9 +211,7 @@ STRIDED = {
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("name", STRIDED)
 def test_stride_2_against_float64(name: str, channels_last: bool, isa: str) -> None:
-    tensors, rest = make(STRIDED[name], torch.float32)
-    if channels_last:
-        tensors[0] = tensors[0].contiguous(memory_format=torch.channels_last)
+    tensors, rest = make(STRIDED[name], torch.float32, channels_last=channels_last)
     want = exact(tensors, rest)
     errors = {}
     for form, kernel in ((True, "winograd"), ("f4", "winograd"), (False, "direct")):
