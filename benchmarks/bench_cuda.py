@@ -22,8 +22,8 @@ import torch
 
 import kegfast
 from benchmarks import cuda_cells as cells
-from benchmarks.bench_tucker2 import shapes
 from benchmarks.common import write_results
+from benchmarks.tucker2_shapes import shapes
 from kegfast import build_info, cuda
 
 DIVERSITY_GOALS_MS = {256: 0.020, 1024: 0.090, 4096: 0.5, 16384: 2.5}

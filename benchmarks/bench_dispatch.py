@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.bench_models import MODELS, networks
-from benchmarks.bench_tucker2 import shapes
+from benchmarks.tucker2_shapes import shapes
 from kegfast import cpu
 from kegfast.nn import TuckerConv2d
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.bench_tucker2 import Shape
+from benchmarks.tucker2_shapes import Shape
 from kegfast import backend, cuda, functional, reference
 from kegfast.models import LeNet5
 from kegfast.nn import TuckerConv2d

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from benchmarks.bench_models import inference, networks
-from benchmarks.bench_tucker2 import Shape, contenders
+from benchmarks.bench_tucker2 import contenders
+from benchmarks.tucker2_shapes import Shape
 
 LAYERS = {
     "LeNet": Shape("lenet", 20, 50, 14, (10, 25), kernel=5, padding=0),

@@ -5,7 +5,7 @@ import torch
 from test_tucker2 import exact, make
 
 import kegfast
-from benchmarks.bench_tucker2 import Shape, shapes
+from benchmarks.tucker2_shapes import Shape, shapes
 from kegfast import cpu, native, reference
 from kegfast.functional import tucker_conv2d
 
