@@ -169,10 +169,10 @@ class Study:
             log.info("%s %s", self.paper.dataset, name)
             start = time.process_time()
             if pool is not None and ranks not in lessons:
-                lessons[ranks] = self._lesson(pool, ranks, method, seed)
+                lessons[ranks] = self.lesson(pool, ranks, method, seed)
             starts = self.starts(number, ranks, method, seed)
-            candidates, divergence = self._candidates(name, starts, lessons.get(ranks), judge)
-            chosen = _chosen(divergence)
+            candidates, divergence = self.candidates(name, starts, lessons.get(ranks), judge)
+            chosen = choice(divergence)
             spent = seconds + time.process_time() - start
             compression.save(candidates[chosen], self.weights(name))
             result = {
@@ -188,13 +188,14 @@ class Study:
             for leg in self.output.glob(f"{self.weights(name).stem}-leg*.pt"):
                 leg.unlink()
 
-    def _lesson(self, pool: InMemory, ranks: str, method: str, seed: int) -> Lesson:
+    def lesson(self, pool: InMemory, ranks: str, method: str, seed: int) -> Lesson:
+        """What students of one kind of ranks learn from a pool of one method."""
         shared, schedule = self.paper.shared if ranks == "paper" else (), self.paper.schedule(method, ranks)
         if shared:
             pool = InMemory(head_outputs(self.teacher, shared, pool.samples))
         return Lesson(pool, shared, schedule, seed)
 
-    def _candidates(
+    def candidates(
         self, name: str, starts: list[nn.Module], lesson: Lesson | None, judge: Tensor | None
     ) -> tuple[list[nn.Module], list[float]]:
         """The starts, then the closest of them after each leg; how far each diverges from the teacher."""
@@ -255,7 +256,7 @@ def _logits(model: nn.Module, samples: Tensor) -> Tensor:
     return torch.cat([model(part) for part in samples.split(128)])
 
 
-def _chosen(divergence: list[float]) -> int:
+def choice(divergence: list[float]) -> int:
     """The first candidate that none of the later ones surely beats."""
     return next(i for i, own in enumerate(divergence) if min(divergence) >= SURELY * own)
 
