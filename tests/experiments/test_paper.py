@@ -331,7 +331,7 @@ def test_layers_that_a_student_shares_with_its_teacher_stay(ranks, stay, tmp_pat
     pool, _ = study.sources(0).pool("procedural")
     (start,) = study.starts(3, ranks, "procedural", 0)
     old = {name: p.detach().clone() for name, p in start.named_parameters()}
-    (taught,) = study.teach("s3", start, study._lesson(pool, ranks, "procedural", 0))
+    (taught,) = study.teach("s3", start, study.lesson(pool, ranks, "procedural", 0))
     new = dict(taught.named_parameters())
     assert not torch.equal(old["linear.weight"], new["linear.weight"])
     for name, value in old.items():
