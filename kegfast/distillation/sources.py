@@ -110,14 +110,15 @@ class InMemory:
         return self.samples[index], None if self.labels is None else self.labels[index]
 
     def answers(
-        self, teacher: nn.Module, device: torch.device | None = None, batch_size: int = 1024
+        self, teacher: nn.Module, device: torch.device | None = None, batch_size: int = 128
     ) -> Tensor:
         """The teacher's logits for every sample, (N, C), kept until its weights change.
 
         Args:
             teacher: The model, already in the mode (`eval`) in which it shall answer.
             device: Where it lives; the samples' device when None. The answers lie with the samples.
-            batch_size: How many samples it sees at a time.
+            batch_size: How many samples it sees at a time; small ones stay in a CPU's caches (ResNet14: 128
+                take a third of the time of 1,024).
         """
         key = _fingerprint(teacher)
         if self._answers is None or self._answers[0] != key:

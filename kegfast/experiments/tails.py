@@ -21,7 +21,7 @@ def tail(model: nn.Module, shared: Sequence[str]) -> nn.Module:
 
 
 @torch.no_grad()
-def head_outputs(model: nn.Module, shared: Sequence[str], samples: Tensor, batch_size: int = 256) -> Tensor:
+def head_outputs(model: nn.Module, shared: Sequence[str], samples: Tensor, batch_size: int = 128) -> Tensor:
     """What the last of the layers `shared` sends on: `tail(model)` of it is `model` of the samples."""
     found: list[Tensor] = []
     hook = model.get_submodule(shared[-1]).register_forward_hook(lambda layer, args, out: found.append(out))
