@@ -130,13 +130,15 @@ def run_steps(
         run.save()  # an unwritable folder shows before the work, not after
     if metrics is not None:
         metrics.rewind(label, run.done)
+    # torch's own writes the stack down for every kind of device that is not there: 0.4 ms a step
+    reseed = torch.manual_seed if torch.accelerator.is_available() else torch.default_generator.manual_seed
     with (
         seeded(seed),
         _deferred_interrupt(checkpoint is not None) as interrupted,
         progress_bar(label, steps, done=run.done, enabled=progress) as update,
     ):
         while run.done < steps and not interrupted.is_set():
-            torch.manual_seed(mix(seed, run.done))
+            reseed(mix(seed, run.done))
             values = step(run.done)
             run.done += 1
             if run.done % log_every == 0 or run.done == steps:
