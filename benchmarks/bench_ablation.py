@@ -3,12 +3,13 @@
     python -m benchmarks.bench_ablation --root ../shared/data --teacher mnist.pth.tar
 
 The paper's ranks and the budget of `kegfast reproduce mnist`. Each row leaves out one kind of images, whose
-share goes to the others; the last one solves the factors on the images before it teaches with them. Test
-accuracy after the last step. Finished cells are kept in --out.
+share goes to the others; the last two teach a layer's output beside the logits, and solve the factors on the
+images first. Test accuracy after the last step. Finished cells are kept in --out.
 """
 
 import argparse
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -23,6 +24,7 @@ from kegfast.experiments.study import Lesson, Study
 from kegfast.loop import seeded
 
 STUDENT = 3
+HINTED, SOLVED = "all kinds, the last convolution's output taught too", "all kinds, factors solved first"
 
 
 def main() -> None:
@@ -49,7 +51,7 @@ def measure(study: Study, seed: int) -> Iterator[tuple[str, float]]:
     kinds = list(study.sources(seed).kinds())
     variants = {"all kinds": kinds}
     variants |= {f"without {left}": [kind for kind in kinds if kind != left] for left in kinds}
-    variants["all kinds, factors solved first"] = kinds
+    variants |= dict.fromkeys((HINTED, SOLVED), kinds)
     drawn: dict[str, Tensor] = {}
     for name, chosen in variants.items():
 
@@ -57,7 +59,7 @@ def measure(study: Study, seed: int) -> Iterator[tuple[str, float]]:
             if not drawn:
                 drawn.update(draw(study, seed))
             samples = torch.cat([drawn[kind][: study.config.pool // len(chosen)] for kind in chosen])
-            return taught(study, f"{name} {seed}", samples, seed, solved="solved" in name)
+            return taught(study, name, samples, seed)
 
         yield name, study.ledger.cell(f"{name}/{seed}", cell)
 
@@ -70,15 +72,18 @@ def draw(study: Study, seed: int) -> dict[str, Tensor]:
         return {name: Pool(source, size).samples for name, source in kinds.items()}
 
 
-def taught(study: Study, name: str, samples: Tensor, seed: int, solved: bool) -> float:
+def taught(study: Study, variant: str, samples: Tensor, seed: int) -> float:
     """Accuracy of a student of these samples."""
     student: nn.Module = study.starts(STUDENT, "paper", "kegfast", seed)[0]
-    if solved:
+    if variant == SOLVED:
         few = samples[:: len(samples) // study.config.calibration]
         ranks = dict(study.paper.students[STUDENT].ranks)
         student = compress(study.teacher, ranks, calibration=few, samples=len(few))[0]
-    lesson = Lesson(InMemory(samples), (), study.paper.schedule("kegfast"), seed)
-    accuracy = study.accuracy(study.teach(name, student, lesson)[-1])
+    schedule = study.paper.schedule("kegfast")
+    if variant == HINTED:
+        schedule = replace(schedule, loss=f"{schedule.loss} + hint@conv3:0.1")
+    lesson = Lesson(InMemory(samples), (), schedule, seed)
+    accuracy = study.accuracy(study.teach(f"{variant} {seed}", student, lesson)[-1])
     for leg in study.output.glob("*-leg*.pt"):
         leg.unlink()
     return accuracy
