@@ -70,4 +70,11 @@ STABLE_TORCH_LIBRARY(kegfast, m) {
       "tucker2_pack(Tensor first, Tensor core, Tensor last, int stride_h, int stride_w, int dilation_h, int "
       "dilation_w,"
       " bool channels_last) -> Tensor");
+
+  // On CPUs: the maximum of weight * x + bias (float32) over windows, then ReLU if asked. channels_last: y's layout.
+  m.def(
+      "conv_max_pool(Tensor x, Tensor weight, Tensor? bias, int stride_h, int stride_w, int padding_h, int "
+      "padding_w,"
+      " int pool_h, int pool_w, int pool_stride_h, int pool_stride_w, int pool_padding_h, int pool_padding_w,"
+      " bool relu, bool channels_last) -> Tensor");
 }

@@ -62,6 +62,22 @@ def finish(
     return F.relu(y) if activation == "relu" else y
 
 
+def conv_max_pool2d(
+    x: Tensor,  # (N, C, H, W)
+    weight: Tensor,  # (K, C, kh, kw)
+    bias: Tensor | None,  # (K,)
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    pool: tuple[int, int],
+    pool_stride: tuple[int, int],
+    pool_padding: tuple[int, int],
+    activation: str | None,
+) -> Tensor:  # (N, K, U, V)
+    """A convolution, the maximum over windows of it, then the activation, which commutes with the maximum."""
+    y = F.max_pool2d(F.conv2d(x, weight, bias, stride, padding), pool, pool_stride, pool_padding)
+    return F.relu(y, inplace=True) if activation == "relu" else y
+
+
 def soft_target(
     student: Tensor,  # (B, C) logits
     teacher: Tensor,  # (B, C) logits

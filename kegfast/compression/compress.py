@@ -24,7 +24,15 @@ from kegfast.compression.ranks import RankRules, Side
 from kegfast.compression.refit import refit
 from kegfast.compression.report import CompressionReport, LayerReport
 from kegfast.compression.selection import Patterns, rule_of, select
-from kegfast.compression.surgery import Site, build, clone, factors_of, replace, survey
+from kegfast.compression.surgery import (
+    Site,
+    build,
+    clone,
+    factors_of,
+    replace,
+    spell_out_pools,
+    survey,
+)
 from kegfast.compression.traffic import Traffic
 from kegfast.nn import TuckerConv2d, TuckerLinear
 
@@ -96,6 +104,7 @@ def compress(
     _check(model, rank, budget, example_input, samples, round_to)
     if rank is None and budget is None:
         rank = "evbmf"
+    model = spell_out_pools(model, inplace)
     student = model if inplace else clone(model)
     sites = survey(student)
     selected = select(sites, include, exclude, rank, rest=budget is not None)

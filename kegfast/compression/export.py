@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from kegfast.check import expected
-from kegfast.compression.surgery import clone, replace_all, spell_out_addends, unfused
+from kegfast.compression.surgery import clone, replace_all, spell_out_addends, spell_out_pools, unfused
 from kegfast.files import atomic_write
 from kegfast.nn import TuckerConv2d
 
@@ -22,6 +22,7 @@ def unfuse(model: nn.Module) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise TypeError(expected("model", "a torch.nn.Module", model))
     spell_out_addends(model)
+    spell_out_pools(model)
     return replace_all(model, lambda module: isinstance(module, TuckerConv2d), unfused)
 
 

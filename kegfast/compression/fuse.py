@@ -9,8 +9,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from kegfast.check import expected
 from kegfast.compression.structure import trace_graph
-from kegfast.compression.surgery import FactorChain, clone, tail_of
+from kegfast.compression.surgery import FactorChain, clone, explicit_padding, tail_of
+from kegfast.functional import Pair
 from kegfast.nn import TuckerConv2d, TuckerLinear
+from kegfast.pooling import conv_max_pool2d
 
 log = logging.getLogger(__name__)
 
@@ -19,6 +21,7 @@ RELU = (torch.relu, nn.functional.relu, torch.relu_)
 ADD = (operator.add, operator.iadd, torch.add, "add", "add_")
 ADD_IN_PLACE = (operator.iadd, "add_")
 MAX_POOL = (nn.functional.max_pool2d, torch.max_pool2d)
+MOST_POOLED = 1 << 16  # weights of a convolution that is pooled at once: L2 keeps them beside its rows
 
 
 def fuse(model: nn.Module) -> nn.Module:
@@ -28,7 +31,8 @@ def fuse(model: nn.Module) -> nn.Module:
     before it, factored or dense; an addition that follows a TuckerConv2d (a residual network's shortcut) and
     a ReLU behind it or the layer go into its operator, which applies them in its last store, at next to no
     cost; any other ReLU before a max pooling moves behind it, where less is left to rectify, and one of a
-    layer's output, of a sum or of a maximum overwrites it, as fresh memory costs more than the ReLU. All only
+    layer's output, of a sum or of a maximum overwrites it, as fresh memory costs more than the ReLU; a small
+    convolution before a max pooling (a residual network's stem) becomes one operator with it. All only
     where nothing else reads the value between.
 
     Args:
@@ -54,6 +58,9 @@ def fuse(model: nn.Module) -> nn.Module:
 
 def _fuse_graph(model: fx.GraphModule) -> None:
     modules = dict(model.named_modules(remove_duplicate=False))
+    for node in list(model.graph.nodes):
+        if node.op == "call_module" and type(modules[node.target]) is nn.Identity:
+            _skip(model, node)
     calls: dict[int, int] = {}
     for node in model.graph.nodes:
         if node.op == "call_module":
@@ -86,6 +93,12 @@ def _fuse_graph(model: fx.GraphModule) -> None:
             pool = _only_user(node)
             if pool is not None and _is_max_pool(pool, modules):
                 _move_behind(model, node, pool)
+    for node in list(model.graph.nodes):
+        if _is_max_pool(node, modules):
+            conv = node.all_input_nodes[0]
+            once = conv.op == "call_module" and calls[id(modules[conv.target])] == 1
+            if once and _only_user(conv) is node and type(modules[conv.target]) is nn.Conv2d:
+                _pool_at_once(model, conv, node, modules)
     for node in list(model.graph.nodes):
         if _is_relu(node, modules) and _is_fresh(node.all_input_nodes[0], modules):
             _overwrite(model, node)
@@ -176,6 +189,41 @@ def _move_behind(model: fx.GraphModule, relu: fx.Node, pool: fx.Node) -> None:
         late = model.graph.call_function(nn.functional.relu, (pool,))
     pool.replace_all_uses_with(late, delete_user_cb=lambda user: user is not late)
     model.graph.erase_node(relu)
+
+
+def _pool_at_once(model: fx.GraphModule, conv: fx.Node, pool: fx.Node, modules: dict[str, nn.Module]) -> None:
+    """One operator for a convolution of few weights, the max pooling behind it and a ReLU behind that."""
+    layer, padding = modules[conv.target], explicit_padding(modules[conv.target])
+    options = _pool_options(pool, modules)
+    plain = layer.groups == 1 and layer.dilation == (1, 1) and layer.padding_mode == "zeros"
+    if options is None or padding is None or not plain or layer.weight.numel() > MOST_POOLED:
+        return
+    follower = _only_user(pool)
+    last = follower if follower is not None and _is_relu(follower, modules) else pool
+    with model.graph.inserting_before(pool):
+        weight = model.graph.get_attr(f"{conv.target}.weight")
+        bias = None if layer.bias is None else model.graph.get_attr(f"{conv.target}.bias")
+        activation = None if last is pool else "relu"
+        args = conv.args[0], weight, bias, layer.stride, padding, *options, activation
+        fused = model.graph.call_function(conv_max_pool2d, args)
+    last.replace_all_uses_with(fused)
+    for node in dict.fromkeys((last, pool, conv)):
+        model.graph.erase_node(node)
+
+
+def _pool_options(pool: fx.Node, modules: dict[str, nn.Module]) -> tuple[Pair, Pair, Pair] | None:
+    """Window, stride and padding of a max pooling; None for one that has more to it."""
+    names = "kernel_size", "stride", "padding", "dilation", "ceil_mode"
+    if pool.op == "call_module":
+        given = {name: getattr(modules[pool.target], name) for name in names}
+    else:
+        given = dict(zip(names, pool.args[1:], strict=False)) | dict(pool.kwargs)
+    size, padding = given.get("kernel_size"), given.get("padding", 0)
+    options = size, given.get("stride") or size, padding
+    if given.get("dilation", 1) not in (1, (1, 1), [1, 1]) or given.get("ceil_mode", False) is not False:
+        return None
+    parts = [n for option in options for n in (option if isinstance(option, tuple | list) else (option,))]
+    return options if all(isinstance(n, int) for n in parts) else None
 
 
 def _skip(model: fx.GraphModule, node: fx.Node) -> None:

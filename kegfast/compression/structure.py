@@ -17,6 +17,7 @@ from torch import fx, nn
 from kegfast.check import expected
 from kegfast.compression.surgery import FactorChain
 from kegfast.nn import TuckerConv2d, TuckerLinear
+from kegfast.pooling import conv_max_pool2d
 
 Plain = Any  # what JSON can hold
 
@@ -55,6 +56,7 @@ for _module, _names in (
         if hasattr(_module, _name):
             FUNCTIONS.setdefault(f"{_module.__name__.lstrip('_')}.{_name}", getattr(_module, _name))
 FUNCTIONS["getattr"] = getattr
+FUNCTIONS["kegfast.conv_max_pool2d"] = conv_max_pool2d
 TARGETS = {function: name for name, function in reversed(FUNCTIONS.items())}
 
 
@@ -76,7 +78,8 @@ def _complete(graph: fx.GraphModule, root: nn.Module) -> fx.GraphModule:
     """Adds what the forward pass does not use, under all names, so that the state dict is the model's."""
     present = dict(graph.named_modules(remove_duplicate=False))
     for name, module in root.named_modules(remove_duplicate=False):
-        if name not in present and not any(module.children()):
+        absent = name not in present or type(present[name]) is nn.Module  # which holds what get_attr names
+        if absent and not any(module.children()):
             graph.add_submodule(name, module)
     for name, tensor in [*root.named_parameters(), *root.named_buffers()]:
         owner, _, last = name.rpartition(".")

@@ -3,7 +3,7 @@
 import copy
 import operator
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -13,6 +13,7 @@ from torch.nn.utils import parametrize
 from kegfast.check import expected
 from kegfast.compression.decompose import Factors, reconstruct
 from kegfast.nn import TuckerConv2d, TuckerLinear
+from kegfast.pooling import conv_max_pool2d
 
 KINDS = (nn.Conv2d, nn.Linear)
 
@@ -266,6 +267,32 @@ def spell_out_addends(model: nn.Module) -> None:
         graph.recompile()
     for layer in spelled:
         layer.activation = None
+
+
+def _pooled(graph: fx.GraphModule) -> Sequence[fx.Node]:
+    return graph.graph.find_nodes(op="call_function", target=conv_max_pool2d)
+
+
+def spell_out_pools(model: nn.Module, inplace: bool = True) -> nn.Module:
+    """The model with the convolutions as modules that `fuse` has made one operator with a max pooling."""
+    graphs = [module for module in model.modules() if isinstance(module, fx.GraphModule)]
+    if not inplace and any(map(_pooled, graphs)):
+        return spell_out_pools(clone(model))
+    for graph in filter(_pooled, graphs):
+        for node in _pooled(graph):
+            x, weight, bias, _, _, *pool, activation = node.args
+            with graph.graph.inserting_before(node):
+                y = graph.graph.call_module(weight.target.rpartition(".")[0], (x,))
+                y = graph.graph.call_function(nn.functional.max_pool2d, (y, *pool))
+                if activation == "relu":
+                    y = graph.graph.call_function(nn.functional.relu, (y,), {"inplace": True})
+            node.replace_all_uses_with(y)
+            graph.graph.erase_node(node)
+            for part in (weight, bias):
+                if part is not None and not part.users:
+                    graph.graph.erase_node(part)
+        graph.recompile()
+    return model
 
 
 def _insert_after(node: fx.Node, function: Callable[..., Tensor], *arguments: fx.Node) -> fx.Node:

@@ -12,6 +12,7 @@ from kegfast import compress, densify, fuse, load, save
 from kegfast.compression import unfuse
 from kegfast.models import ResNet14
 from kegfast.nn import TuckerConv2d
+from kegfast.pooling import conv_max_pool2d
 
 X = torch.linspace(-2, 2, 2 * 3 * 16 * 16).reshape(2, 3, 16, 16)
 
@@ -22,6 +23,11 @@ def norms(model):
 
 def relus(graph):
     return sum(node.target is nn.functional.relu for node in graph.graph.nodes)
+
+
+def pooled(graph):
+    """Convolutions and their max pooling as one."""
+    return [node for node in graph.graph.nodes if node.target is conv_max_pool2d]
 
 
 def additions(graph):
@@ -132,10 +138,110 @@ def test_a_relu_moves_behind_a_max_pooling():
     folded, x = fuse(model), X.clone()
     assert torch.equal(folded(x), model(X))
     assert torch.equal(x, X)
-    pools = [node for node in folded.graph.nodes if node.name in ("pool", "max_pool2d")]
-    assert [next(iter(pool.users)).target for pool in pools] == [nn.functional.relu] * 2
+    pool = next(node for node in folded.graph.nodes if node.name == "max_pool2d")
+    assert [user.target for user in pool.users] == [nn.functional.relu]
+    assert [node.args[-1] for node in pooled(folded)] == ["relu"]
     x[0, 0, 5, 5] = torch.nan
     torch.testing.assert_close(folded(x), model(x), rtol=0, atol=0, equal_nan=True)
+
+
+class Stem(nn.Module):
+    """Convolution, norm and `between` before a pooling, then one more convolution."""
+
+    def __init__(self, between=nn.ReLU, pool=None, **options) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 6, 3, **{"stride": 2, "bias": False} | options), nn.BatchNorm2d(6)
+        self.between, self.pool = between(), pool or nn.MaxPool2d(3, 2, 1)
+        self.head = nn.Conv2d(6, 8, 3, padding=1)
+
+    def forward(self, x):
+        return self.head(self.pool(self.between(self.norm(self.conv(x)))))
+
+
+def stem(*arguments, **options):
+    """One with statistics of its own."""
+    torch.manual_seed(0)
+    model = Stem(*arguments, **options)
+    randomise_norms(model)
+    return model.eval()
+
+
+POOLS = {
+    "module": nn.MaxPool2d(3, 2, 1),
+    "window": nn.MaxPool2d(2),
+    "function": lambda x: nn.functional.max_pool2d(x, (2, 3), padding=1),
+    "torch's": lambda x: torch.max_pool2d(x, 2, [1, 2]),
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("between", [nn.ReLU, nn.Identity])
+@pytest.mark.parametrize("pool", POOLS)
+def test_a_stem_becomes_one_operator(pool, between):
+    model = stem(between, POOLS[pool])
+    folded = fuse(model)
+    assert len(pooled(folded)) == 1
+    assert norms(folded) == relus(folded) == 0
+    assert not any(node.target in ("conv", "pool") for node in folded.graph.nodes)
+    assert folded.state_dict().keys() - {"conv.bias"} <= model.state_dict().keys()
+    for again in (folded, fuse(folded), copy.deepcopy(folded), unfuse(copy.deepcopy(folded))):
+        torch.testing.assert_close(again(X), model(X), rtol=1e-4, atol=1e-5)
+    assert not pooled(unfuse(fuse(folded)))
+    exported = torch.export.export(folded, (X,))
+    torch.testing.assert_close(exported.module()(X), model(X), rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_a_folded_stem_is_saved_and_compressed(tmp_path):
+    model = stem()
+    folded = fuse(model)
+    save(folded, tmp_path / "folded.safetensors")
+    loaded = load(tmp_path / "folded.safetensors")
+    assert len(pooled(loaded)) == 1
+    into = load(tmp_path / "folded.safetensors", fuse(stem()))
+    student, report = compress(loaded, {"conv": (2, 3), "head": (3, 4)})
+    assert len(report.ranks) == 2
+    whole, _ = compress(loaded, {"conv": (3, 6), "head": (6, 8)})
+    for again in (loaded, into, whole):
+        torch.testing.assert_close(again(X), model(X), rtol=1e-4, atol=1e-5)
+    assert len(pooled(loaded)) == 1
+    torch.testing.assert_close(fuse(student)(X), student(X), rtol=1e-4, atol=1e-5)
+
+
+class Shared(Stem):
+    """The stem's convolution runs twice."""
+
+    def forward(self, x):
+        return super().forward(x) + self.conv(x).mean()
+
+
+class ReadAgain(Stem):
+    """What is pooled is read again."""
+
+    def forward(self, x):
+        y = self.norm(self.conv(x))
+        return self.head(self.pool(y)) + y.mean()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "model",
+    [
+        stem(groups=3),
+        stem(dilation=2),
+        stem(padding=1, padding_mode="reflect"),
+        stem(pool=nn.MaxPool2d(2, ceil_mode=True)),
+        stem(pool=nn.MaxPool2d(2, dilation=2)),
+        stem(pool=nn.AvgPool2d(2)),
+        stem(nn.Tanh),
+        Shared().eval(),
+        ReadAgain().eval(),
+    ],
+)
+def test_other_stems_stay(model):
+    folded = fuse(model)
+    assert not pooled(folded)
+    torch.testing.assert_close(folded(X), model(X), rtol=1e-4, atol=1e-5)
 
 
 def test_values_that_others_read_are_left_alone():

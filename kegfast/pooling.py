@@ -1,0 +1,139 @@
+"""A convolution and the max pooling behind it as one operator."""
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.library import register_fake
+from torch.overrides import handle_torch_function, has_torch_function
+from torch.utils.flop_counter import register_flop_formula
+
+from kegfast import native, reference
+from kegfast.check import expected
+from kegfast.functional import Pair, _autocasts, _is_dense_float, pair
+from kegfast.ops import reads_channels_last, tucker2_output_size
+
+Geometry = tuple[tuple[int, int], ...]  # stride, padding, pool, pool_stride, pool_padding
+_MOST_ROWS = 256  # of the convolution's window, in the kernel
+
+
+def conv_max_pool2d(
+    x: Tensor,  # (N, C, H, W)
+    weight: Tensor,  # (K, C, kh, kw)
+    bias: Tensor | None = None,  # (K,)
+    stride: Pair = 1,
+    padding: Pair = 0,
+    pool: Pair = 2,
+    pool_stride: Pair | None = None,
+    pool_padding: Pair = 0,
+    activation: Literal["relu"] | None = None,
+) -> Tensor:  # (N, K, U, V)
+    """The maximum over windows of a convolution, then the activation: a residual network's stem.
+
+    One kernel for float32 on the CPU where nothing needs a gradient, torch's own operators otherwise.
+    `kegfast.fuse` puts it into graphs.
+
+    Args:
+        x: (N, C, H, W) input.
+        weight: (K, C, kh, kw) of the convolution, which has no groups and no dilation.
+        bias: (K,), or None.
+        stride, padding: of the convolution; an int or a (vertical, horizontal) pair.
+        pool: the pooling's window.
+        pool_stride: its stride, None for the window.
+        pool_padding: its padding, at most half of the window.
+        activation: None or "relu".
+
+    Returns:
+        (N, K, U, V) in x's dtype; in channels_last where x or the weight is.
+
+    Raises:
+        TypeError: for something other than floating-point tensors of one dtype.
+        ValueError: for shapes, devices or geometry that do not fit together.
+    """
+    tensors = x, weight, bias
+    if has_torch_function(tensors):  # torch.fx's proxies, and tensors with a mind of their own
+        rest = stride, padding, pool, pool_stride, pool_padding, activation
+        return handle_torch_function(conv_max_pool2d, tensors, *tensors, *rest)
+    if activation not in (None, "relu"):
+        raise ValueError(expected("activation", "None or 'relu'", activation))
+    pool = pair("pool", pool, 1)
+    geometry = (
+        pair("stride", stride, 1),
+        pair("padding", padding, 0),
+        pool,
+        pool if pool_stride is None else pair("pool_stride", pool_stride, 1),
+        pair("pool_padding", pool_padding, 0),
+    )
+    _check_tensors(x, weight, bias)
+    _check_windows(x, weight, geometry)
+    if not _fuses(x, weight, bias):
+        return reference.conv_max_pool2d(*tensors, *geometry, activation)
+    channels_last = reads_channels_last(x) or reads_channels_last(weight)
+    ints = [n for two in geometry for n in two]
+    return torch.ops.kegfast.conv_max_pool(*tensors, *ints, activation == "relu", channels_last)
+
+
+def _fuses(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether the compiled kernel takes this call."""
+    training = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias))
+    known = x.dtype == torch.float32 and x.is_cpu and weight.shape[2] <= _MOST_ROWS
+    return known and not training and not _autocasts(x) and native.use_native()
+
+
+def _check_tensors(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    for name, t in {"x": x, "weight": weight, "bias": bias}.items():
+        if t is None and name == "bias":
+            continue
+        if not _is_dense_float(t):
+            raise TypeError(expected(name, "a floating-point tensor", t))
+        if t.device != x.device:
+            raise ValueError(expected(name, f"on x's device, {x.device}", t))
+        if t.dtype != x.dtype and not _autocasts(x):
+            raise TypeError(expected(name, f"of x's dtype, {x.dtype}", t))
+        if name != "bias" and (t.dim() != 4 or 0 in t.shape[1:]):
+            raise ValueError(expected(name, "4-dimensional, with something in it", t))
+    if weight.shape[1] != x.shape[1] or weight.shape[0] == 0:
+        raise ValueError(expected("weight", f"(K, {x.shape[1]}, kh, kw), x's channels", weight))
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(expected("bias", f"({weight.shape[0]},), one per output channel", bias))
+
+
+def _check_windows(x: Tensor, weight: Tensor, geometry: Geometry) -> None:
+    stride, padding, pool, _, pool_padding = geometry
+    if any(2 * p > k for k, p in zip(pool, pool_padding, strict=True)):
+        raise ValueError(expected("pool_padding", "at most half of the pool", pool_padding))
+    size = tucker2_output_size(x.shape[2], x.shape[3], weight, stride, padding, (1, 1))
+    if any(n < 1 or n + 2 * p < k for n, p, k in zip(size, pool_padding, pool, strict=True)):
+        raise ValueError(expected("x", "at least as large as both windows", x))
+
+
+def _sizes(
+    x_shape: tuple[int, ...],
+    weight: Tensor,  # (K, C, kh, kw)
+    ints: tuple[int, ...],
+) -> tuple[tuple[int, int], tuple[int, int]]:
+    """(P, Q) of the convolution and (U, V) of the pooling."""
+    stride, padding, pool, pool_stride, pool_padding = (ints[i : i + 2] for i in range(0, 10, 2))
+    conv = tucker2_output_size(x_shape[2], x_shape[3], weight, stride, padding, (1, 1))
+    windows = zip(conv, pool, pool_stride, pool_padding, strict=True)
+    return conv, tuple((n + 2 * p - k) // s + 1 for n, k, s, p in windows)
+
+
+def _register() -> None:
+    def fake(x, weight, bias, *rest):
+        *ints, _, channels_last = rest
+        _, (u, v) = _sizes(x.shape, weight, ints)
+        n, k = x.shape[0], weight.shape[0]
+        return x.new_empty((n, u, v, k)).permute(0, 3, 1, 2) if channels_last else x.new_empty((n, k, u, v))
+
+    def flops(x_shape, weight_shape, bias_shape, *rest, out_shape=None, **kwargs) -> int:
+        weight = torch.empty(weight_shape, device="meta")
+        (p, q), _ = _sizes(x_shape, weight, rest[:-2])
+        return 2 * x_shape[0] * p * q * weight.numel()
+
+    register_fake("kegfast::conv_max_pool", fake)
+    register_flop_formula(torch.ops.kegfast.conv_max_pool)(flops)
+
+
+if native._C is not None:
+    _register()
