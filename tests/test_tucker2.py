@@ -44,6 +44,11 @@ GEOMETRIES = {
     "tails of 3 and 8, dilated": (1, 33, 12, 11, 19, 40, 20, (3, 3), 1, 2, 2),
     "two tails below a vector": (2, 34, 9, 9, 10, 12, 26, (3, 3), 1, 1, 1),
     "wide features": (1, 3, 5, 5, 33, 34, 130, (3, 3), 1, 1, 1),
+    "three taps at once": (2, 9, 12, 37, 20, 16, 24, (3, 3), 1, 1, 1),
+    "three taps, one at a time": (1, 9, 12, 19, 40, 14, 24, (3, 3), 1, 1, 1),
+    "five taps at once": (2, 20, 14, 23, 5, 13, 24, (5, 5), 1, 2, 1),
+    "three taps, two rows apart": (1, 9, 12, 17, 6, 13, 20, (2, 3), 1, 1, (2, 1)),
+    "large factors": (2, 144, 9, 14, 64, 144, 136, (3, 3), 2, 1, 1),
 }
 
 

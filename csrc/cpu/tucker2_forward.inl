@@ -31,14 +31,25 @@
 //   tiles of up to 18 pixels x 1 vector, not 14: rows    32@16, rank 16, batch 64: 705 -> 600 us, 64->128@32/2, ranks
 //     of 16 in one tile                                    8/16, batch 8: 161 -> 135; others on 16 pixels 1.06x
 //   nothing asked for ahead where L2 holds x and y       16@32, batch 8, rank 8: 97 -> 93 us, rank 2: 61 -> 50
-// Tried without gain: asking for every second, fourth or eighth line and leaving the rest to the machine (0.6 to
-// 1.0 of the speed; nothing asked for at all: 64@56, rank 8, batch 8, 642 -> 1268 us); huge pages for outputs and
-// scratch below 2 MB; asking for a call's scratch and factors in its first band (what they cost 512@7 at rank 128
-// after other work, 280 of 960 us, only moved there); vectors of half the width for tails (they reach half the
-// rate, 139 of 277 GFLOP/s, and so take as long as whole ones); 9 to 12 outputs beside whole vectors as two tails
-// (0.95 to 0.98x at ranks 25 and 28); half-width stores instead of masked ones; a pixel's tiles for all outputs
-// before the next pixel's; 14 x 2 tiles whose sums are finished in place (GCC then spills a weight in the loop:
-// 252 -> 185).
+//   the next part of a factor beyond 32 KB, of the next  out of cache, batch 1: 512@7, rank 256, by Winograd 476 ->
+//     factor and of Winograd's next point asked for      309 us, directly 450 -> 371; 256->512@14/2, ranks 128/256,
+//     every 8 steps, not in bursts between tiles         288 -> 256. In cache 0.93 of the peak (before 0.88); where
+//                                                        L2 holds all of Winograd's points, they lose 2 to 4 %
+//   x row by row in a call's first band; y of any size   out of cache, batch 1: 128->256@28/2, ranks 64/128, 282 ->
+//     where the core's products outweigh the asking      231 us, 256->512@14/2, ranks 64/128, 116 -> 96
+//   several taps from each word of t1 (run_taps) where   the core at rank 16: 0.76 -> 0.95 of the peak; 64@56, batch
+//     the core has one vector of outputs                 1: 141 -> 126 us, 32@16, batch 64: 585 -> 498, 20->50, ranks
+//                                                        5/12, batch 64: 266 -> 232
+// What remains, direct sums in cache: 0.93 of the peak from rank 64 up, 0.85 at rank 16, whose 1x1 factors are bound
+// by loads, one for each product; out of cache about 60 us of a call are its own code's way from memory.
+// Tried without gain: asking for a factor's next part into L1; asking for every second, fourth or eighth line and
+// leaving the rest to the machine (0.6 to 1.0 of the speed; nothing asked for at all: 64@56, rank 8, batch 8,
+// 642 -> 1268 us); huge pages for outputs and scratch below 2 MB; asking for a call's scratch and factors in its
+// first band (what they cost 512@7 at rank 128 after other work, 280 of 960 us, only moved there); vectors of half
+// the width for tails (they reach half the rate, 139 of 277 GFLOP/s, and so take as long as whole ones); 9 to 12
+// outputs beside whole vectors as two tails (0.95 to 0.98x at ranks 25 and 28); half-width stores instead of masked
+// ones; a pixel's tiles for all outputs before the next pixel's; 14 x 2 tiles whose sums are finished in place (GCC
+// then spills a weight in the loop: 252 -> 185).
 #pragma once
 
 #include "cpu/tucker2_stages.inl"
@@ -54,6 +65,17 @@ int64_t image_bytes(const Tucker2Params& p) {
          (p.height * p.width * p.channels + outputs * p.out_height * p.out_width * p.features);
 }
 
+// Whether to ask for x, y and the addend: L2 does not hold them, or asking in case that it does not costs nothing
+// beside the core's vectors of products, so many for each line.
+bool may_be_far(const Tucker2Params& p) {
+  constexpr int64_t kFreeProducts = 32;
+  const int64_t products = p.rank_in * p.rank_out * p.kernel_h * p.kernel_w;
+  return image_bytes(p) > kNearBytes || products > kFreeProducts * (p.channels + p.features);
+}
+
+// Ranks from which a row of x costs the first factor enough for the machine's own prefetches to fall behind.
+constexpr int64_t kLeastAskedRank = 32;
+
 // The walk over bands: which rows of t1 exist, where, and what memory comes next.
 class Forward {
  public:
@@ -63,7 +85,7 @@ class Forward {
         scratch_(scratch),
         stages_(p, plan, scratch),
         t1_row_(stages_.t1_row()),
-        far_(image_bytes(p) > kNearBytes) {}
+        far_(may_be_far(p)) {}
 
   // A band that is done: t2 of its pixels, and what it has added of t1, padded
   // rows begin <= row < end of images that are t1_image floats apart.
@@ -119,6 +141,7 @@ class Forward {
     const int64_t from = larger(have_end_, p_.t1 ? 0 : begin);
     const int64_t to = p_.t1 ? larger(end, last_call_end(end)) : end;
     for (int64_t n = 0; n < count_; ++n) fill_rows(n, from, to);
+    asked_ = true;
     have_end_ = larger(have_end_, to);
   }
 
@@ -138,7 +161,8 @@ class Forward {
       memset(t1 + row * t1_row_, 0, side * sizeof(float));
       memset(t1 + (row + 1) * t1_row_ - side, 0, side * sizeof(float));
     }
-    stages_.first(image_ + n, top - p_.padding_h, bottom - top, t1 + top * t1_row_ + side);
+    const bool far = far_ && !asked_ && p_.rank_in >= kLeastAskedRank;
+    stages_.first(image_ + n, top - p_.padding_h, bottom - top, t1 + top * t1_row_ + side, far);
   }
 
   // What the band's y and addend and the next band's t1 will touch, if the caches do not hold it anyway.
@@ -183,7 +207,8 @@ class Forward {
   float* const scratch_;
   Stages stages_;
   const int64_t t1_row_;
-  const bool far_;  // x and y are more than the near caches hold
+  const bool far_;
+  bool asked_ = false;  // for what the band at hand reads of x, by the band before
   Ahead ahead_;
   int64_t image_ = 0, count_ = 0;
   float* t1_ = nullptr;

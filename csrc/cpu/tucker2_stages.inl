@@ -38,8 +38,8 @@ class Stages {
   int64_t t1_row() const { return padded_width(p_) * words(p_.rank_in); }  // floats from one to the next
   bool stream() const { return stream_; }
 
-  // t1 = first x for `rows` input rows of an image from `row` on.
-  void first(int64_t image, int64_t row, int64_t rows, float* t1) {
+  // t1 = first x for `rows` input rows of an image from `row` on. far: they are still to be asked for.
+  void first(int64_t image, int64_t row, int64_t rows, float* t1, bool far) {
     if (rows <= 0) return;
     Tile tile{};
     tile.segments = kOrigin;
@@ -52,7 +52,11 @@ class Stages {
     if (!gathers(p_)) {
       tile.a = reinterpret_cast<const float*>(static_cast<const Number*>(p_.x) + at);
       tile.c = reinterpret_cast<Number*>(t1);
-      return first_sweep(tile, grid, (p_.channels_last ? p_.x_pixel : p_.x_channel) / kPair);
+      const int64_t width = p_.width * kNumberBytes;
+      const Runs x_row = p_.channels_last ? Runs{tile.a, width * p_.channels, 0, 1}
+                                          : Runs{tile.a, width, p_.x_channel * kNumberBytes, p_.channels};
+      return first_sweep(tile, grid, (p_.channels_last ? p_.x_pixel : p_.x_channel) / kPair,
+                         {far ? x_row : Runs{}, core_factor()});
     }
     const int64_t step = gathered_rows(p_);
     for (int64_t r = 0; r < rows; r += step) {
@@ -61,7 +65,8 @@ class Stages {
       gather(static_cast<const uint16_t*>(p_.x) + at + r * p_.x_row, grid.rows);
       tile.a = scratch_ + plan_.x_at;
       tile.c = reinterpret_cast<Number*>(t1 + r * t1_row());
-      first_sweep(tile, grid, p_.channels_last ? words(p_.channels) : grid.rows * p_.width);
+      first_sweep(tile, grid, p_.channels_last ? words(p_.channels) : grid.rows * p_.width,
+                  {{}, core_factor()});
     }
   }
 
@@ -76,6 +81,10 @@ class Stages {
     const auto row = [&](Window window, int64_t width) {
       int64_t each = 0;
       for_parts(p_.rank_out, window, true, [&](const Part& part, int64_t) {
+        if (taps() && sums_taps(window, part.outputs, part.group)) {
+          each += ceil_div(width, kMaxPixels) * window.segments * ceil_div(words(p_.rank_in), kTapAheadSteps);
+          return;
+        }
         const int64_t lanes = part.outputs * part.group, vectors = lanes > kLanes ? 2 : 1;
         each += ceil_div(lanes, vectors * kLanes) * ceil_div(width, max_pixels(static_cast<int>(vectors))) *
                 window.segments * ceil_div(window.length, kAheadSteps * part.group);
@@ -100,9 +109,10 @@ class Stages {
       const WinogradBand tiled{band.count, band.rows, t1, t1_image, t1_row(), rows, t2};
       const float* const packed = p_.packed + plan_.winograd_at;
       float* const tiles = scratch_ + plan_.tiles_at;
-      if (p_.stride_h == 2) return Winograd<2, 2>(p_, packed, tiles, ahead).run(tiled);
-      if (plan_.winograd == 2) return Winograd<2, 1>(p_, packed, tiles, ahead).run(tiled);
-      return Winograd<4, 1>(p_, packed, tiles, ahead).run(tiled);
+      const Runs then = last_factor();
+      if (p_.stride_h == 2) return Winograd<2, 2>(p_, packed, tiles, ahead, then).run(tiled);
+      if (plan_.winograd == 2) return Winograd<2, 1>(p_, packed, tiles, ahead, then).run(tiled);
+      return Winograd<4, 1>(p_, packed, tiles, ahead, then).run(tiled);
     }
 #endif
     if (p_.up.on) return core_phases(band, t1, t2, ahead);
@@ -117,10 +127,11 @@ class Stages {
     tile.c = reinterpret_cast<Number*>(t2);
     tile.c_step = p_.rank_out;
     tile.ahead = ahead;
+    tile.taps = taps();
     const int64_t t2_row = p_.out_width * p_.rank_out;
     const Grid grid{band.count,         band.rows, p_.out_width, t1_image, p_.stride_h * t1_row(),
                     band.rows * t2_row, t2_row};
-    sweep<A::row_major>(tile, grid, tile.a_step, p_.rank_out);
+    sweep<A::row_major>(tile, grid, tile.a_step, p_.rank_out, {{}, last_factor()});
   }
 
   // y of a band, from its t2.
@@ -162,12 +173,32 @@ class Stages {
 #endif
   }
 
-  void first_sweep(Tile& tile, const Grid& grid, int64_t step) {
+  // Of a row of the core, as a tile takes them.
+  int64_t taps() const {
+    const bool apart = p_.stride_w == 1 && p_.dilation_w == 1 && !p_.up.on;
+    return apart && (p_.kernel_w == 3 || p_.kernel_w == 5) ? p_.kernel_w : 0;
+  }
+
+  // What the next stage reads first of its factor, if that is large.
+  Runs core_factor() const {
+    if (p_.up.on) return {};
+    if (plan_.winograd) return first_of(p_.packed + plan_.winograd_at, p_.rank_out, {1, p_.rank_in});
+    return first_if_far(p_.packed + plan_.core_at, p_.rank_out, core_window(p_));
+  }
+  Runs last_factor() const {
+    if (!p_.channels_last) return {};
+    return first_if_far(p_.packed + plan_.last_at, p_.features, {1, words(p_.rank_out)});
+  }
+  static Runs first_if_far(const float* packed, int64_t outputs, Window window) {
+    return 4 * packed_floats(outputs, window) > kFarBytes ? first_of(packed, outputs, window) : Runs{};
+  }
+
+  void first_sweep(Tile& tile, const Grid& grid, int64_t step, const Coming& coming) {
     tile.a_step = step;
     if (p_.channels_last)
-      sweep<A::row_major>(tile, grid, step, p_.rank_in);
+      sweep<A::row_major>(tile, grid, step, p_.rank_in, coming);
     else
-      sweep<A::k_major>(tile, grid, 1, p_.rank_in);
+      sweep<A::k_major>(tile, grid, 1, p_.rank_in, coming);
   }
 
   // The upsampling core of one image's rows, from all of its t1: every phase

@@ -15,6 +15,12 @@ struct Grid {
   int64_t a_image, a_row, c_image, c_row;
 };
 
+// What a sweep asks for beside the parts of its factor; no runs: nothing.
+struct Coming {
+  Runs row;   // A's first: each is asked for one row early
+  Runs then;  // what is read after the sweep, during its last part
+};
+
 // Longer sums are cut, so that their rounding errors stay those of a blocked sum and a cut of B stays in L1.
 constexpr int64_t kChain = 128;
 constexpr int64_t kWholeChain = 300;  // not worth cutting
@@ -66,14 +72,28 @@ inline const TileFunction (*tiles_of(int group)) [kMaxPixels + 1] {
   return kTiles<kA, kBias, 1>.f;
 }
 
+// Segments, and steps of k in each, that one call of a tile sums.
+struct Chain {
+  int64_t segments, length;
+};
+constexpr Chain chain_of(Window window, int group) {
+  const auto [segments, length] = window;
+  if (kPair > 1 || segments * length <= kWholeChain) return {segments, length};
+  return {clamp(kChain / length, 1, segments), round_up(ceil_div(length, ceil_div(length, kChain)), group)};
+}
+
+// Whether tiles may take several taps of a row together: one vector of outputs, sums that are not cut.
+constexpr bool sums_taps(Window window, int64_t outputs, int group) {
+  return group == 1 && outputs <= kLanes && chain_of(window, 1).length == window.length &&
+         chain_of(window, 1).segments == window.segments;
+}
+
 // The calls of one tile that make up its whole sum: f(tile, offset in A, offset in B), bias and ReLU with the
 // last.
 template <A kA, class F>
 void for_chains(const Tile& whole, int group, const F& f) {
   const int64_t length = whole.segment_length, segments = whole.segment_count;
-  const bool one = kPair > 1 || segments * length <= kWholeChain;
-  const int64_t together = one ? segments : clamp(kChain / length, 1, segments);
-  const int64_t piece = one ? length : round_up(ceil_div(length, ceil_div(length, kChain)), group);
+  const auto [together, piece] = chain_of({segments, length}, group);
   for (int64_t s = 0; s < segments; s += together)
     for (int64_t k = 0; k < length; k += piece) {
       const bool ends = s + together >= segments && k + piece >= length;
@@ -88,7 +108,7 @@ void for_chains(const Tile& whole, int group, const F& f) {
     }
 }
 
-constexpr int64_t kFarBytes = 256 << 10;  // of a factor: beyond it, its next part is asked for early
+constexpr int64_t kFarBytes = 32 << 10;  // of a factor: beyond it, its next part is asked for early
 
 // The pixels of a row that wider units than vectors take; how many they were.
 template <A kA>
@@ -100,36 +120,67 @@ KEGFAST_INLINE int64_t run_wide(const Tile& tile, int vectors, int64_t pixels, i
   return 0;
 }
 
+// What a sweep over a packed factor reads first.
+inline Runs first_of(const float* packed, int64_t outputs, Window window) {
+  const Chain chain = chain_of(window, 1);
+  return {packed, chain.segments * chain.length * kLanes * 4, window.segments * window.length * kLanes * 4,
+          smaller(kMaxVectors, ceil_div(outputs, kLanes))};
+}
+
+template <int Taps>
+inline constexpr TapTable<Taps> kTaps{};
+
+// How often a tile asks for what lies ahead.
+inline int64_t steps_of(const Tile& tile, int group) {
+  if (tile.taps) return tile.segment_count * ceil_div(tile.a_step, kTapAheadSteps);
+  return tile.segment_count * ceil_div(tile.segment_length, kAheadSteps * group);
+}
+
 // C = A * packed factor over the grid, of outputs that are held alike; `whole` carries everything that is the same
 // for all tiles.
 template <A kA>
-void sweep_part(const Tile& whole, const Grid& grid, int64_t a_pixel, int64_t outputs, int group) {
+void sweep_part(const Tile& whole, const Grid& grid, int64_t a_pixel, int64_t outputs, int group,
+                const Coming& coming) {
   const int channels = kLanes / group;
   const int64_t vectors = ceil_div(outputs, channels);
   const int64_t vector_floats = whole.segment_count * ceil_div(whole.segment_length, group) * kLanes;
   const int64_t length = smaller(whole.segment_count * whole.segment_length, kChain);
   const Cut cut = best_cut(vectors, grid.pixels, length, group > 1 ? 1 : kMaxVectors);
-  const auto tiles = tiles_of<kA, Bias::per_lane>(group);
+  const auto all = tiles_of<kA, Bias::per_lane>(group);
   const bool far = vectors * vector_floats * 4 > kFarBytes;
   for (int64_t v = 0; v < vectors; v += cut.vectors) {
     const int width = static_cast<int>(smaller(cut.vectors, vectors - v));
-    for_chains<kA>(whole, group, [&](Tile& tile, int64_t a_offset, int64_t b_offset) {
+    const TileFunction* const tiles = whole.taps == 3   ? kTaps<3>.f
+                                      : whole.taps == 5 ? kTaps<5>.f
+                                                        : all[width];
+    for_chains<kA>(whole, group, [&](Tile tile, int64_t a_offset, int64_t b_offset) {
       tile.b = whole.b + v * vector_floats + b_offset;
       tile.b_vector = vector_floats;
       if (tile.bias) tile.bias += v * channels;
       tile.tail = static_cast<int>(smaller(channels, outputs - (v + width - 1) * channels));
       const int64_t run = tile.segment_count * ceil_div(tile.segment_length, group) * kLanes;
       const bool ends = b_offset + run >= vector_floats;
-      Ahead next_part;
-      if (far)
+      Ahead next_part(whole.ahead);
+      if (ends && v + cut.vectors >= vectors)
+        next_part.add(coming.then);
+      else if (far)
         next_part.add(ends ? whole.b + (v + cut.vectors) * vector_floats : tile.b + run, run * 4,
                       vector_floats * 4, width);
-      next_part.spread_over(grid.images * grid.rows * cut.tiles);
+      next_part.spread_over(grid.images * grid.rows * cut.tiles * steps_of(tile, group));
+      if (next_part.asks()) tile.ahead = &next_part;
+      Ahead next_row(tile.ahead);
+      const bool asks_rows = coming.row.count > 0 && v == 0 && a_offset == 0;
       for (int64_t n = 0; n < grid.images; ++n)
         for (int64_t r = 0; r < grid.rows; ++r) {
           const float* const a = whole.a + a_offset + n * grid.a_image + r * grid.a_row;
           Number* const c = whole.c + n * grid.c_image + r * grid.c_row + v * channels;
           tile.a = a, tile.c = c;
+          if (asks_rows) {
+            next_row.clear();
+            if (r + 1 < grid.rows) next_row.add(moved(coming.row, (r + 1) * grid.a_row * 4));
+            next_row.spread_over(cut.tiles * steps_of(tile, group));
+            tile.ahead = &next_row;
+          }
           const int64_t start = run_wide<kA>(tile, width, grid.pixels, group), rest = grid.pixels - start;
           const int64_t count = start ? ceil_div(rest, max_pixels(cut.vectors)) : cut.tiles;
           int64_t done = start;
@@ -137,8 +188,7 @@ void sweep_part(const Tile& whole, const Grid& grid, int64_t a_pixel, int64_t ou
             const int64_t next = start + (i + 1) * rest / count;
             tile.a = a + done * a_pixel;
             tile.c = c + done * tile.c_step;
-            tiles[width][next - done](tile);
-            next_part.step();
+            tiles[next - done](tile);
             done = next;
           }
         }
@@ -148,14 +198,17 @@ void sweep_part(const Tile& whole, const Grid& grid, int64_t a_pixel, int64_t ou
 
 // The same of all outputs.
 template <A kA>
-void sweep(const Tile& whole, const Grid& grid, int64_t a_pixel, int64_t outputs) {
+void sweep(const Tile& whole, const Grid& grid, int64_t a_pixel, int64_t outputs, const Coming& coming = {}) {
   const Window window{whole.segment_count, whole.segment_length};
   for_parts(outputs, window, kA == A::row_major, [&](const Part& part, int64_t at) {
     Tile tile = whole;
+    if (!sums_taps(window, part.outputs, part.group)) tile.taps = 0;
     tile.b += at;
     tile.c += part.first;
     if (tile.bias) tile.bias += part.first;
-    sweep_part<kA>(tile, grid, a_pixel, part.outputs, part.group);
+    const bool ends = part.first + part.outputs == outputs;
+    sweep_part<kA>(tile, grid, a_pixel, part.outputs, part.group,
+                   {part.first ? Runs{} : coming.row, ends ? coming.then : Runs{}});
   });
 }
 

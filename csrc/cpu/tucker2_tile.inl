@@ -15,19 +15,38 @@ namespace {
 
 // Steps of k between two requests of Ahead: a burst of them would hold up the loads behind it.
 constexpr int64_t kAheadSteps = 8;
+constexpr int64_t kTapAheadSteps = 4;  // of several products each
 
-// Memory that later stages need, asked for while the core computes: a few cache lines every kAheadSteps of each
-// tile.
+// `count` runs of `bytes`, `step` bytes apart.
+struct Runs {
+  const void* at;
+  int64_t bytes, step, count;
+};
+inline Runs moved(Runs runs, int64_t bytes) {
+  runs.at = static_cast<const char*>(runs.at) + bytes;
+  return runs;
+}
+
+// Memory that is needed later, asked for while tiles compute: a few cache lines every kAheadSteps of each.
 class Ahead {
  public:
+  Ahead() = default;
+  explicit Ahead(Ahead* then) : then_(then) {}
   void clear() { count_ = current_ = 0, offset_ = lines_ = 0; }
   void add(const void* at, int64_t run_bytes, int64_t stride_bytes, int64_t runs) {
     if (runs <= 0 || run_bytes <= 0) return;
     blocks_[count_++] = {static_cast<const char*>(at), run_bytes, stride_bytes, runs};
     lines_ += runs * ((run_bytes + 63) / 64);
   }
+  void add(const Runs& runs) { add(runs.at, runs.bytes, runs.step, runs.count); }
+  bool asks() const { return count_ > 0; }
   void spread_over(int64_t steps) { per_step_ = (lines_ + steps - 1) / (steps > 0 ? steps : 1); }
   void step() {
+    for (Ahead* a = this; a; a = a->then_) a->ask();
+  }
+
+ private:
+  KEGFAST_INLINE void ask() {
     for (int64_t left = per_step_; left > 0 && current_ < count_;) {
       Block& block = blocks_[current_];
       const char* at = block.at + offset_;
@@ -39,7 +58,6 @@ class Ahead {
     }
   }
 
- private:
   struct Block {
     const char* at;
     int64_t run, stride, runs;  // `runs` stretches of `run` bytes, `stride` apart
@@ -47,6 +65,7 @@ class Ahead {
   Block blocks_[6];
   int count_ = 0, current_ = 0;
   int64_t offset_ = 0, lines_ = 0, per_step_ = 0;
+  Ahead* then_ = nullptr;  // what else each step asks for
 };
 
 struct Tile {
@@ -63,6 +82,7 @@ struct Tile {
   bool accumulate, relu, stream;
   int64_t addend;  // where to accumulate: numbers from c to those that the sums are added to, 0: c's own
   Ahead* ahead;    // or null
+  int64_t taps;    // 3 or 5: a segment is so many runs of a_step words; else 0
 };
 
 enum class A { row_major, k_major };  // k_major: A(s, k, j) at a + segment + k * a_step + j
@@ -228,6 +248,45 @@ void run_tile(const Tile& t) {
   store_tile<Pixels, Vectors, Group, kBias>(t, acc);
 }
 
+// Taps of a row that lie a pixel apart (stride and dilation 1): a word of A is broadcast once for all of them. A tile
+// of one vector, which would read a word for each product, is then no longer bound by its loads. Segments are Taps
+// runs of a_step words.
+template <int Pixels, int Taps, Bias kBias>
+void run_taps(const Tile& t) {
+  constexpr int kWords = Pixels + Taps - 1, kBases = (kWords + 2) / 3;
+  Floats acc[Pixels][1] = {};
+  const int64_t a_step = t.a_step, tap = a_step * kLanes;
+  const float* b = t.b;
+  for (int64_t s = 0; s < t.segment_count; ++s, b += (Taps - 1) * tap) {
+    const float* base[kBases];
+    KEGFAST_UNROLL
+    for (int i = 0; i < kBases; ++i) base[i] = t.a + t.segments[s] + 3 * i * a_step;
+    for (int64_t left = a_step; left > 0;) {
+      const int64_t part = t.ahead && left > kTapAheadSteps ? kTapAheadSteps : left;
+      if (t.ahead) t.ahead->step();
+      left -= part;
+      for (int64_t k = part; k > 0; --k, b += kLanes) {
+        Floats w[Taps];
+        KEGFAST_UNROLL
+        for (int i = 0; i < Taps; ++i) w[i] = load_unaligned(b + i * tap);
+        KEGFAST_UNROLL
+        for (int j = 0; j < kWords; ++j) {
+          const Floats x = splat_word(base[j / 3] + (j % 3) * a_step);
+          KEGFAST_UNROLL
+          for (int i = 0; i < Taps; ++i)
+            if (0 <= j - i && j - i < Pixels) acc[j - i][0] = multiply_add(x, w[i], acc[j - i][0]);
+        }
+        KEGFAST_UNROLL
+        for (int i = 0; i < kBases; ++i) {
+          ++base[i];
+          asm("" : "+r"(base[i]));
+        }
+      }
+    }
+  }
+  store_tile<Pixels, 1, 1, kBias>(t, acc);
+}
+
 using TileFunction = void (*)(const Tile&);
 
 template <A kA, int Group, Bias kBias>
@@ -245,6 +304,19 @@ struct TileTable {
     }
   }
   constexpr TileTable() { fill<1, 1>(); }
+};
+
+template <int Taps>
+struct TapTable {
+  TileFunction f[kMaxPixels + 1] = {};
+  template <int Pixels>
+  constexpr void fill() {
+    if constexpr (Pixels <= kMaxPixels) {
+      f[Pixels] = &run_taps<Pixels, Taps, Bias::per_lane>;
+      fill<Pixels + 1>();
+    }
+  }
+  constexpr TapTable() { fill<1>(); }
 };
 
 }  // namespace

@@ -153,8 +153,8 @@ struct WinogradBand {
 template <int Edge, int Stride>
 class Winograd {
  public:
-  Winograd(const Tucker2Params& p, const float* packed, float* scratch, Ahead* ahead)
-      : p_(p), packed_(packed), scratch_(scratch), ahead_(ahead) {}
+  Winograd(const Tucker2Params& p, const float* packed, float* scratch, Ahead* ahead, const Runs& then)
+      : p_(p), packed_(packed), scratch_(scratch), ahead_(ahead), then_(then) {}
 
   void run(const WinogradBand& band) {
     const int64_t tile_rows = ceil_div(band.rows, Edge), tile_columns = ceil_div(p_.out_width, Edge);
@@ -203,11 +203,14 @@ class Winograd {
     tile.a_step = p_.rank_in;
     tile.c_step = p_.rank_out;
     tile.ahead = ahead_;
+    const Window window{1, p_.rank_in};
+    const int64_t point = packed_floats(p_.rank_out, window);
     for (int x = 0; x < kPoints; ++x) {
       tile.a = v + x * point_step(tiles, p_.rank_in);
-      tile.b = packed_ + x * packed_floats(p_.rank_out, {1, p_.rank_in});
+      tile.b = packed_ + x * point;
       tile.c = m + x * point_step(tiles, p_.rank_out);
-      sweep<A::row_major>(tile, grid, p_.rank_in, p_.rank_out);
+      const Runs next = first_of(tile.b + point, p_.rank_out, window);
+      sweep<A::row_major>(tile, grid, p_.rank_in, p_.rank_out, {{}, x + 1 < kPoints ? next : then_});
     }
   }
 
@@ -229,6 +232,7 @@ class Winograd {
   const float* const packed_;
   float* const scratch_;
   Ahead* const ahead_;
+  const Runs then_;  // what is read after the last point's factor
 };
 
 }  // namespace
