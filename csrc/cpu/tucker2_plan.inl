@@ -169,14 +169,14 @@ bool winograd_fits(const Tucker2Params& p) {
 }
 
 // Whether it should: enough pixels for the GEMMs, whose weights are 16 / 9 or more of the direct ones, and at stride
-// 2, which gains least, tiles that are mostly whole.
+// 2, which gains least at 25 / 9, tiles that are mostly whole and twice the pixels.
 bool winograd_wins(const Tucker2Params& p, int64_t threads) {
   if (!winograd_fits(p)) return false;
   if (p.form != Tucker2Form::automatic) return p.form == Tucker2Form::winograd;
   const int64_t edge = winograd_edge(p), image = ceil_div(p.out_height, edge) * ceil_div(p.out_width, edge);
   const int64_t tiles = p.images * image / threads;
   if (p.stride_h == 2 && 8 * image * winograd_points(p) > 7 * 9 * p.out_height * p.out_width) return false;
-  return tiles * edge * edge >= larger(48, larger(p.rank_in, p.rank_out));
+  return tiles * edge * edge >= larger(48, p.stride_h * larger(p.rank_in, p.rank_out));
 }
 
 constexpr int64_t band_tiles(const Tucker2Params& p) {
