@@ -4,6 +4,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 from torch.library import register_fake
 from torch.overrides import handle_torch_function, has_torch_function
 from torch.utils.flop_counter import register_flop_formula
@@ -54,29 +55,39 @@ def conv_max_pool2d(
     if has_torch_function(tensors):  # torch.fx's proxies, and tensors with a mind of their own
         rest = stride, padding, pool, pool_stride, pool_padding, activation
         return handle_torch_function(conv_max_pool2d, tensors, *tensors, *rest)
+    shapes = stride, padding, pool, pool if pool_stride is None else pool_stride, pool_padding
+    known = activation in (None, "relu") and all(t is None or isinstance(t, Tensor) for t in tensors)
+    if known and not is_compiling() and _fuses(*tensors):
+        try:
+            return _run(tensors, tuple(n if isinstance(n, tuple) else (n, n) for n in shapes), activation)
+        except (RuntimeError, TypeError, ValueError):
+            pass  # below, what is wrong with the arguments; a small layer computes for less than that takes
     if activation not in (None, "relu"):
         raise ValueError(expected("activation", "None or 'relu'", activation))
-    pool = pair("pool", pool, 1)
-    geometry = (
-        pair("stride", stride, 1),
-        pair("padding", padding, 0),
-        pool,
-        pool if pool_stride is None else pair("pool_stride", pool_stride, 1),
-        pair("pool_padding", pool_padding, 0),
-    )
+    names = "stride", "padding", "pool", "pool_stride", "pool_padding"
+    sizes = zip(names, shapes, (1, 0, 1, 1, 0), strict=True)
+    geometry = tuple(pair(name, two, least) for name, two, least in sizes)
     _check_tensors(x, weight, bias)
     _check_windows(x, weight, geometry)
-    if not _fuses(x, weight, bias):
+    if not _fuses(*tensors):
         return reference.conv_max_pool2d(*tensors, *geometry, activation)
-    channels_last = reads_channels_last(x) or reads_channels_last(weight)
-    ints = [n for two in geometry for n in two]
-    return torch.ops.kegfast.conv_max_pool(*tensors, *ints, activation == "relu", channels_last)
+    return _run(tensors, geometry, activation)
+
+
+def _run(tensors: tuple[Tensor, ...], geometry: Geometry, activation: str | None) -> Tensor:
+    (sh, sw), (ph, pw), *pool = geometry
+    (kh, kw), (psh, psw), (pph, ppw) = pool
+    channels_last = reads_channels_last(tensors[0]) or reads_channels_last(tensors[1])
+    return torch.ops.kegfast.conv_max_pool.default(
+        *tensors, sh, sw, ph, pw, kh, kw, psh, psw, pph, ppw, activation == "relu", channels_last
+    )
 
 
 def _fuses(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     """Whether the compiled kernel takes this call."""
     training = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias))
-    known = x.dtype == torch.float32 and x.is_cpu and weight.shape[2] <= _MOST_ROWS
+    known = x.dtype is torch.float32 and x.is_cpu and x.dim() == weight.dim() == 4
+    known = known and weight.shape[2] <= _MOST_ROWS
     return known and not training and not _autocasts(x) and native.use_native()
 
 
