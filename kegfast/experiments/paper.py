@@ -44,7 +44,7 @@ class Config:
         probe: held-out samples per source that students are judged by.
         calibration: samples that the default recipe's factors are solved on.
         protocol: "equal", or "paper": five times fewer samples of noise than of generators, which are asked
-            for soft labels. A data set's budget of that name is `PROTOCOLS`'.
+            for soft labels, and students that learn slowly. A data set's budget of that name is `PROTOCOLS`'.
         amp: compute in bfloat16 where torch's autocast deems it safe.
     """
 
@@ -100,6 +100,8 @@ FINE = replace(HINTED, rates=(5e-4,), share=0.125)
 """The same from ranks by budget: less is to be learnt than forgotten, and teaching all layers takes long."""
 NOISE = Schedule((1e-5, 1e-4, 1e-3), "eval")
 """For noise and KegNet's samples, from which a student drifts away when it learns fast."""
+SLOW = replace(NOISE, rates=(1e-5,) * 4)
+"""The same under the published protocol, whose students hardly drift."""
 TABULAR = Schedule((1e-3,), "train")
 """For rows of a table, where noise is not far from data."""
 
@@ -137,12 +139,12 @@ class Paper:
         """Whether the samples are rows of a table."""
         return self.model == "MLP"
 
-    def schedule(self, method: str, ranks: str = "paper") -> Schedule:
+    def schedule(self, method: str, ranks: str = "paper", protocol: str = "equal") -> Schedule:
         """How a student is taught with the samples of a method."""
         if self.tabular:
             return TABULAR
         if method in ("uniform", "gaussian", "kegnet"):
-            return NOISE
+            return SLOW if protocol == "paper" else NOISE
         if not self.shared:
             return STRUCTURED
         return HINTED if ranks == "paper" else FINE

@@ -190,7 +190,8 @@ class Study:
 
     def lesson(self, pool: InMemory, ranks: str, method: str, seed: int) -> Lesson:
         """What students of one kind of ranks learn from a pool of one method."""
-        shared, schedule = self.paper.shared if ranks == "paper" else (), self.paper.schedule(method, ranks)
+        shared = self.paper.shared if ranks == "paper" else ()
+        schedule = self.paper.schedule(method, ranks, self.config.protocol)
         if shared:
             pool = InMemory(head_outputs(self.teacher, shared, pool.samples))
         return Lesson(pool, shared, schedule, seed)
