@@ -84,6 +84,7 @@ class Study:
         identity = {"dataset": paper.dataset, "teacher": self.teacher_accuracy, **self.config.identity()}
         self.ledger = Ledger(output / "cells.json", identity)
         self._sources: dict[int, Sources] = {}
+        self._untaught: dict[tuple[int, str], float | None] = {}
 
     def accuracy(self, model: nn.Module) -> float | None:
         """Test accuracy in percent, None without a test set."""
@@ -176,8 +177,8 @@ class Study:
             spent = seconds + time.process_time() - start
             compression.save(candidates[chosen], self.weights(name))
             result = {
-                "accuracy": [self.accuracy(model) for model in candidates],
-                "agreement": [self._agreement(model, probes) for model in candidates],
+                "accuracy": self._accuracies(number, ranks, candidates),
+                "agreement": self._agreements(candidates, probes),
                 "divergence": divergence,
                 "chosen": chosen,
                 "seconds": spent,
@@ -237,13 +238,21 @@ class Study:
             legs.append(deepcopy(student))
         return legs
 
-    def _agreement(self, student: nn.Module, probes: dict[str, Tensor]) -> dict[str, float]:
-        """Percent of each probe's samples that student and teacher put into one class."""
-        found = {}
-        for name, samples in probes.items():
-            answers = [_logits(model, samples).argmax(1) for model in (student, self.teacher)]
-            found[name] = 100.0 * float((answers[0] == answers[1]).float().mean())
-        return found
+    def _accuracies(self, number: int, ranks: str, candidates: list[nn.Module]) -> list[float | None]:
+        """Of every candidate; the first, not taught yet, is the same for all methods and seeds."""
+        key = number, ranks
+        if key not in self._untaught:
+            self._untaught[key] = self.accuracy(candidates[0])
+        return [self._untaught[key], *map(self.accuracy, candidates[1:])]
+
+    def _agreements(self, candidates: list[nn.Module], probes: dict[str, Tensor]) -> list[dict[str, float]]:
+        """Percent of each probe's samples that a candidate and the teacher put into one class."""
+        wanted = {name: _logits(self.teacher, samples).argmax(1) for name, samples in probes.items()}
+
+        def percent(model: nn.Module, name: str) -> float:
+            return 100.0 * float((_logits(model, probes[name]).argmax(1) == wanted[name]).float().mean())
+
+        return [{name: percent(model, name) for name in probes} for model in candidates]
 
     def _divergence(self, student: nn.Module, judge: Tensor) -> float:
         """KL divergence from the teacher, mean over samples."""
