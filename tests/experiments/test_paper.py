@@ -210,6 +210,15 @@ def test_image_methods_end_in_rows_with_their_weights(images):
         assert images.accuracy(saved) == row["accuracy"][0]
 
 
+def test_untaught_students_are_evaluated_once(images, monkeypatch):
+    seen = []
+    monkeypatch.setattr(Study, "accuracy", lambda self, model: float(seen.append(model) or len(seen)))
+    images.run([3], [0], ["tucker-only", "uniform", "procedural"], ["paper"])
+    first = [images.ledger.cells[cell_name(3, "paper", name, 0)] for name in ("tucker-only", "procedural")]
+    assert first[0]["accuracy"] == [1.0]
+    assert first[1]["accuracy"] == [1.0, 2.0 + len(images.paper.schedule("uniform").rates)]
+
+
 def test_without_data_there_is_agreement_only(tmp_path):
     weights = tmp_path / "teacher.safetensors"
     save_tensors(weights, paper("svhn").build().state_dict())
