@@ -138,8 +138,8 @@ def _hooi(weight: Tensor, ranks: dict[int, int]) -> tuple[Tensor, dict[int, Tens
     with tensorly.backend_context("pytorch", local_threadsafe=True), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         (core, factors), _ = partial_tucker(
-            tensor=weight, rank=list(ranks.values()), modes=list(ranks), init="svd"
-        )
+            tensor=weight, rank=list(ranks.values()), modes=list(ranks), init="svd", random_state=0
+        )  # the state fills up factors with more columns than a weight has directions
     return core, dict(zip(ranks, factors, strict=True))
 
 

@@ -18,6 +18,8 @@ def test_full_ranks_reconstruct_the_weight(shape, dtype):
         assert factors.core.dtype == dtype
         limit = {torch.float32: 1e-6, torch.float64: 1e-13, torch.bfloat16: 1.5e-2}[dtype]
         assert relative_error(weight, factors) < limit
+        again = factorize(weight, rank)
+        assert all(a is b is None or torch.equal(a, b) for a, b in zip(factors, again, strict=True))
 
 
 def test_a_planted_decomposition_is_found():
