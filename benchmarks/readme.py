@@ -251,6 +251,7 @@ TABLES: dict[str, tuple[str, str, Callable[[Any], str]]] = {
     "mnist": ("reproduce_mnist", "rows", paper),
     "mnist-published": ("reproduce_mnist_published", "rows", paper),
     "ablation-mnist": ("ablation_mnist", "rows", ablation),
+    "terms-mnist": ("terms_mnist", "rows", ablation),
     "fashion": ("reproduce_fashion", "rows", paper),
     "shuttle": ("reproduce_shuttle", "rows", paper),
     "pendigits": ("reproduce_pendigits", "rows", paper),
