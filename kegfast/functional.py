@@ -154,6 +154,21 @@ def _is_dense_float(x: object) -> bool:
     return isinstance(x, Tensor) and x.dtype in _FLOATS and x.layout is torch.strided
 
 
+def _check_operands(x: Tensor, bias: Tensor | None, **weights: Tensor) -> None:
+    """Raises unless a convolution's input, weights and bias are dense floats, alike in device and dtype."""
+    for name, t in {"x": x, **weights, "bias": bias}.items():
+        if t is None and name == "bias":
+            continue
+        if not _is_dense_float(t):
+            raise TypeError(expected(name, "a floating-point tensor", t))
+        if t.device != x.device:
+            raise ValueError(expected(name, f"on x's device, {x.device}", t))
+        if t.dtype != x.dtype and not _autocasts(x):
+            raise TypeError(expected(name, f"of x's dtype, {x.dtype}", t))
+        if name != "bias" and t.dim() != 4:
+            raise ValueError(expected(name, "4-dimensional", t))
+
+
 def _check_batch(name: str, x: Tensor) -> None:
     if not _is_dense_float(x):
         raise TypeError(expected(name, "a floating-point tensor", x))
@@ -293,18 +308,7 @@ def _check_tucker2(
     """Raises ValueError or TypeError for what `tucker_conv2d` cannot take; the geometry as pairs."""
     if activation not in (None, "relu"):
         raise ValueError(expected("activation", "None or 'relu'", activation))
-    tensors = {"x": x, "first": first, "core": core, "last": last, "bias": bias}
-    for name, t in tensors.items():
-        if t is None and name == "bias":
-            continue
-        if not _is_dense_float(t):
-            raise TypeError(expected(name, "a floating-point tensor", t))
-        if t.device != x.device:
-            raise ValueError(expected(name, f"on x's device, {x.device}", t))
-        if t.dtype != x.dtype and not _autocasts(x):
-            raise TypeError(expected(name, f"of x's dtype, {x.dtype}", t))
-        if name != "bias" and t.dim() != 4:
-            raise ValueError(expected(name, "4-dimensional", t))
+    _check_operands(x, bias, first=first, core=core, last=last)
     if first.shape[1:] != (x.shape[1], 1, 1):
         raise ValueError(expected("first", f"(R1, {x.shape[1]}, 1, 1), x's channels", first))
     if core.shape[1] != first.shape[0] or 0 in core.shape:

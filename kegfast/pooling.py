@@ -11,7 +11,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from kegfast import native, reference
 from kegfast.check import expected
-from kegfast.functional import Pair, _autocasts, _is_dense_float, pair
+from kegfast.functional import Pair, _autocasts, _check_operands, pair
 from kegfast.ops import reads_channels_last, tucker2_output_size
 
 Geometry = tuple[tuple[int, int], ...]  # stride, padding, pool, pool_stride, pool_padding
@@ -92,17 +92,11 @@ def _fuses(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
 
 
 def _check_tensors(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    for name, t in {"x": x, "weight": weight, "bias": bias}.items():
-        if t is None and name == "bias":
-            continue
-        if not _is_dense_float(t):
-            raise TypeError(expected(name, "a floating-point tensor", t))
-        if t.device != x.device:
-            raise ValueError(expected(name, f"on x's device, {x.device}", t))
-        if t.dtype != x.dtype and not _autocasts(x):
-            raise TypeError(expected(name, f"of x's dtype, {x.dtype}", t))
-        if name != "bias" and (t.dim() != 4 or 0 in t.shape[1:]):
-            raise ValueError(expected(name, "4-dimensional, with something in it", t))
+    _check_operands(x, bias, weight=weight)
+    if 0 in x.shape[1:]:
+        raise ValueError(expected("x", "with something in its images", x))
+    if 0 in weight.shape[2:]:
+        raise ValueError(expected("weight", "with something in its window", weight))
     if weight.shape[1] != x.shape[1] or weight.shape[0] == 0:
         raise ValueError(expected("weight", f"(K, {x.shape[1]}, kh, kw), x's channels", weight))
     if bias is not None and bias.shape != weight.shape[:1]:
