@@ -130,6 +130,9 @@ class Study:
                 kinds = ranks or (RANKS if method in BUDGETED else RANKS[:1])
                 names = [(s, r, cell_name(s, r, method, seed)) for s in students for r in kinds]
                 missing = [entry for entry in names if entry[2] not in self.ledger.cells]
+                for _, _, name in names:
+                    if name in self.ledger.cells:  # a kill may have come before they were removed
+                        self._drop_legs(name)
                 if agreed(seconds is not None and time.monotonic() - start > seconds):
                     left += [name for _, _, name in missing]
                 elif missing:
@@ -186,8 +189,12 @@ class Study:
                 **self._size(candidates[chosen]),
             }
             self.ledger.cell(name, lambda result=result: result)
-            for leg in self.output.glob(f"{self.weights(name).stem}-leg*.pt"):
-                leg.unlink()
+            self._drop_legs(name)
+
+    def _drop_legs(self, name: str) -> None:
+        """Remove the checkpoints of a finished cell."""
+        for leg in self.output.glob(f"{self.weights(name).stem}-leg*.pt"):
+            leg.unlink(missing_ok=True)
 
     def lesson(self, pool: InMemory, ranks: str, method: str, seed: int) -> Lesson:
         """What students of one kind of ranks learn from a pool of one method."""
