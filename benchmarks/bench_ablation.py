@@ -8,9 +8,10 @@ images first. Test accuracy after the last step. Finished cells are kept in --ou
 """
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -37,13 +38,17 @@ def main() -> None:
     experiment, splits = paper("mnist"), data.load("mnist", args.root)
     teacher = load_weights(experiment.build(), args.teacher)
     study = Study(experiment, splits.info, splits, teacher, args.out)
+    write_results("ablation_mnist", {"rows": rows(lambda seed: measure(study, seed), args.seeds)})
+
+
+def rows(measure: Callable[[int], Iterable[tuple[str, float]]], seeds: Iterable[int]) -> list[dict[str, Any]]:
+    """Every variant's accuracies, printed as they come: one row each, with mean and spread over the seeds."""
     found: dict[str, list[float]] = {}
-    for seed in args.seeds:
-        for name, accuracy in measure(study, seed):
+    for seed in seeds:
+        for name, accuracy in measure(seed):
             print(f"seed {seed}  {accuracy:.2f}  {name}", flush=True)
             found.setdefault(name, []).append(accuracy)
-    rows = [{"variant": name, "accuracy": values, **spread(values)} for name, values in found.items()]
-    write_results("ablation_mnist", {"rows": rows})
+    return [{"variant": name, "accuracy": values, **spread(values)} for name, values in found.items()]
 
 
 def measure(study: Study, seed: int) -> Iterator[tuple[str, float]]:

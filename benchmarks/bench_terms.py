@@ -13,11 +13,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from benchmarks.bench_ablation import rows
 from benchmarks.common import write_results
 from kegfast import data, load_weights
 from kegfast.distillation import InMemory, Mixture, Pool
 from kegfast.distillation.sources import Source
-from kegfast.experiments.ledger import spread
 from kegfast.experiments.paper import HINTED, NOISE, STRUCTURED, Config, Schedule, paper
 from kegfast.experiments.study import Study, choice
 from kegfast.extraction import RECIPES, Disagreement, extract
@@ -80,13 +80,8 @@ def main() -> None:
     teacher = load_weights(experiment.build(), args.teacher)
     output = args.out or Path(f"runs/terms-{args.dataset}")
     study = Study(experiment, splits.info, splits, teacher, output, FEW_SAMPLES[args.dataset])
-    found: dict[str, list[float]] = {}
-    for seed in args.seeds:
-        for name, accuracy in measure(study, seed):
-            print(f"seed {seed}  {accuracy:.2f}  {name}", flush=True)
-            found.setdefault(name, []).append(accuracy)
-    rows = [{"variant": name, "accuracy": values, **spread(values)} for name, values in found.items()]
-    write_results(f"terms_{args.dataset.split('-')[0]}", {"rows": rows})
+    found = rows(lambda seed: measure(study, seed), args.seeds)
+    write_results(f"terms_{args.dataset.split('-')[0]}", {"rows": found})
 
 
 def measure(study: Study, seed: int) -> Iterator[tuple[str, float]]:
