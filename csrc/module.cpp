@@ -56,10 +56,9 @@ kegfast::Tucker2Prepared* prepared(PyObject* address) {
 constexpr int64_t kShareWork = 1'000'000;  // multiply-adds from which other Python threads may run meanwhile
 
 PyObject* run_tucker2(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
-  if (count != 6) {
-    PyErr_SetString(
-        PyExc_TypeError,
-        "run_tucker2 takes a prepared call, _cdata and address of x and of the addend, and y's address");
+  if (count != 5) {
+    PyErr_SetString(PyExc_TypeError,
+                    "run_tucker2 takes a prepared call, _cdata and address of x and of the addend");
     return nullptr;
   }
   const auto* const call = prepared(arguments[0]);
@@ -68,21 +67,21 @@ PyObject* run_tucker2(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
                                  static_cast<const float*>(PyLong_AsVoidPtr(arguments[i + 1]))};
   };
   const kegfast::Tucker2Given x = given(1), addend = given(3);
-  auto* const y = static_cast<float*>(PyLong_AsVoidPtr(arguments[5]));
   if (PyErr_Occurred()) return nullptr;
-  bool done = false;
+  void* y = nullptr;
   try {
     if (kegfast::prepared_work(*call) < kShareWork) {
-      done = kegfast::run_prepared(*call, x, addend, y);
+      y = kegfast::run_prepared(*call, x, addend);
     } else {
       const py::gil_scoped_release others_run;
-      done = kegfast::run_prepared(*call, x, addend, y);
+      y = kegfast::run_prepared(*call, x, addend);
     }
   } catch (const std::exception& error) {
     PyErr_SetString(PyExc_RuntimeError, error.what());
     return nullptr;
   }
-  return PyBool_FromLong(done);
+  if (!y) Py_RETURN_NONE;
+  return PyCapsule_New(y, nullptr, nullptr);
 }
 
 PyObject* tucker2_tensors(PyObject*, PyObject* address) {
@@ -119,7 +118,8 @@ PyObject* sample_of(PyObject*, PyObject* const* arguments, Py_ssize_t given) {
 
 PyMethodDef plain_functions[] = {
     {"run_tucker2", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&run_tucker2)), METH_FASTCALL,
-     "Run a call of tucker2_prepare on x, given by _cdata and address, into y; whether it still held."},
+     "y of a call of tucker2_prepare on x, given by _cdata and address, as a handle for torch; None: it no "
+     "longer holds."},
     {"tucker2_tensors", &tucker2_tensors, METH_O, "The _cdata of the tensors of a call of tucker2_prepare."},
     {"sample_of", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&sample_of)), METH_FASTCALL,
      "A number that changes with samples of so many floats from an address."},

@@ -86,7 +86,7 @@ struct Tucker2Sample {
 };
 constexpr int64_t kMostSamples = 96;
 
-// A float32 call that is settled but for where x and y lie, made by tucker2_prepare of ops.cpp. Whoever holds
+// A float32 call that is settled but for where x lies, made by tucker2_prepare of ops.cpp. Whoever holds
 // one also holds the memory of its factors and their packed form.
 struct Tucker2Prepared;
 // x, first, core, last and bias, if there is one, by the addresses of their implementations.
@@ -96,9 +96,10 @@ struct Tucker2Given {
   void* implementation;
   const float* data;
 };
-// addend: nulls where there is none. The factors must be alive. False, with nothing done, where the call no
-// longer holds: another kind of x or addend, other factors than then, other threads, another instruction set.
-bool run_prepared(const Tucker2Prepared& call, Tucker2Given x, Tucker2Given addend, float* y);
+// y, an AtenTensorHandle that is the caller's. addend: nulls where there is none. The factors must be alive.
+// Null, with nothing done, where the call no longer holds: another kind of x or addend, other factors than then,
+// other threads, another instruction set.
+void* run_prepared(const Tucker2Prepared& call, Tucker2Given x, Tucker2Given addend);
 int64_t prepared_work(const Tucker2Prepared& call);  // multiply-adds
 void forget_prepared(Tucker2Prepared* call);
 

@@ -222,7 +222,7 @@ class TuckerConv2d(nn.Module):
                 y = torch.ops.kegfast.tucker2_add.default(x, *weights, addend, packed, *arguments)
         except RuntimeError:  # an addend that only torch adds, or wrong arguments, which this names
             return self._forward_checked(x, addend)
-        self._prepared.learn(x, y, weights, options, packed, arguments, addend)
+        self._prepared.learn(x, weights, options, packed, arguments, addend)
         return y
 
     def _forward_cuda(self, x: Tensor, weights: Weights, options: tuple) -> Tensor:

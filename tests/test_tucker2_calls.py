@@ -262,6 +262,18 @@ def test_threads_share_a_prepared_layer() -> None:
     assert not wrong
 
 
+@pytest.mark.parametrize("size", [9, 96])
+def test_outputs_belong_to_their_caller_alone(size: int) -> None:
+    """Of malloc's memory and of kept memory: both come back when the caller lets go."""
+    layer, _ = settled()
+    x = torch.randn(2, 6, size, size)
+    agrees(layer, x)
+    assert runs_prepared(layer, x)
+    with torch.no_grad():
+        assert layer(x)._use_count() == 1
+        assert len({layer(x).data_ptr() for _ in range(20)}) <= 2
+
+
 def test_outputs_that_live_do_not_share_memory() -> None:
     """Large outputs come from memory that is kept between calls, but only when it is free."""
     torch.manual_seed(0)

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <memory>
 #include <optional>
 #include <tuple>
 #include <utility>
@@ -267,15 +268,7 @@ int64_t tucker2_prepare(const Tensor& x, const Tensor& first_weight, const Tenso
   return reinterpret_cast<int64_t>(call);
 }
 
-}  // namespace
-
-std::vector<void*> prepared_tensors(const Tucker2Prepared& call) {
-  std::vector<void*> found;
-  for (const SeenTensor& t : call.seen) found.push_back(t.implementation());
-  return found;
-}
-
-bool run_prepared(const Tucker2Prepared& call, Tucker2Given x, Tucker2Given addend, float* y) {
+bool holds(const Tucker2Prepared& call, Tucker2Given x, Tucker2Given addend) {
   if (call.isa != active_isa() || call.choices != choices_made() || call.p.winograd != tucker2_winograd() ||
       call.pool_threads != torch::stable::get_num_threads())
     return false;
@@ -286,10 +279,26 @@ bool run_prepared(const Tucker2Prepared& call, Tucker2Given x, Tucker2Given adde
     if (!call.seen[i].unchanged()) return false;
   for (int64_t i = 0; i < call.sample_count; ++i)
     if (std::memcmp(call.samples[i].factor, call.samples[i].packed, sizeof(float)) != 0) return false;
-  Tucker2Params p = call.p;
-  p.x = x.data, p.addend = addend.data, p.y = y;
-  run_rows(p, call.plan, call.threads);
   return true;
+}
+
+}  // namespace
+
+std::vector<void*> prepared_tensors(const Tucker2Prepared& call) {
+  std::vector<void*> found;
+  for (const SeenTensor& t : call.seen) found.push_back(t.implementation());
+  return found;
+}
+
+void* run_prepared(const Tucker2Prepared& call, Tucker2Given x, Tucker2Given addend) {
+  if (!holds(call, x, addend)) return nullptr;
+  Tucker2Params p = call.p;
+  p.x = x.data, p.addend = addend.data;
+  const auto forget = [](AtenTensorHandle t) { aoti_torch_delete_tensor_object(t); };
+  std::unique_ptr<AtenTensorOpaque, decltype(forget)> y(new_output(p), forget);
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_data_ptr(y.get(), &p.y));
+  run_rows(p, call.plan, call.threads);
+  return y.release();
 }
 
 int64_t prepared_work(const Tucker2Prepared& call) {

@@ -75,6 +75,32 @@ void share_out(int64_t parts, int64_t units, int64_t grain, const F& f) {
   run_parts(parts, [&](int64_t i) { f(units * i / parts * grain, units * (i + 1) / parts * grain); });
 }
 
+AtenTensorHandle new_tensor(std::initializer_list<int64_t> sizes, std::initializer_list<int64_t> strides,
+                            ScalarType type, int64_t least_kept = kLeastKept) {
+  const auto dim = static_cast<int64_t>(sizes.size());
+  const auto number = static_cast<int32_t>(type);
+  int64_t bytes = type == ScalarType::Float ? 4 : 2;
+  for (const int64_t size : sizes) bytes *= size;
+  AtenTensorHandle made;
+  if (bytes < least_kept) {
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dim, sizes.begin(), strides.begin(), number,
+                                                           aoti_torch_device_type_cpu(), 0, &made));
+    return made;
+  }
+  KeptMemory* const memory = KeptMemory::take(bytes);
+  const auto give_back = [](void*, void* of) { KeptMemory::give_back(static_cast<KeptMemory*>(of)); };
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_from_blob(memory->data, dim, sizes.begin(), strides.begin(), 0, number,
+                                                aoti_torch_device_type_cpu(), -1, &made,
+                                                aoti_torch_layout_strided(), nullptr, 0, give_back, memory));
+  return made;
+}
+
+AtenTensorHandle new_images(int64_t n, int64_t c, int64_t h, int64_t w, bool channels_last, ScalarType type,
+                            int64_t least_kept = kLeastKept) {
+  if (channels_last) return new_tensor({n, c, h, w}, {h * w * c, 1, w * c, c}, type, least_kept);
+  return new_tensor({n, c, h, w}, {c * h * w, h * w, w, 1}, type, least_kept);
+}
+
 }  // namespace
 
 float* scratch(int64_t floats) {
@@ -84,24 +110,19 @@ float* scratch(int64_t floats) {
 
 Tensor empty_strided(std::initializer_list<int64_t> sizes, std::initializer_list<int64_t> strides,
                      ScalarType type) {
-  int64_t bytes = type == ScalarType::Float ? 4 : 2;
-  for (const int64_t size : sizes) bytes *= size;
-  if (bytes >= kLeastKept) {
-    KeptMemory* const memory = KeptMemory::take(bytes);
-    const torch::stable::Device cpu(torch::headeronly::DeviceType::CPU);
-    return torch::stable::from_blob(memory->data, sizes, strides, cpu, type,
-                                    [memory](void*) { KeptMemory::give_back(memory); });
-  }
-  AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.begin(),
-                                                         strides.begin(), static_cast<int32_t>(type),
-                                                         aoti_torch_device_type_cpu(), 0, &handle));
-  return Tensor(handle);
+  return Tensor(new_tensor(sizes, strides, type));
 }
 
 Tensor empty(int64_t n, int64_t c, int64_t h, int64_t w, bool channels_last, ScalarType type) {
-  if (channels_last) return empty_strided({n, c, h, w}, {h * w * c, 1, w * c, c}, type);
-  return empty_strided({n, c, h, w}, {c * h * w, h * w, w, 1}, type);
+  return Tensor(new_images(n, c, h, w, channels_last, type));
+}
+
+AtenTensorHandle new_output(const Tucker2Params& p) {
+  // Below it malloc's pages last from call to call, and torch's code for kept memory, out of cache, takes longer
+  // than they do: 64@8, rank 32, batch 8, after another layer 61 us instead of 85.
+  constexpr int64_t kLeastWorth = (1 << 20) + 1;
+  return new_images(p.images, p.features, p.out_height, p.out_width, p.channels_last, ScalarType::Float,
+                    kLeastWorth);
 }
 
 Tensor empty_flat(int64_t n, ScalarType type) {
