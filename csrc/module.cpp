@@ -1,5 +1,5 @@
 // pybind11 module _C: what the library was built with and the knobs of its kernels. Tensors never pass
-// through here, but for the addresses of a call that an operator has prepared.
+// through here, but for repeated calls of nn.TuckerConv2d (tucker2_repeat.cpp).
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -10,6 +10,7 @@
 #include "cpu/peak.h"
 #include "diversity.h"
 #include "tucker2.h"
+#include "tucker2_repeat.h"
 
 namespace py = pybind11;
 
@@ -48,54 +49,6 @@ double multiply_add_rate(bool bfloat16) {
   return rate_of(KEGFAST_SELECT(issue_multiply_adds));
 }
 
-// These are plain C functions: pybind11's own calls take longer than a small layer.
-kegfast::Tucker2Prepared* prepared(PyObject* address) {
-  return static_cast<kegfast::Tucker2Prepared*>(PyLong_AsVoidPtr(address));
-}
-
-constexpr int64_t kShareWork = 1'000'000;  // multiply-adds from which other Python threads may run meanwhile
-
-PyObject* run_tucker2(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
-  if (count != 5) {
-    PyErr_SetString(PyExc_TypeError,
-                    "run_tucker2 takes a prepared call, _cdata and address of x and of the addend");
-    return nullptr;
-  }
-  const auto* const call = prepared(arguments[0]);
-  const auto given = [&](int i) {
-    return kegfast::Tucker2Given{PyLong_AsVoidPtr(arguments[i]),
-                                 static_cast<const float*>(PyLong_AsVoidPtr(arguments[i + 1]))};
-  };
-  const kegfast::Tucker2Given x = given(1), addend = given(3);
-  if (PyErr_Occurred()) return nullptr;
-  void* y = nullptr;
-  try {
-    if (kegfast::prepared_work(*call) < kShareWork) {
-      y = kegfast::run_prepared(*call, x, addend);
-    } else {
-      const py::gil_scoped_release others_run;
-      y = kegfast::run_prepared(*call, x, addend);
-    }
-  } catch (const std::exception& error) {
-    PyErr_SetString(PyExc_RuntimeError, error.what());
-    return nullptr;
-  }
-  if (!y) Py_RETURN_NONE;
-  return PyCapsule_New(y, nullptr, nullptr);
-}
-
-PyObject* tucker2_tensors(PyObject*, PyObject* address) {
-  std::vector<size_t> tensors;
-  for (void* const t : kegfast::prepared_tensors(*prepared(address)))
-    tensors.push_back(reinterpret_cast<size_t>(t));
-  return py::cast(tensors).release().ptr();
-}
-
-PyObject* forget_tucker2(PyObject*, PyObject* address) {
-  kegfast::forget_prepared(prepared(address));
-  Py_RETURN_NONE;
-}
-
 // A number that changes with any of up to 32 floats, spread over `count` from an address.
 PyObject* sample_of(PyObject*, PyObject* const* arguments, Py_ssize_t given) {
   if (given != 2) {
@@ -117,13 +70,8 @@ PyObject* sample_of(PyObject*, PyObject* const* arguments, Py_ssize_t given) {
 }
 
 PyMethodDef plain_functions[] = {
-    {"run_tucker2", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&run_tucker2)), METH_FASTCALL,
-     "y of a call of tucker2_prepare on x, given by _cdata and address, as a handle for torch; None: it no "
-     "longer holds."},
-    {"tucker2_tensors", &tucker2_tensors, METH_O, "The _cdata of the tensors of a call of tucker2_prepare."},
     {"sample_of", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&sample_of)), METH_FASTCALL,
      "A number that changes with samples of so many floats from an address."},
-    {"forget_tucker2", &forget_tucker2, METH_O, "Free a call of tucker2_prepare."},
     {nullptr, nullptr, 0, nullptr}};
 
 }  // namespace
@@ -131,6 +79,7 @@ PyMethodDef plain_functions[] = {
 PYBIND11_MODULE(_C, m) {
   m.doc() = "kegfast's native part: build facts and kernel knobs; operators live in torch.ops.kegfast";
   if (PyModule_AddFunctions(m.ptr(), plain_functions) != 0) throw py::error_already_set();
+  kegfast::add_tucker2_repeat(m);
   m.def("build_info", &build_info);
   py::enum_<kegfast::L1Kernel>(m, "L1Kernel")
       .value("automatic", kegfast::L1Kernel::automatic)

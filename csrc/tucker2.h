@@ -91,15 +91,12 @@ constexpr int64_t kMostSamples = 96;
 struct Tucker2Prepared;
 // x, first, core, last and bias, if there is one, by the addresses of their implementations.
 std::vector<void*> prepared_tensors(const Tucker2Prepared& call);
-// A tensor by the addresses of its implementation and of its numbers.
-struct Tucker2Given {
-  void* implementation;
-  const float* data;
-};
-// y, an AtenTensorHandle that is the caller's. addend: nulls where there is none. The factors must be alive.
-// Null, with nothing done, where the call no longer holds: another kind of x or addend, other factors than then,
-// other threads, another instruction set.
-void* run_prepared(const Tucker2Prepared& call, Tucker2Given x, Tucker2Given addend);
+// y of x and the addend, null where there is none: all tensors by the addresses of their implementations, but y
+// is an AtenTensorHandle, the caller's to delete. The factors must be alive. Null, with nothing done, where the call
+// no longer holds: another kind of x or addend, other factors than then, other threads, another instruction set.
+void* run_prepared(const Tucker2Prepared& call, void* x, void* addend);
+void unsettle();                                     // No call that is prepared by now holds any longer.
+bool grad_mode();                                    // of this thread
 int64_t prepared_work(const Tucker2Prepared& call);  // multiply-adds
 void forget_prepared(Tucker2Prepared* call);
 

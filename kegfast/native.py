@@ -70,6 +70,13 @@ def use_native() -> bool:
     return True
 
 
+def _choose(name: Backend) -> None:
+    global _backend
+    _backend = name
+    if _C is not None:
+        _C.unsettle()
+
+
 class backend:
     """Chooses how operators run; a setter, or a context manager that restores what was.
 
@@ -89,20 +96,18 @@ class backend:
     """
 
     def __init__(self, name: Backend):
-        global _backend
         if name not in ("auto", "native", "reference"):
             raise ValueError(expected("backend", "'auto', 'native' or 'reference'", name))
         if name == "native" and _C is None:
             raise RuntimeError(f"kegfast's compiled part is missing: {_why_absent}")
         self._before = _backend
-        _backend = name
+        _choose(name)
 
     def __enter__(self) -> None:
         return None
 
     def __exit__(self, *exc_info: object) -> None:
-        global _backend
-        _backend = self._before
+        _choose(self._before)
 
 
 @contextmanager

@@ -5,13 +5,13 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, is_grad_enabled, nn
-from torch.compiler import is_compiling
+from torch.compiler import is_compiling, is_dynamo_compiling
 
 from kegfast import check, cpu, cuda, functional
 from kegfast.check import expected
 from kegfast.convolutions import PackedConvolutions
 from kegfast.ops import tucker2_training
-from kegfast.packed import PackedFactors, PreparedCall, Weights
+from kegfast.packed import PackedFactors, PreparedCall, Weights, repeat
 from kegfast.tuning import note_unfused
 
 if TYPE_CHECKING:
@@ -153,6 +153,12 @@ class TuckerConv2d(nn.Module):
         Outside autograd at most one dispatcher call, on prepacked factors; every lookup is on the clock of
         small layers.
         """
+        if is_dynamo_compiling():
+            return self._forward_checked(x, addend)
+        y = repeat(self._prepared.settled, self._modules, self.activation, x, addend)
+        return self._forward_anew(x, addend) if y is None else y
+
+    def _forward_anew(self, x: Tensor, addend: Tensor | float | None) -> Tensor:
         if is_compiling():
             return self._forward_checked(x, addend)
         modules = self._modules
@@ -167,8 +173,7 @@ class TuckerConv2d(nn.Module):
         options = core_layer.stride, core_layer.padding, core_layer.dilation, self.activation
         if is_grad_enabled():
             return self._forward_training(x, weights, options, addend)
-        y = self._prepared(x, weights, options, addend)
-        return self._forward_dispatched(x, weights, options, addend) if y is None else y
+        return self._forward_dispatched(x, weights, options, addend)
 
     def _forward_training(
         self, x: Tensor, weights: Weights, options: tuple, addend: Tensor | float | None

@@ -7,11 +7,18 @@ from torch import Tensor
 
 from kegfast import native
 
-_dispatch_modes = torch._C._len_torch_dispatch_stack
-_tracing = torch._C._get_tracing_state
-_autocast = torch._C._is_any_autocast_enabled
-_profiled = torch.autograd._profiler_enabled
-_own = torch._C._aoti.alloc_tensors_by_stealing_from_void_ptrs
+_BYSTANDERS = (
+    torch._C._len_torch_dispatch_stack, torch.autograd._profiler_enabled, torch._C._is_any_autocast_enabled,
+    torch._C._get_tracing_state,
+)  # fmt: skip
+if native._C is None:
+
+    def repeat(*_: object) -> None:
+        """Nothing was compiled that could repeat a call."""
+else:
+    native._C.learn_torch(Tensor, torch._C._aoti.alloc_tensors_by_stealing_from_void_ptrs, _BYSTANDERS)
+    repeat = native._C.repeat_tucker2
+
 Weights = tuple[Tensor, Tensor, Tensor, Tensor | None]  # first, core, last, bias
 
 
@@ -61,18 +68,6 @@ class PackedFactors:
         return PackedFactors()
 
 
-class _Prepared:
-    """A call of `torch.ops.kegfast.tucker2` that is settled but for its addresses."""
-
-    __slots__ = ("__weakref__", "address", "kept", "key")
-
-    def __init__(self, address: int, key: tuple[object, ...], kept: tuple[object, ...]):
-        self.address, self.key, self.kept = address, key, kept
-
-    def __del__(self) -> None:
-        native._C.forget_tucker2(self.address)
-
-
 class PreparedCall:
     """Repeats a layer's last call without the dispatcher.
 
@@ -83,31 +78,14 @@ class PreparedCall:
     of last time, no mode, tracer, profiler or autocast that wants to see operators.
 
     Copies and pickles of it are empty.
+
+    Attributes:
+        settled: the call, for `repeat`; None: there is none.
     """
 
     def __init__(self) -> None:
-        self._call: _Prepared | None = None
+        self.settled: object | None = None
         self._seen: tuple[object, ...] = ()
-
-    def __call__(
-        self, x: Tensor, weights: Weights, options: tuple[object, ...], addend: object = None
-    ) -> Tensor | None:
-        """The layer's output, or None: then call the operator. `options`: all else that decides it."""
-        call = self._call
-        if call is None or type(x) is not Tensor or watched() or native._backend == "reference":
-            return None
-        try:
-            if _key(weights, options) != call.key or x.is_neg():
-                return None
-            added = 0, 0
-            if addend is not None:
-                if type(addend) is not Tensor or addend.is_neg():
-                    return None
-                added = addend._cdata, addend.data_ptr()
-            made = native._C.run_tucker2(call.address, x._cdata, x.data_ptr(), *added)
-            return None if made is None else _own([made])[0]
-        except RuntimeError:  # no versions, or no memory of its own
-            return None
 
     def learn(
         self,
@@ -118,7 +96,10 @@ class PreparedCall:
         arguments: tuple[int | bool, ...],
         addend: Tensor | None = None,
     ) -> None:
-        """Settles the call that has just been made, when it is the second of its shape in a row."""
+        """Settles the call that has just been made, when it is the second of its shape in a row.
+
+        `options`: all else that decides it.
+        """
         if watched():
             return
         seen, self._seen = self._seen, (x.shape, x.stride())
@@ -127,9 +108,7 @@ class PreparedCall:
         address = torch.ops.kegfast.tucker2_prepare(x, *weights, addend, packed, *arguments)
         if address:
             kept = tuple(w if w is None else w.detach() for w in weights), packed
-            call = _Prepared(address, _key(weights, options), kept)
-            tensors = [t._cdata for t in (x, *weights) if t is not None]
-            self._call = call if native._C.tucker2_tensors(address) == tensors else None
+            self.settled = native._C.settle_tucker2(address, x, weights, options, kept)
 
     def __reduce__(self) -> tuple[Callable[[], "PreparedCall"], tuple[()]]:
         return PreparedCall, ()
@@ -140,16 +119,7 @@ class PreparedCall:
 
 def watched() -> bool:
     """Whether something wants to see operators, or to change them."""
-    return bool(_dispatch_modes() or _profiled() or _autocast()) or _tracing() is not None
-
-
-def _key(weights: Weights, options: tuple[object, ...]) -> tuple[object, ...]:
-    """Which tensors, and what was written to them; what `.data` makes them look at is for the call itself."""
-    first, core, last, bias = weights
-    return (
-        first._cdata, first._version, core._cdata, core._version,
-        last._cdata, last._version, None if bias is None else bias._cdata, options,
-    )  # fmt: skip
+    return any(asks() for asks in _BYSTANDERS)
 
 
 def is_dense(x: Tensor) -> bool:

@@ -170,7 +170,7 @@ def test_prepared_calls_know_their_addend() -> None:
         for addend in given:
             for _ in range(3):
                 layer(x, addends[0])
-            assert layer._prepared._call is not None
+            assert layer._prepared.settled is not None
             want = plain(x) if addend is None else plain(x) + addend
             for _ in range(3):
                 torch.testing.assert_close(layer(x, addend), want.relu(), atol=1e-5, rtol=1e-5)

@@ -26,7 +26,7 @@ def settled(**options) -> tuple[TuckerConv2d, torch.Tensor]:
     with torch.no_grad():
         for _ in range(3):
             layer(x)
-    assert layer._prepared._call is not None
+    assert layer._prepared.settled is not None
     return layer, x
 
 
@@ -234,7 +234,7 @@ def test_gradients_flow_after_prepared_calls() -> None:
 def test_copies_prepare_anew(make) -> None:
     layer, x = settled()
     other = make(layer)
-    assert other._prepared._call is None
+    assert other._prepared.settled is None
     with torch.no_grad():
         layer.core.weight.zero_()
     agrees(other, x)
@@ -309,8 +309,8 @@ def test_packed_factors_are_known_by_their_samples(name: str, channels_last: boo
         def known() -> bool:
             geometry = *stride, *padding, *dilation
             address = ops.tucker2_prepare(x, *factors, bias, None, packed, *geometry, False)
-            if address:
-                native._C.forget_tucker2(address)
+            if address:  # and to whom it belongs
+                assert native._C.settle_tucker2(address, x, (*factors, bias), (), ()) is not None
             return address != 0
 
         assert known()

@@ -29,11 +29,13 @@ class SeenTensor {
   void* implementation() const { return implementation_; }
 
   // The tensor itself, alive: it may look at other memory, or otherwise, under the same version.
-  bool unchanged() const {
-    void* cell = implementation_;
+  bool unchanged() const { return numbers(implementation_) == data_ && looks_like(implementation_); }
+
+  // Of a tensor, alive.
+  static const void* numbers(void* implementation) {
     const void* data = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(torch_get_const_data_ptr(handle(&cell), &data));
-    return data == data_ && looks_like(implementation_);
+    STABLE_TORCH_ERROR_CODE_CHECK(torch_get_const_data_ptr(handle(&implementation), &data));
+    return data;
   }
 
   // Another tensor, alive and in memory: on the CPU, of this one's type, sizes and strides.
@@ -268,13 +270,13 @@ int64_t tucker2_prepare(const Tensor& x, const Tensor& first_weight, const Tenso
   return reinterpret_cast<int64_t>(call);
 }
 
-bool holds(const Tucker2Prepared& call, Tucker2Given x, Tucker2Given addend) {
+bool holds(const Tucker2Prepared& call, void* x, void* addend) {
   if (call.isa != active_isa() || call.choices != choices_made() || call.p.winograd != tucker2_winograd() ||
       call.pool_threads != torch::stable::get_num_threads())
     return false;
-  if (!call.seen[0].looks_like(x.implementation)) return false;
-  if (call.addend.has_value() != (addend.data != nullptr)) return false;
-  if (call.addend && !call.addend->looks_like(addend.implementation)) return false;
+  if (!call.seen[0].looks_like(x)) return false;
+  if (call.addend.has_value() != (addend != nullptr)) return false;
+  if (call.addend && !call.addend->looks_like(addend)) return false;
   for (size_t i = 1; i < call.seen.size(); ++i)
     if (!call.seen[i].unchanged()) return false;
   for (int64_t i = 0; i < call.sample_count; ++i)
@@ -290,10 +292,11 @@ std::vector<void*> prepared_tensors(const Tucker2Prepared& call) {
   return found;
 }
 
-void* run_prepared(const Tucker2Prepared& call, Tucker2Given x, Tucker2Given addend) {
+void* run_prepared(const Tucker2Prepared& call, void* x, void* addend) {
   if (!holds(call, x, addend)) return nullptr;
   Tucker2Params p = call.p;
-  p.x = x.data, p.addend = addend.data;
+  p.x = SeenTensor::numbers(x);
+  if (addend) p.addend = SeenTensor::numbers(addend);
   const auto forget = [](AtenTensorHandle t) { aoti_torch_delete_tensor_object(t); };
   std::unique_ptr<AtenTensorOpaque, decltype(forget)> y(new_output(p), forget);
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_data_ptr(y.get(), &p.y));
@@ -306,6 +309,9 @@ int64_t prepared_work(const Tucker2Prepared& call) {
 }
 void forget_prepared(Tucker2Prepared* call) {
   delete call;
+}
+bool grad_mode() {
+  return aoti_torch_grad_mode_is_enabled();
 }
 
 }  // namespace kegfast

@@ -233,6 +233,9 @@ void choose_tucker2(const Tucker2Shape& shape, Tucker2Form form) {
   forms.choices.fetch_add(1, std::memory_order_release);
 }
 
+void unsettle() {
+  all_forms().choices.fetch_add(1, std::memory_order_release);
+}
 int64_t choices_made() {
   return all_forms().choices.load(std::memory_order_acquire);
 }
