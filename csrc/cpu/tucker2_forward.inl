@@ -40,6 +40,8 @@
 //   several taps from each word of t1 (run_taps) where   the core at rank 16: 0.76 -> 0.95 of the peak; 64@56, batch
 //     the core has one vector of outputs                 1: 141 -> 126 us, 32@16, batch 64: 585 -> 498, 20->50, ranks
 //                                                        5/12, batch 64: 266 -> 232
+//   the same of packed lanes; the packed sums of several batch 8: 16@32, rank 8 89 -> 77 us, rank 4 54 -> 39, rank
+//     pixels folded into one vector of t1 or t2            2 44 -> 31; 32@16, rank 4 18 -> 14; 64@56, rank 8 584 -> 496
 // What remains, direct sums in cache: 0.93 of the peak from rank 64 up, 0.85 at rank 16, whose 1x1 factors are bound
 // by loads, one for each product; out of cache about 60 us of a call are its own code's way from memory.
 // Tried without gain: asking for a factor's next part into L1; asking for every second, fourth or eighth line and

@@ -81,8 +81,9 @@ class Stages {
     const auto row = [&](Window window, int64_t width) {
       int64_t each = 0;
       for_parts(p_.rank_out, window, true, [&](const Part& part, int64_t) {
-        if (taps() && sums_taps(window, part.outputs, part.group)) {
-          each += ceil_div(width, kMaxPixels) * window.segments * ceil_div(words(p_.rank_in), kTapAheadSteps);
+        if (sums_taps(window, taps(), part.outputs, part.group)) {
+          each += ceil_div(width, kMaxPixels) * window.segments *
+                  ceil_div(words(p_.rank_in), kTapAheadSteps * part.group);
           return;
         }
         const int64_t lanes = part.outputs * part.group, vectors = lanes > kLanes ? 2 : 1;

@@ -82,10 +82,13 @@ constexpr Chain chain_of(Window window, int group) {
   return {clamp(kChain / length, 1, segments), round_up(ceil_div(length, ceil_div(length, kChain)), group)};
 }
 
-// Whether tiles may take several taps of a row together: one vector of outputs, sums that are not cut.
-constexpr bool sums_taps(Window window, int64_t outputs, int group) {
-  return group == 1 && outputs <= kLanes && chain_of(window, 1).length == window.length &&
-         chain_of(window, 1).segments == window.segments;
+constexpr int kMostTapGroup = 4;
+
+// Whether tiles may take a row's taps together: one vector of outputs, sums that are not cut.
+constexpr bool sums_taps(Window window, int64_t taps, int64_t outputs, int group) {
+  return taps && group <= kMostTapGroup && window.length / taps % group == 0 && outputs * group <= kLanes &&
+         chain_of(window, group).length >= window.length &&
+         chain_of(window, group).segments == window.segments;
 }
 
 // The calls of one tile that make up its whole sum: f(tile, offset in A, offset in B), bias and ReLU with the
@@ -127,12 +130,21 @@ inline Runs first_of(const float* packed, int64_t outputs, Window window) {
           smaller(kMaxVectors, ceil_div(outputs, kLanes))};
 }
 
+template <int Taps, int Group>
+inline constexpr TapTable<Taps, Group> kTaps{};
+
 template <int Taps>
-inline constexpr TapTable<Taps> kTaps{};
+inline const TileFunction* taps_of(int group) {
+  if constexpr (kLanes == 16) {
+    if (group == 2) return kTaps<Taps, 2>.f;
+    if (group == 4) return kTaps<Taps, 4>.f;
+  }
+  return kTaps<Taps, 1>.f;
+}
 
 // How often a tile asks for what lies ahead.
 inline int64_t steps_of(const Tile& tile, int group) {
-  if (tile.taps) return tile.segment_count * ceil_div(tile.a_step, kTapAheadSteps);
+  if (tile.taps) return tile.segment_count * ceil_div(tile.a_step, kTapAheadSteps * group);
   return tile.segment_count * ceil_div(tile.segment_length, kAheadSteps * group);
 }
 
@@ -150,8 +162,8 @@ void sweep_part(const Tile& whole, const Grid& grid, int64_t a_pixel, int64_t ou
   const bool far = vectors * vector_floats * 4 > kFarBytes;
   for (int64_t v = 0; v < vectors; v += cut.vectors) {
     const int width = static_cast<int>(smaller(cut.vectors, vectors - v));
-    const TileFunction* const tiles = whole.taps == 3   ? kTaps<3>.f
-                                      : whole.taps == 5 ? kTaps<5>.f
+    const TileFunction* const tiles = whole.taps == 3   ? taps_of<3>(group)
+                                      : whole.taps == 5 ? taps_of<5>(group)
                                                         : all[width];
     for_chains<kA>(whole, group, [&](Tile tile, int64_t a_offset, int64_t b_offset) {
       tile.b = whole.b + v * vector_floats + b_offset;
@@ -202,7 +214,7 @@ void sweep(const Tile& whole, const Grid& grid, int64_t a_pixel, int64_t outputs
   const Window window{whole.segment_count, whole.segment_length};
   for_parts(outputs, window, kA == A::row_major, [&](const Part& part, int64_t at) {
     Tile tile = whole;
-    if (!sums_taps(window, part.outputs, part.group)) tile.taps = 0;
+    if (!sums_taps(window, tile.taps, part.outputs, part.group)) tile.taps = 0;
     tile.b += at;
     tile.c += part.first;
     if (tile.bias) tile.bias += part.first;

@@ -196,6 +196,40 @@ KEGFAST_INLINE void store_tile(const Tile& t, const Floats (&acc)[Pixels][Vector
   finish_tile<Pixels, Vectors, Group, kBias, Finish::store>(t, acc);
 }
 
+// One vector of the sums of Group pixels, each of kLanes / Group channels.
+template <int Group>
+KEGFAST_INLINE Floats fold_pixels(const Floats (*acc)[1]) {
+  if constexpr (Group == 1) {
+    return acc[0][0];
+  } else {
+    Ints even, odd;
+    KEGFAST_UNROLL
+    for (int l = 0; l < kLanes; ++l) even[l] = 2 * l, odd[l] = 2 * l + 1;
+    const Floats a = fold_pixels<Group / 2>(acc), b = fold_pixels<Group / 2>(acc + Group / 2);
+    return __builtin_shuffle(a, b, even) + __builtin_shuffle(a, b, odd);
+  }
+}
+
+// Folds what lanes hold apart and stores it; where pixels follow each other, several make up a whole vector.
+template <int Pixels, int Vectors, int Group, Bias kBias>
+KEGFAST_INLINE void finish(const Tile& t, Floats (&acc)[Pixels][Vectors]) {
+  if constexpr (Group > 1) {
+    constexpr int kWhole = kLanes / Group, kTogether = Pixels / Group * Group;
+    if (t.c_step == kWhole && t.tail == kWhole && !t.accumulate && !t.bias && !t.relu) {
+      KEGFAST_UNROLL
+      for (int j = 0; j < kTogether; j += Group)
+        store_numbers(t.c + j * kWhole, fold_pixels<Group>(acc + j), kLanes);
+      KEGFAST_UNROLL
+      for (int j = kTogether; j < Pixels; ++j)
+        store_numbers(t.c + j * kWhole, fold_groups<Group>(acc[j][0]), kWhole);
+      return;
+    }
+    KEGFAST_UNROLL
+    for (int j = 0; j < Pixels; ++j) acc[j][0] = fold_groups<Group>(acc[j][0]);
+  }
+  store_tile<Pixels, Vectors, Group, kBias>(t, acc);
+}
+
 template <int Pixels, int Vectors, A kA, int Group, Bias kBias>
 void run_tile(const Tile& t) {
   static_assert(Group == 1 || (Vectors == 1 && kA == A::row_major));
@@ -241,50 +275,46 @@ void run_tile(const Tile& t) {
       b += kLanes;
     }
   }
-  if constexpr (Group > 1) {
-    KEGFAST_UNROLL
-    for (int j = 0; j < Pixels; ++j) acc[j][0] = fold_groups<Group>(acc[j][0]);
-  }
-  store_tile<Pixels, Vectors, Group, kBias>(t, acc);
+  finish<Pixels, Vectors, Group, kBias>(t, acc);
 }
 
 // Taps of a row that lie a pixel apart (stride and dilation 1): a word of A is broadcast once for all of them. A tile
 // of one vector, which would read a word for each product, is then no longer bound by its loads. Segments are Taps
-// runs of a_step words.
-template <int Pixels, int Taps, Bias kBias>
+// runs of a_step words, a multiple of Group.
+template <int Pixels, int Taps, int Group, Bias kBias>
 void run_taps(const Tile& t) {
   constexpr int kWords = Pixels + Taps - 1, kBases = (kWords + 2) / 3;
   Floats acc[Pixels][1] = {};
-  const int64_t a_step = t.a_step, tap = a_step * kLanes;
+  const int64_t a_step = t.a_step, tap = a_step / Group * kLanes;
   const float* b = t.b;
   for (int64_t s = 0; s < t.segment_count; ++s, b += (Taps - 1) * tap) {
     const float* base[kBases];
     KEGFAST_UNROLL
     for (int i = 0; i < kBases; ++i) base[i] = t.a + t.segments[s] + 3 * i * a_step;
     for (int64_t left = a_step; left > 0;) {
-      const int64_t part = t.ahead && left > kTapAheadSteps ? kTapAheadSteps : left;
+      const int64_t part = t.ahead && left > kTapAheadSteps * Group ? kTapAheadSteps * Group : left;
       if (t.ahead) t.ahead->step();
       left -= part;
-      for (int64_t k = part; k > 0; --k, b += kLanes) {
+      for (int64_t k = part; k > 0; k -= Group, b += kLanes) {
         Floats w[Taps];
         KEGFAST_UNROLL
         for (int i = 0; i < Taps; ++i) w[i] = load_unaligned(b + i * tap);
         KEGFAST_UNROLL
         for (int j = 0; j < kWords; ++j) {
-          const Floats x = splat_word(base[j / 3] + (j % 3) * a_step);
+          const Floats x = splat_group<Group>(base[j / 3] + (j % 3) * a_step);
           KEGFAST_UNROLL
           for (int i = 0; i < Taps; ++i)
             if (0 <= j - i && j - i < Pixels) acc[j - i][0] = multiply_add(x, w[i], acc[j - i][0]);
         }
         KEGFAST_UNROLL
         for (int i = 0; i < kBases; ++i) {
-          ++base[i];
+          base[i] += Group;
           asm("" : "+r"(base[i]));
         }
       }
     }
   }
-  store_tile<Pixels, 1, 1, kBias>(t, acc);
+  finish<Pixels, 1, Group, kBias>(t, acc);
 }
 
 using TileFunction = void (*)(const Tile&);
@@ -306,13 +336,13 @@ struct TileTable {
   constexpr TileTable() { fill<1, 1>(); }
 };
 
-template <int Taps>
+template <int Taps, int Group>
 struct TapTable {
   TileFunction f[kMaxPixels + 1] = {};
   template <int Pixels>
   constexpr void fill() {
     if constexpr (Pixels <= kMaxPixels) {
-      f[Pixels] = &run_taps<Pixels, Taps, Bias::per_lane>;
+      f[Pixels] = &run_taps<Pixels, Taps, Group, Bias::per_lane>;
       fill<Pixels + 1>();
     }
   }
