@@ -80,13 +80,13 @@ struct Tucker2Plan {
   int64_t t1_at, t2_at, planes_at, tiles_at, x_at, y_at, scratch_floats;  // within a thread's scratch
 };
 
-// An element of a float32 factor and its copy in the packed form.
+// A number of a factor and its copy in the packed form.
 struct Tucker2Sample {
-  const float *factor, *packed;
+  const void *factor, *packed;
 };
 constexpr int64_t kMostSamples = 96;
 
-// A float32 call that is settled but for where x lies, made by tucker2_prepare of ops.cpp. Whoever holds
+// A call, in float32 or in pairs of bfloat16, that is settled but for where x lies, made by tucker2_prepare of ops.cpp. Whoever holds
 // one also holds the memory of its factors and their packed form.
 struct Tucker2Prepared;
 // x, first, core, last and bias, if there is one, by the addresses of their implementations.
@@ -126,21 +126,21 @@ void set_tucker2_winograd(int64_t most);
 std::string last_kernel();  // what the last tucker2 call of any thread ran: "winograd avx512"
 void note_unfused();        // it was torch's own convolutions
 
-#define KEGFAST_DECLARE(isa)                                                                              \
-  namespace isa {                                                                                         \
-  Tucker2Plan tucker2_plan(const Tucker2Params& p, int64_t threads);                                      \
-  /* all: the core in every form, else in the plan's only. */                                             \
-  void tucker2_pack(const Tucker2Params& p, const Tucker2Plan& plan, const Tucker2Factor& first,          \
-                    const Tucker2Factor& core, const Tucker2Factor& last, bool all, float* packed);       \
-  /* Whether `packed` still holds these factors, by samples of each. */                                   \
-  bool tucker2_packed_from(const Tucker2Params& p, const Tucker2Plan& plan, const Tucker2Factor& first,   \
-                           const Tucker2Factor& core, const Tucker2Factor& last, const float* packed);    \
-  /* The elements that tucker2_packed_from looks at: at most kMostSamples; their number. float32 only. */ \
-  int64_t tucker2_samples(const Tucker2Params& p, const Tucker2Plan& plan, const Tucker2Factor& first,    \
-                          const Tucker2Factor& core, const Tucker2Factor& last, Tucker2Sample* samples);  \
-  /* Output rows begin <= n * P + row < end. */                                                           \
-  void tucker2_rows(const Tucker2Params& p, const Tucker2Plan& plan, int64_t begin, int64_t end,          \
-                    float* scratch);                                                                      \
+#define KEGFAST_DECLARE(isa)                                                                                                     \
+  namespace isa {                                                                                                                \
+  Tucker2Plan tucker2_plan(const Tucker2Params& p, int64_t threads);                                                             \
+  /* all: the core in every form, else in the plan's only. */                                                                    \
+  void tucker2_pack(const Tucker2Params& p, const Tucker2Plan& plan, const Tucker2Factor& first,                                 \
+                    const Tucker2Factor& core, const Tucker2Factor& last, bool all, float* packed);                              \
+  /* Whether `packed` still holds these factors, by samples of each. */                                                          \
+  bool tucker2_packed_from(const Tucker2Params& p, const Tucker2Plan& plan, const Tucker2Factor& first,                          \
+                           const Tucker2Factor& core, const Tucker2Factor& last, const float* packed);                           \
+  /* The elements that tucker2_packed_from looks at: at most kMostSamples; their number. Of numbers of the kernel's own type. */ \
+  int64_t tucker2_samples(const Tucker2Params& p, const Tucker2Plan& plan, const Tucker2Factor& first,                           \
+                          const Tucker2Factor& core, const Tucker2Factor& last, Tucker2Sample* samples);                         \
+  /* Output rows begin <= n * P + row < end. */                                                                                  \
+  void tucker2_rows(const Tucker2Params& p, const Tucker2Plan& plan, int64_t begin, int64_t end,                                 \
+                    float* scratch);                                                                                             \
   }
 KEGFAST_EACH_ISA(KEGFAST_DECLARE)
 KEGFAST_EACH_BF16_ISA(KEGFAST_DECLARE)

@@ -74,8 +74,9 @@ class PreparedCall:
     That costs more than a small layer computes, and out of cache, after other layers' work, a tenth of a
     millisecond: a sixth of 256 -> 256 on 14 x 14 at ranks 32/32 and batch 8.
 
-    Taken only where nothing could tell the difference: float32 on the CPU, the shape, options and factors
-    of last time, no mode, tracer, profiler or autocast that wants to see operators.
+    Taken only where nothing could tell the difference: float32, or bfloat16 where the CPU multiplies it; the
+    shape, options and factors of last time; no mode, tracer, profiler or autocast
+    that wants to see operators.
 
     Copies and pickles of it are empty.
 
@@ -103,7 +104,7 @@ class PreparedCall:
         if watched():
             return
         seen, self._seen = self._seen, (x.shape, x.stride())
-        if packed is None or x.dtype is not torch.float32 or seen != self._seen or not is_dense(x):
+        if packed is None or seen != self._seen or not is_dense(x):
             return
         address = torch.ops.kegfast.tucker2_prepare(x, *weights, addend, packed, *arguments)
         if address:

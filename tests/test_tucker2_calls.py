@@ -68,6 +68,33 @@ def test_prepared_calls_are_exact(layout, activation, bias: bool) -> None:
         assert layer(x).is_inference()
 
 
+@pytest.mark.skipif(
+    "avx512_bf16" not in kegfast.build_info()["isa_detected"]
+    and "amx" not in kegfast.build_info()["isa_detected"],
+    reason="this CPU multiplies no bfloat16",
+)
+@pytest.mark.parametrize("rank", [(4, 18), (3, 17)])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_prepared_calls_in_bfloat16(layout, bias: bool, rank: tuple[int, int]) -> None:
+    torch.manual_seed(0)
+    layer = TuckerConv2d(6, 20, 3, rank, padding=1, bias=bias).bfloat16().eval()
+    x = torch.randn(3, 6, 11, 5).bfloat16().contiguous(memory_format=layout)
+    with torch.no_grad():
+        want = layer(x)
+        assert torch.equal(want, layer._forward_checked(x))
+        layer(x)
+        assert runs_prepared(layer, x)
+        assert torch.equal(layer(x), want)
+        for tensor in (layer.core.weight, layer.last.weight, layer.last.bias):
+            if tensor is not None:
+                tensor.data.mul_(2)
+                assert torch.equal(layer(x), layer._forward_checked(x))
+                assert not torch.equal(layer(x), want)
+                layer(x)
+                want = layer(x)
+
+
 @pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
 @pytest.mark.parametrize("threads", [1, 2])
 def test_prepared_calls_follow_instruction_set_and_threads(isa: str, threads: int) -> None:

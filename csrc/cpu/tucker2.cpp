@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "check.h"
+#include "cpu/half.h"
 #include "cpu/tucker2_call.h"
 
 namespace kegfast {
@@ -31,6 +32,7 @@ class SeenTensor {
   // The tensor itself, alive: it may look at other memory, or otherwise, under the same version.
   bool unchanged() const { return numbers(implementation_) == data_ && looks_like(implementation_); }
 
+  const void* numbers() const { return data_; }  // of it unchanged
   // Of a tensor, alive.
   static const void* numbers(void* implementation) {
     const void* data = nullptr;
@@ -63,14 +65,14 @@ class SeenTensor {
 };
 
 struct Tucker2Prepared {
-  std::vector<SeenTensor> seen;  // x, first, core, last, bias
+  std::vector<SeenTensor> seen;  // x, first, core, last and, if there is one, bias
   std::optional<SeenTensor> addend;
   Tucker2Params p;
   Tucker2Plan plan;
   int64_t threads;
   uint32_t pool_threads;
   Isa isa;
-  int64_t choices;
+  int64_t choices, most_winograd;
   Tucker2Sample samples[kMostSamples];
   int64_t sample_count;
 };
@@ -241,10 +243,11 @@ int64_t tucker2_prepare(const Tensor& x, const Tensor& first_weight, const Tenso
   check_weights(x, first_weight, core_weight, last_weight, bias);
   Tucker2Params p = geometry(x.size(0), x.size(1), x.size(2), x.size(3), core_weight, last_weight.size(0),
                              {stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w});
-  if (x.scalar_type() != ScalarType::Float || p.images == 0 || (bias && !bias->is_contiguous())) return 0;
+  if (p.images == 0 || (bias && !bias->is_contiguous())) return 0;
   set_input(p, x);
+  choose_numbers(p);
+  if (p.type != Tucker2Type::float32 && !p.pairs) return 0;
   p.relu = relu;
-  p.bias = bias ? bias->const_data_ptr<float>() : nullptr;
   p.packed = packed.const_data_ptr<float>();
   if (addend) {
     check_addend(p, *addend);
@@ -253,34 +256,51 @@ int64_t tucker2_prepare(const Tensor& x, const Tensor& first_weight, const Tenso
   }
   choose_form(p);
   const int64_t threads = threads_for(work_of(p), p.images * p.out_height);
-  const Tucker2Plan plan = KEGFAST_SELECT(tucker2_plan)(p, threads);
+  const Tucker2Plan plan = KEGFAST_TUCKER2(p, tucker2_plan)(p, threads);
   const Tucker2Factor first = factor(first_weight), core = factor(core_weight), last = factor(last_weight);
   if (packed.numel() != plan.packed_floats ||
-      !KEGFAST_SELECT(tucker2_packed_from)(p, plan, first, core, last, p.packed))
+      !KEGFAST_TUCKER2(p, tucker2_packed_from)(p, plan, first, core, last, p.packed))
     return 0;
   std::vector<SeenTensor> seen;
   for (const Tensor* t : {&x, &first_weight, &core_weight, &last_weight}) seen.emplace_back(*t);
   if (bias) seen.emplace_back(*bias);
   std::optional<SeenTensor> seen_addend;
   if (addend) seen_addend.emplace(*addend);
-  auto* const call = new Tucker2Prepared{
-      std::move(seen), std::move(seen_addend), p,  plan, threads, torch::stable::get_num_threads(),
-      active_isa(),    choices_made(),         {}, 0};
-  call->sample_count = KEGFAST_SELECT(tucker2_samples)(p, plan, first, core, last, call->samples);
+  auto* const call = new Tucker2Prepared{std::move(seen),
+                                         std::move(seen_addend),
+                                         p,
+                                         plan,
+                                         threads,
+                                         torch::stable::get_num_threads(),
+                                         active_isa(),
+                                         choices_made(),
+                                         tucker2_winograd(),
+                                         {},
+                                         0};
+  call->sample_count = KEGFAST_TUCKER2(p, tucker2_samples)(p, plan, first, core, last, call->samples);
   return reinterpret_cast<int64_t>(call);
 }
 
+constexpr size_t kBias = 4;  // in Tucker2Prepared::seen
+
+const float* widen(const uint16_t* bfloat16, int64_t count, std::vector<float>& wide) {
+  wide.resize(static_cast<size_t>(count));
+  std::transform(bfloat16, bfloat16 + count, wide.begin(), bf16_to_float);
+  return wide.data();
+}
+
 bool holds(const Tucker2Prepared& call, void* x, void* addend) {
-  if (call.isa != active_isa() || call.choices != choices_made() || call.p.winograd != tucker2_winograd() ||
-      call.pool_threads != torch::stable::get_num_threads())
+  if (call.isa != active_isa() || call.choices != choices_made() ||
+      call.most_winograd != tucker2_winograd() || call.pool_threads != torch::stable::get_num_threads())
     return false;
   if (!call.seen[0].looks_like(x)) return false;
   if (call.addend.has_value() != (addend != nullptr)) return false;
   if (call.addend && !call.addend->looks_like(addend)) return false;
   for (size_t i = 1; i < call.seen.size(); ++i)
     if (!call.seen[i].unchanged()) return false;
+  const size_t number = call.p.pairs ? 2 : 4;
   for (int64_t i = 0; i < call.sample_count; ++i)
-    if (std::memcmp(call.samples[i].factor, call.samples[i].packed, sizeof(float)) != 0) return false;
+    if (std::memcmp(call.samples[i].factor, call.samples[i].packed, number) != 0) return false;
   return true;
 }
 
@@ -297,6 +317,12 @@ void* run_prepared(const Tucker2Prepared& call, void* x, void* addend) {
   Tucker2Params p = call.p;
   p.x = SeenTensor::numbers(x);
   if (addend) p.addend = SeenTensor::numbers(addend);
+  std::vector<float> wide_bias;
+  if (call.seen.size() > kBias) {
+    p.bias = static_cast<const float*>(call.seen[kBias].numbers());
+    if (p.pairs)
+      p.bias = widen(static_cast<const uint16_t*>(call.seen[kBias].numbers()), p.features, wide_bias);
+  }
   const auto forget = [](AtenTensorHandle t) { aoti_torch_delete_tensor_object(t); };
   std::unique_ptr<AtenTensorOpaque, decltype(forget)> y(new_output(p), forget);
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_data_ptr(y.get(), &p.y));

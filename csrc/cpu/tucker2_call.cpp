@@ -121,8 +121,8 @@ AtenTensorHandle new_output(const Tucker2Params& p) {
   // Below it malloc's pages last from call to call, and torch's code for kept memory, out of cache, takes longer
   // than they do: 64@8, rank 32, batch 8, after another layer 61 us instead of 85.
   constexpr int64_t kLeastWorth = (1 << 20) + 1;
-  return new_images(p.images, p.features, p.out_height, p.out_width, p.channels_last, ScalarType::Float,
-                    kLeastWorth);
+  const ScalarType type = p.type == Tucker2Type::float32 ? ScalarType::Float : ScalarType::BFloat16;
+  return new_images(p.images, p.features, p.out_height, p.out_width, p.channels_last, type, kLeastWorth);
 }
 
 Tensor empty_flat(int64_t n, ScalarType type) {

@@ -24,7 +24,7 @@ struct Geometry {
 Tensor empty_strided(std::initializer_list<int64_t> sizes, std::initializer_list<int64_t> strides,
                      ScalarType type);
 Tensor empty(int64_t n, int64_t c, int64_t h, int64_t w, bool channels_last, ScalarType type);
-AtenTensorHandle new_output(const Tucker2Params& p);  // (N, K, P, Q) float32, the caller's to delete
+AtenTensorHandle new_output(const Tucker2Params& p);  // (N, K, P, Q), the caller's to delete
 Tensor empty_flat(int64_t n, ScalarType type = ScalarType::Float);
 
 bool reads_channels_last(const Tensor& x);

@@ -98,7 +98,9 @@ int64_t tucker2_samples(const Tucker2Params& p, const Tucker2Plan& plan, const T
                         const Tucker2Factor& core, const Tucker2Factor& last, Tucker2Sample* samples) {
   int64_t count = 0;
   each_packed_sample(p, plan, first, core, last, [&](const Tucker2Factor& w, int64_t from, int64_t to) {
-    if (from != kPadding) samples[count++] = {static_cast<const float*>(w.data) + from, p.packed + to / 4};
+    if (from != kPadding)
+      samples[count++] = {static_cast<const Number*>(w.data) + from,
+                          reinterpret_cast<const char*>(p.packed) + to};
     return true;
   });
   return count;
