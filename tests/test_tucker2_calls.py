@@ -69,8 +69,7 @@ def test_prepared_calls_are_exact(layout, activation, bias: bool) -> None:
 
 
 @pytest.mark.skipif(
-    "avx512_bf16" not in kegfast.build_info()["isa_detected"]
-    and "amx" not in kegfast.build_info()["isa_detected"],
+    kegfast.build_info().get("isa_detected") not in ("avx512_bf16", "amx"),
     reason="this CPU multiplies no bfloat16",
 )
 @pytest.mark.parametrize("rank", [(4, 18), (3, 17)])
