@@ -179,6 +179,11 @@ bool winograd_wins(const Tucker2Params& p, int64_t threads) {
   return tiles * edge * edge >= larger(48, p.stride_h * larger(p.rank_in, p.rank_out));
 }
 
+// Outputs whose products a band holds at a time: with the inputs of a band they stay in L2.
+constexpr int64_t winograd_share(const Tucker2Params& p) {
+  return smaller(p.rank_out, 64);
+}
+
 constexpr int64_t band_tiles(const Tucker2Params& p) {
   return p.stride_h == 2 ? 32 : winograd_edge(p) == 4 ? 48 : 64;
 }
@@ -241,7 +246,7 @@ Tucker2Plan tucker2_plan(const Tucker2Params& p, int64_t threads) {
   plan.planes_at = take(p.channels_last ? 0 : round_up(band, kLanes) * words(p.rank_out));
   const int64_t tiles =
       edge ? plan.group_images * ceil_div(plan.band_rows, edge) * ceil_div(p.out_width, edge) : 0;
-  const int64_t tile_floats = point_step(tiles, p.rank_in) + point_step(tiles, p.rank_out);
+  const int64_t tile_floats = point_step(tiles, p.rank_in) + point_step(tiles, winograd_share(p));
   plan.tiles_at = take(edge ? round_up(p.rank_in, 16) + winograd_points(p) * tile_floats : 0);
   plan.x_at = take(gathers(p) ? gathered_rows(p) * p.width * words(p.channels) : 0);
   plan.y_at = take(convert ? band * p.features : 0);

@@ -12,6 +12,9 @@
 // cache. After other work a single image takes 355 us by it, 298 directly: its factors are 0.8 MB, not 0.3. At ranks
 // 32/64 it gains nothing, on 7 x 7 outputs, whose tiles are 64 pixels, less than 1.05; so none of these runs by it.
 //
+// Products are held for 64 outputs at a time: of 128 and more the band's inputs and products would not stay in L2
+// together. 512@7, ranks 256, batch 8, after other work 2356 -> 2216 us, 256@14, rank 128, 2110 -> 1993, in cache 3 %.
+//
 // F(4x4), the CIFAR and ResNet layers of stride 1, ranks 16 to 256, channels_last, one core of Zen 5, batch 1, 8 and
 // 64, geometric means: 1.10, 1.16 and 1.16 times as fast as F(2x2) or, at rank 16, the direct sum; 0.94 to 1.33. Its
 // error in the whole operator is 2.1 to 2.6 times that of F(2x2), which is why it only runs where it is asked for.
@@ -170,12 +173,16 @@ class Winograd {
       for (int64_t i = 0; i < tile_rows; ++i)
         for (int64_t j = 0; j < tile_columns; ++j, ++tile)
           input_tile(band, zeros, n, Stride * Edge * i, Stride * Edge * j, v + tile * p_.rank_in, tiles);
-    products(tiles, v, m);
-    tile = 0;
-    for (int64_t n = 0; n < band.images; ++n)
-      for (int64_t i = 0; i < tile_rows; ++i)
-        for (int64_t j = 0; j < tile_columns; ++j, ++tile)
-          output_tile(band, n, Edge * i, Edge * j, m + tile * p_.rank_out, tiles);
+    const int64_t share = winograd_share(p_);
+    for (int64_t first = 0; first < p_.rank_out; first += share) {
+      const int64_t outputs = smaller(share, p_.rank_out - first);
+      products(tiles, v, first, outputs, m);
+      tile = 0;
+      for (int64_t n = 0; n < band.images; ++n)
+        for (int64_t i = 0; i < tile_rows; ++i)
+          for (int64_t j = 0; j < tile_columns; ++j, ++tile)
+            output_tile(band, n, Edge * i, Edge * j, m + tile * outputs, tiles, first, outputs);
+    }
   }
 
  private:
@@ -195,38 +202,43 @@ class Winograd {
       transform_input<kSide>(d, c, v + c, point_step(tiles, p_.rank_in));
   }
 
-  void products(int64_t tiles, const float* v, float* m) {
+  // Of `outputs` channels from `first` on: their products stay in L2.
+  void products(int64_t tiles, const float* v, int64_t first, int64_t outputs, float* m) {
     const Grid grid{1, 1, tiles, 0, 0, 0, 0};
     Tile tile{};
     tile.segments = kOrigin;
     tile.segment_count = 1;
     tile.segment_length = p_.rank_in;
     tile.a_step = p_.rank_in;
-    tile.c_step = p_.rank_out;
+    tile.c_step = outputs;
     tile.ahead = ahead_;
     const Window window{1, p_.rank_in};
-    const int64_t point = packed_floats(p_.rank_out, window);
+    const int64_t point = packed_floats(p_.rank_out, window), begin = packed_floats(first, window);
+    const bool ends = first + outputs >= p_.rank_out;
     for (int x = 0; x < kPoints; ++x) {
       tile.a = v + x * point_step(tiles, p_.rank_in);
-      tile.b = packed_ + x * point;
-      tile.c = m + x * point_step(tiles, p_.rank_out);
-      const Runs next = first_of(tile.b + point, p_.rank_out, window);
-      sweep<A::row_major>(tile, grid, p_.rank_in, p_.rank_out, {{}, x + 1 < kPoints ? next : then_});
+      tile.b = packed_ + x * point + begin;
+      tile.c = m + x * point_step(tiles, outputs);
+      const float* const next =
+          x + 1 < kPoints ? tile.b + point : packed_ + begin + packed_floats(outputs, window);
+      const bool last = x + 1 == kPoints && ends;
+      sweep<A::row_major>(tile, grid, p_.rank_in, outputs,
+                          {{}, last ? then_ : first_of(next, outputs, window)});
     }
   }
 
   void output_tile(const WinogradBand& band, int64_t n, int64_t row, int64_t column, const float* m,
-                   int64_t tiles) {
+                   int64_t tiles, int64_t first, int64_t outputs) {
     float* out[Edge * Edge];
     for (int i = 0; i < Edge; ++i)
       for (int j = 0; j < Edge; ++j) {
         const bool exists = row + i < band.rows && column + j < p_.out_width;
         out[Edge * i + j] =
-            exists ? band.t2 + ((n * band.rows + row + i) * p_.out_width + column + j) * p_.rank_out
+            exists ? band.t2 + ((n * band.rows + row + i) * p_.out_width + column + j) * p_.rank_out + first
                    : nullptr;
       }
-    for (int64_t c = 0; c < p_.rank_out; c += kLanes)
-      transform_output<Edge, kSide>(m + c, point_step(tiles, p_.rank_out), out, c);
+    for (int64_t c = 0; c < outputs; c += kLanes)
+      transform_output<Edge, kSide>(m + c, point_step(tiles, outputs), out, c);
   }
 
   const Tucker2Params& p_;
