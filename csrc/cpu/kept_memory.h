@@ -22,6 +22,8 @@ constexpr int64_t kLeastKept = 1 << 17;  // bytes: below it malloc does as well
 // A block of memory; those given back last wait for the next that asks for about as much.
 class KeptMemory {
  public:
+  static constexpr int64_t kHugePage = 2 << 20;
+
   void* const data;
   const int64_t bytes;
 
@@ -58,7 +60,6 @@ class KeptMemory {
 
  private:
   static constexpr int64_t kMostWaiting = 128 << 20;  // bytes, together
-  static constexpr int64_t kHugePage = 2 << 20;
 
   struct Waiting {
     std::mutex lock;

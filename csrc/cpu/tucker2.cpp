@@ -228,7 +228,7 @@ Tensor tucker2_pack(const Tensor& first, const Tensor& core, const Tensor& last,
   p.type = type_of(first);
   choose_numbers(p);
   const Tucker2Plan plan = KEGFAST_TUCKER2(p, tucker2_plan)(p, 1);
-  Tensor packed = empty_flat(plan.packed_floats);
+  Tensor packed = empty_packed(plan.packed_floats);
   KEGFAST_TUCKER2(p, tucker2_pack)
   (p, plan, factor(first), factor(core), factor(last), true, packed.mutable_data_ptr<float>());
   return packed;

@@ -15,6 +15,7 @@
 
 #include "check.h"
 #include "cpu/kept_memory.h"
+#include "cpu/shared_pages.h"
 
 namespace kegfast {
 namespace {
@@ -127,6 +128,23 @@ AtenTensorHandle new_output(const Tucker2Params& p) {
 
 Tensor empty_flat(int64_t n, ScalarType type) {
   return empty_strided({n}, {1}, type);
+}
+
+Tensor empty_packed(int64_t floats) {
+  constexpr int64_t kLeastShared = 64 << 10;
+  const int64_t bytes = 4 * floats;
+  if (bytes < kLeastShared) return empty_flat(floats);
+  const torch::stable::Device cpu(torch::headeronly::DeviceType::CPU);
+  const auto tensor = [&](void* data, const auto& give_back) {
+    return torch::stable::from_blob(data, {floats}, {1}, cpu, ScalarType::Float, give_back);
+  };
+  if (bytes > SharedPages::kBytes / 2) {
+    constexpr int64_t kPage = KeptMemory::kHugePage;
+    KeptMemory* const memory = KeptMemory::take((bytes + kPage - 1) / kPage * kPage);
+    return tensor(memory->data, [memory](void*) { KeptMemory::give_back(memory); });
+  }
+  const SharedPages::Block block = SharedPages::take(bytes);
+  return tensor(block.data, [pages = block.pages](void*) { SharedPages::give_back(pages); });
 }
 
 bool reads_channels_last(const Tensor& x) {

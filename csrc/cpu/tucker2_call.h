@@ -26,6 +26,7 @@ Tensor empty_strided(std::initializer_list<int64_t> sizes, std::initializer_list
 Tensor empty(int64_t n, int64_t c, int64_t h, int64_t w, bool channels_last, ScalarType type);
 AtenTensorHandle new_output(const Tucker2Params& p);  // (N, K, P, Q), the caller's to delete
 Tensor empty_flat(int64_t n, ScalarType type = ScalarType::Float);
+Tensor empty_packed(int64_t floats);  // in huge pages where they pay
 
 bool reads_channels_last(const Tensor& x);
 // x as the kernels read it: pixels of contiguous channels, planes of contiguous rows, or else a copy as
