@@ -1,6 +1,7 @@
 """Repeated calls of nn.TuckerConv2d skip the dispatcher; nothing may tell, and nothing may be stale."""
 
 import copy
+import itertools
 import pickle
 import threading
 
@@ -298,6 +299,35 @@ def test_outputs_belong_to_their_caller_alone(size: int) -> None:
     with torch.no_grad():
         assert layer(x)._use_count() == 1
         assert len({layer(x).data_ptr() for _ in range(20)}) <= 2
+
+
+def test_packed_factors_share_pages_but_no_bytes() -> None:
+    """Layers come and go; those that live keep factors of their own, side by side in pages of 2 MB."""
+    torch.manual_seed(0)
+    x = torch.randn(1, 128, 7, 7)
+    layers, want = [], []
+
+    def add(count: int) -> None:
+        for _ in range(count):
+            layers.append(TuckerConv2d(128, 128, 3, (48, 64), padding=1).eval())
+            want.append(layers[-1](x))
+
+    with torch.no_grad():
+        add(12)
+        for _ in range(3):
+            del layers[1::2], want[1::2]
+            add(6)
+            assert all(torch.equal(layer(x), y) for layer, y in zip(layers, want, strict=True))
+            packed = sorted(
+                (p.data_ptr(), p.nbytes)
+                for layer in layers
+                for _, p, _ in layer._packed._entries
+                if p is not None
+            )
+            assert len(packed) == len(layers)
+            assert all(at + size <= after for (at, size), (after, _) in itertools.pairwise(packed))
+            assert all(at % 64 == 0 for at, _ in packed)
+    assert len({at >> 21 for at, _ in packed}) < len(packed)
 
 
 def test_outputs_that_live_do_not_share_memory() -> None:
