@@ -42,8 +42,11 @@
 //                                                        5/12, batch 64: 266 -> 232
 //   the same of packed lanes; the packed sums of several batch 8: 16@32, rank 8 89 -> 77 us, rank 4 54 -> 39, rank
 //     pixels folded into one vector of t1 or t2            2 44 -> 31; 32@16, rank 4 18 -> 14; 64@56, rank 8 584 -> 496
+//   calls of any size past the dispatcher, whose code    after other work, batch 8: 256@14, rank 32, 560 -> 450 us,
+//     comes from memory too (tucker2_repeat.cpp)           128@28, rank 16, 640 -> 500; bfloat16 1.1 to 1.6x
 // What remains, direct sums in cache: 0.93 of the peak from rank 64 up, 0.85 at rank 16, whose 1x1 factors are bound
-// by loads, one for each product; out of cache about 60 us of a call are its own code's way from memory.
+// by loads, one for each product; out of cache 50 to 80 us of a call are code on its way from memory, two thirds of
+// it Python's and torch's.
 // Tried without gain: asking for a factor's next part into L1; asking for every second, fourth or eighth line and
 // leaving the rest to the machine (0.6 to 1.0 of the speed; nothing asked for at all: 64@56, rank 8, batch 8,
 // 642 -> 1268 us); huge pages for outputs and scratch below 2 MB; asking for a call's scratch and factors in its
@@ -51,7 +54,10 @@
 // the width for tails (they reach half the rate, 139 of 277 GFLOP/s, and so take as long as whole ones); 9 to 12
 // outputs beside whole vectors as two tails (0.95 to 0.98x at ranks 25 and 28); half-width stores instead of masked
 // ones; a pixel's tiles for all outputs before the next pixel's; 14 x 2 tiles whose sums are finished in place (GCC
-// then spills a weight in the loop: 252 -> 185).
+// then spills a weight in the loop: 252 -> 185); asking for y and the next band of x during the 1x1 factors too (0.9
+// to 0.96x at rank 16, whose loads are taken, nothing from 32 up); a line of each page two bands ahead; x by whole
+// vectors whose quarters are shuffled, in place of a broadcast for each product (a first factor of rank 16 at 0.90 of
+// the peak for 0.84, of rank 8 nothing: 2 % of a layer, for a packed form of its own).
 #pragma once
 
 #include "cpu/tucker2_stages.inl"
