@@ -51,9 +51,9 @@ class SharedPages {
   SharedPages(const SharedPages&) = delete;
   SharedPages& operator=(const SharedPages&) = delete;
 
+  // Never destroyed: tensors may be freed after everything else.
   static std::mutex& lock() {
-    static std::mutex& mutex =
-        *new std::mutex;  // never destroyed: tensors may be freed after everything else
+    static std::mutex& mutex = *new std::mutex;
     return mutex;
   }
   static SharedPages*& current() {
