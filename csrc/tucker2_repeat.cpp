@@ -9,6 +9,7 @@
 #include <exception>
 #include <vector>
 
+#include "cpu/isa.h"
 #include "tucker2.h"
 
 namespace py = pybind11;
@@ -195,9 +196,9 @@ void learn_torch(py::object tensor, py::object own, const py::tuple& bystanders)
 PyMethodDef plain_functions[] = {
     {"repeat_tucker2", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&repeat_tucker2)),
      METH_FASTCALL,
-     "The output of a settled call on x, or None: something has changed. (settled or None, the layer's "
-     "modules "
-     "and activation, x, addend or None)"},
+     "(settled call or None, the layer's modules, its activation, x, addend or None): y, or None where "
+     "something "
+     "has changed."},
     {nullptr, nullptr, 0, nullptr}};
 
 }  // namespace
@@ -208,6 +209,7 @@ void add_tucker2_repeat(pybind11::module_& m) {
         py::arg("options"), py::arg("kept"));
   m.def("learn_torch", &learn_torch, py::arg("tensor"), py::arg("own"), py::arg("bystanders"));
   m.def("unsettle", &unsettle);
+  m.def("pairs_bfloat16", [] { return active_isa() >= Isa::avx512_bf16; });
 }
 
 }  // namespace kegfast

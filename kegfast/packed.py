@@ -75,8 +75,8 @@ class PreparedCall:
     millisecond: a sixth of 256 -> 256 on 14 x 14 at ranks 32/32 and batch 8.
 
     Taken only where nothing could tell the difference: float32, or bfloat16 where the CPU multiplies it; the
-    shape, options and factors of last time; no mode, tracer, profiler or autocast
-    that wants to see operators.
+    shape, options and factors of last time; no mode, tracer, profiler or autocast that wants to see
+    operators.
 
     Copies and pickles of it are empty.
 
@@ -105,6 +105,8 @@ class PreparedCall:
             return
         seen, self._seen = self._seen, (x.shape, x.stride())
         if packed is None or seen != self._seen or not is_dense(x):
+            return
+        if x.dtype is not torch.float32 and not (x.dtype is torch.bfloat16 and native._C.pairs_bfloat16()):
             return
         address = torch.ops.kegfast.tucker2_prepare(x, *weights, addend, packed, *arguments)
         if address:

@@ -48,6 +48,9 @@ GEOMETRIES = {
     "three taps, one at a time": (1, 9, 12, 19, 40, 14, 24, (3, 3), 1, 1, 1),
     "five taps at once": (2, 20, 14, 23, 5, 13, 24, (5, 5), 1, 2, 1),
     "three taps, two rows apart": (1, 9, 12, 17, 6, 13, 20, (2, 3), 1, 1, (2, 1)),
+    "three taps of packed lanes": (2, 9, 12, 37, 4, 4, 24, (3, 3), 1, 1, 1),
+    "five taps of packed lanes": (2, 20, 14, 23, 8, 8, 24, (5, 5), 1, 2, 1),
+    "five taps of packed lanes, a part of them": (2, 7, 11, 19, 4, 3, 9, (5, 5), 1, 2, 1),
     "large factors": (2, 144, 9, 14, 64, 144, 136, (3, 3), 2, 1, 1),
 }
 

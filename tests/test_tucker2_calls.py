@@ -289,6 +289,20 @@ def test_threads_share_a_prepared_layer() -> None:
     assert not wrong
 
 
+def test_calls_that_cannot_be_repeated_are_not_prepared(monkeypatch) -> None:
+    layer = TuckerConv2d(6, 20, 3, (4, 17), padding=1).half().eval()
+    x = torch.randn(2, 6, 9, 8).half()
+    prepared = []
+    monkeypatch.setattr(torch.ops.kegfast, "tucker2_prepare", lambda *args: prepared.append(args) or 0)
+    with torch.no_grad():
+        for _ in range(4):
+            layer(x)
+        assert not prepared
+        for _ in range(2):
+            layer.float()(x.float())
+    assert prepared
+
+
 @pytest.mark.parametrize("size", [9, 96])
 def test_outputs_belong_to_their_caller_alone(size: int) -> None:
     """Of malloc's memory and of kept memory: both come back when the caller lets go."""

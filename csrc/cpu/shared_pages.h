@@ -1,8 +1,8 @@
 // Memory of packed factors: those of many layers side by side in huge pages.
 //
 // Story (one Zen 5 core): a factor is read once in a call, and after other work the address of each of its 4 KB pages
-// is looked up in memory before its numbers are. The 1.5 MB of 512@7, ranks 128, batch 1: 290 -> 270 us between
-// rivals, 1.5 -> 1.9 of the best of them; at batch 8 and in cache nothing.
+// is looked up in memory before its numbers are. Between rivals, batch 1: 256@14, rank 128, 375 -> 305 us, 512@7, ranks
+// 128, 230 -> 215; at batch 8 and in cache nothing.
 #pragma once
 
 #include <cstdint>
