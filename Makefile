@@ -35,11 +35,11 @@ test: $(STAMPS)/dev
 	OMP_WAIT_POLICY=PASSIVE $(PYTHON) -m pytest -n auto
 
 test-cuda: $(STAMPS)/dev
-	$(PYTHON) -m pytest tests/test_cuda.py
+	$(PYTHON) -m pytest tests/cuda/test_cuda.py
 
 sanitize-cuda: $(STAMPS)/dev
-	$(SANITIZER) --tool memcheck --error-exitcode 1 $(PYTHON) -m pytest -x tests/test_cuda.py -k sanitized
-	$(SANITIZER) --tool racecheck --error-exitcode 1 $(PYTHON) -m pytest -x tests/test_cuda.py -k sanitized
+	$(SANITIZER) --tool memcheck --error-exitcode 1 $(PYTHON) -m pytest -x tests/cuda/test_cuda.py -k sanitized
+	$(SANITIZER) --tool racecheck --error-exitcode 1 $(PYTHON) -m pytest -x tests/cuda/test_cuda.py -k sanitized
 
 bench: bench-diversity bench-tucker2
 

@@ -22,7 +22,7 @@ from kegfast.distillation import InMemory, Pool
 from kegfast.experiments.ledger import spread
 from kegfast.experiments.paper import paper
 from kegfast.experiments.study import Lesson, Study
-from kegfast.loop import seeded
+from kegfast.training.loop import seeded
 
 STUDENT = 3
 HINTED, SOLVED = "all kinds, the last convolution's output taught too", "all kinds, factors solved first"

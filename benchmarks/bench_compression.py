@@ -30,14 +30,14 @@ from torch import Tensor, nn
 from benchmarks.common import machine
 from benchmarks.resnet import resnet18, resnet50
 from kegfast import Generators, compress, data, load_weights
+from kegfast._util.files import write_json
+from kegfast._util.timing import interleaved
 from kegfast.compression.costs import factor_parameters
 from kegfast.compression.ranks import layer_rank
 from kegfast.compression.report import CompressionReport
 from kegfast.distillation import Mixture
 from kegfast.extraction.procedural import DeadLeaves
-from kegfast.files import write_json
 from kegfast.models import LeNet5, ResNet14
-from kegfast.timing import interleaved
 
 RATIOS = (1.2, 1.4, 1.58, 2.0, 2.9, 4.0, 5.74, 8.0)
 TEACHERS = {  # model, data set, mean and std of its normalisation, the layers that the paper compresses

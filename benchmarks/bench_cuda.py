@@ -2,7 +2,7 @@
 
 `python -m benchmarks.bench_cuda --seconds 240` measures the cells in the order of their importance, stops in
 time and says what it left out. It prints the goals with "pass" or "falls short", writes
-benchmarks/results/cuda-<device>.json, and the forms that it measured as fastest to kegfast/cuda_table.json.
+benchmarks/results/cuda-<device>.json, and the fastest forms to the packaged cuda_table.json.
 
 Every contender is verified before it is timed. Times are medians of interleaved rounds, by events: calls one
 by one ("eager") and as a CUDA graph, over inputs that together are larger than the L2 cache.
@@ -24,7 +24,8 @@ import kegfast
 from benchmarks import cuda_cells as cells
 from benchmarks.common import write_results
 from benchmarks.tucker2_shapes import shapes
-from kegfast import build_info, cuda
+from kegfast import build_info
+from kegfast.dispatch import cuda
 
 DIVERSITY_GOALS_MS = {256: 0.020, 1024: 0.090, 4096: 0.5, 16384: 2.5}
 CDIST_GOALS = {256: 40, 1024: 100}
@@ -207,7 +208,7 @@ def main() -> None:
         ],
     }
     write_results(f"cuda-{device.replace(' ', '-').lower()}", results)
-    cuda.save_table(Path(kegfast.__file__).with_name("cuda_table.json"))
+    cuda.save_table(Path(kegfast.__file__).with_name("dispatch") / "cuda_table.json")
     print(f"allow_tf32: {tf32}; left out for time or memory: {', '.join(left_out) or 'nothing'}")
     for goal, value, wanted in reached:
         print(f"{'pass' if value >= wanted else 'falls short':12}{value:8.2f} of {wanted:<6} {goal}")

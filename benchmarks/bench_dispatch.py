@@ -1,4 +1,4 @@
-"""Which form of a Tucker-2 layer is the fastest on this class of machines: kegfast/cpu_table.json.
+"""Which form of a Tucker-2 layer is the fastest on this class of machines: kegfast/dispatch/cpu_table.json.
 
 `python -m benchmarks.bench_dispatch` measures the layers of `bench_tucker2` and of the whole networks of
 `bench_models`, in both memory formats and each number of threads, and keeps the shapes where another form
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from benchmarks.bench_models import MODELS, networks
 from benchmarks.tucker2_shapes import shapes
-from kegfast import cpu
+from kegfast.dispatch import cpu
 from kegfast.nn import TuckerConv2d
 
 MARGIN = 0.02

@@ -23,9 +23,9 @@ import torch
 from torch import Tensor
 
 from benchmarks import common
-from kegfast.diversity import METRICS, NOISE_METRICS
+from kegfast._util.timing import interleaved
 from kegfast.functional import diversity_loss
-from kegfast.timing import interleaved
+from kegfast.ops.diversity import METRICS, NOISE_METRICS
 
 WIDTH = 10  # of the noises
 SORTED_FROM = 56  # batch from which l1 under squared noise distances sorts, at this width

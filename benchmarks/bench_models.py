@@ -25,8 +25,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.bench_tucker2 import take_turns
 from benchmarks.common import Traffic, bandwidth, multiply_add_rate, write_results
 from benchmarks.resnet import resnet18, resnet50
+from kegfast._util.files import write_json
 from kegfast.compression import fuse
-from kegfast.files import write_json
 from kegfast.models import LeNet5, ResNet14
 from kegfast.nn import TuckerConv2d
 

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from benchmarks.common import write_results
-from kegfast import functional, reference
-from kegfast.timing import interleaved
+from kegfast import functional
+from kegfast._util.timing import interleaved
+from kegfast.ops import reference
 
 SHAPES = [(256, 10), (256, 100), (256, 1_000), (128, 10_000), (64, 100_000)]
 TEMPERATURE = 4.0

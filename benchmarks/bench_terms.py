@@ -21,7 +21,7 @@ from kegfast.distillation.sources import Source
 from kegfast.experiments.paper import HINTED, NOISE, STRUCTURED, Config, Schedule, paper
 from kegfast.experiments.study import Study, choice
 from kegfast.extraction import RECIPES, Disagreement, extract
-from kegfast.loop import seeded
+from kegfast.training.loop import seeded
 
 STUDENT, GENERATORS = 3, 2
 FEW_SAMPLES = {  # in a fraction of the time that the tables take

@@ -30,13 +30,13 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from benchmarks.common import write_results
 from kegfast import compress, distill
+from kegfast._util.timing import interleaved
 from kegfast.distillation import Pool
 from kegfast.extraction import RECIPES, Decoder, FrozenTeacher, Generators, Objective, Step
 from kegfast.extraction import terms as extraction_terms
 from kegfast.extraction.procedural import DeadLeaves
 from kegfast.functional import diversity_loss
 from kegfast.models import LeNet5
-from kegfast.timing import interleaved
 
 SHAPE, CLASSES, BATCH, NOISE, COPIES = (1, 32, 32), 10, 256, 10, 5
 POOL, STUDENT_BATCH, EPOCHS, TEST = 32_000, 128, 8, 10_000

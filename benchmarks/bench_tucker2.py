@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from benchmarks.common import bandwidth, multiply_add_rate, write_results
 from benchmarks.tucker2_shapes import Shape, bf16_shapes, shapes
-from kegfast import timing
+from kegfast._util import timing
 from kegfast.nn import TuckerConv2d
 
 TURN = 3e-4  # seconds

@@ -9,9 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.tucker2_shapes import Shape
-from kegfast import backend, cuda, functional, reference
+from kegfast import backend, functional
+from kegfast.dispatch import cuda
 from kegfast.models import LeNet5
 from kegfast.nn import TuckerConv2d
+from kegfast.ops import reference
 
 Row = dict[str, object]
 Run = Callable[[], object]

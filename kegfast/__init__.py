@@ -1,13 +1,14 @@
 """kegfast: compress a trained network without its training data."""
 
-from kegfast import compression, data, distillation, extraction, functional, models, nn, reference
+from kegfast import compression, data, distillation, extraction, functional, models, nn
+from kegfast._tuning import autotune, tuning
+from kegfast._util.files import load_weights
 from kegfast.compression import CompressionReport, compress, densify, fuse, load, save
 from kegfast.distillation import distill
 from kegfast.extraction import Generators, extract
-from kegfast.files import load_weights
-from kegfast.native import backend, build_info, cpu_isa
+from kegfast.ops import reference
+from kegfast.ops._native import backend, build_info, cpu_isa, last_kernel
 from kegfast.training import evaluate, train
-from kegfast.tuning import autotune, last_kernel, tuning
 from kegfast.version import __version__
 
 __all__ = [

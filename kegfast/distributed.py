@@ -6,8 +6,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from kegfast import functional, reference
-from kegfast.diversity import once
+from kegfast import functional
+from kegfast.ops import reference
+from kegfast.ops.diversity import once
 
 
 def diversity_loss(

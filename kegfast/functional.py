@@ -7,11 +7,13 @@ import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
-from kegfast import check, cuda, diversity, native, reference, tuning
-from kegfast.check import expected
-from kegfast.ops import reads_channels_last as reads_channels_last
-from kegfast.ops import tucker2_output_size, tucker2_training
-from kegfast.soft_target import fused as _fused_soft_target
+from kegfast._util import check
+from kegfast._util.check import expected
+from kegfast.dispatch import cuda
+from kegfast.ops import _native, diversity, reference
+from kegfast.ops.soft_target import fused as _fused_soft_target
+from kegfast.ops.tucker2 import reads_channels_last as reads_channels_last
+from kegfast.ops.tucker2 import tucker2_output_size, tucker2_training
 
 Metric = Literal["l1", "sqeuclidean", "l2", "euclidean", "cosine"]
 NoiseMetric = Literal["sqeuclidean", "euclidean"]
@@ -90,7 +92,7 @@ def _diversity(
     device = "cpu" if samples.is_cpu else samples.device.type
     # No CUDA kernel computes in float64.
     wide = device == "cuda" and torch.float64 in (samples.dtype, noises.dtype)
-    if ("diversity_forward", device) in _KERNELS and not wide and native.use_native():
+    if ("diversity_forward", device) in _KERNELS and not wide and _native.use_native():
         return diversity.diversity(noises, samples, metric, noise_metric, scale, log)
     exponent = reference.diversity_exponent(noises, samples, metric, noise_metric)
     return diversity.finish(exponent, samples.dtype, scale, log)
@@ -230,7 +232,7 @@ def tucker_conv2d(
         size = (x.shape[0], last.shape[0], *tucker2_output_size(*x.shape[2:], core, *geometry))
         _check_addend(addend, size, x.device)
     if form is None:
-        tuning.note_unfused()
+        _native.note_unfused()
         return reference.tucker_conv2d(*weights, *geometry, activation, addend)
     ints = [n for two in geometry for n in two]
     if addend is not None:
@@ -281,7 +283,7 @@ def soft_target(
     teacher = teacher.detach()
     dtypes = (torch.float32, torch.bfloat16, torch.float16) if student.is_cuda else (torch.float32,)
     known = student.dtype in dtypes and ("soft_target_forward", student.device.type) in _KERNELS
-    fused = known and native.use_native()
+    fused = known and _native.use_native()
     return (_fused_soft_target if fused else reference.soft_target)(student, teacher, temperature)
 
 
@@ -364,7 +366,7 @@ def _fuses(x: Tensor, core: Tensor) -> bool:
     return (
         x.dtype in (torch.float32, torch.bfloat16, torch.float16)
         and core.shape[2] * core.shape[3] <= 256
-        and native.use_native()
+        and _native.use_native()
         and ("tucker2", x.device.type) in _KERNELS
     )
 
@@ -393,6 +395,6 @@ def fuses_inference(x: Tensor) -> bool:
         (x.is_cpu or (x.is_cuda and ("tucker2", "cuda") in _KERNELS))
         and x.dim() == 4
         and x.dtype is not torch.float64
-        and native.use_native()
+        and _native.use_native()
         and not torch.is_autocast_enabled(device)
     )

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 import kegfast
-from kegfast import choices, cpu
+from kegfast.dispatch import cache as choices
+from kegfast.dispatch import cpu
 from kegfast.nn import TuckerConv2d
 
 pytestmark = pytest.mark.skipif(not kegfast.build_info()["native"], reason="needs the compiled part")

@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from kegfast.processes import leave
+from kegfast.training.processes import leave
 
 
 def run(work: Callable[..., None], folder: Path, *arguments: object) -> None:

@@ -78,7 +78,7 @@ def _run(args: argparse.Namespace) -> None:
         return
     if args.command not in PARALLEL:
         raise ValueError(f"torchrun works with {', '.join(PARALLEL)}, not with {args.command}")
-    from kegfast.processes import joined
+    from kegfast.training.processes import joined
 
     with joined() as rank, ExitStack() as stack:
         if rank:

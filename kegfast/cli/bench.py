@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import kegfast
-from kegfast.check import expected
+from kegfast._util.check import expected
 
 TREE = Path(kegfast.__file__).resolve().parents[1]
 

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from kegfast import check
+from kegfast._util import check
 from kegfast.cli import options, sources
 from kegfast.cli.config import default_out
 
@@ -48,8 +48,8 @@ def run(args: argparse.Namespace) -> None:
     from rich.console import Console
 
     from kegfast import compression, training
-    from kegfast.files import write_json
-    from kegfast.report import Page
+    from kegfast._util.files import write_json
+    from kegfast._util.html import Page
 
     budget = parse_budget(args.budget)
     if args.example is None and (kinds := {"flops", "memory", "latency"}.intersection(budget or ())):

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from kegfast.files import read_json
+from kegfast._util.files import read_json
 
 OPTIONS = "options.json"
 """The options of a run, in its folder."""

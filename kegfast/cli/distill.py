@@ -50,8 +50,8 @@ def run(args: argparse.Namespace) -> None:
 
     from kegfast import distill, training
     from kegfast.distillation import Pool
-    from kegfast.loop import seeded
-    from kegfast.processes import place, replicated
+    from kegfast.training.loop import seeded
+    from kegfast.training.processes import place, replicated
 
     device = options.pick_device(args.device)
     info = options.sample_info(args)

@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     from kegfast import extract
-    from kegfast.processes import place
+    from kegfast.training.processes import place
 
     device = options.pick_device(args.device)
     info = options.sample_info(args)

@@ -8,7 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kegfast import check
+from kegfast._util import check
 from kegfast.cli.config import OPTIONS, default_out
 
 if TYPE_CHECKING:  # the commands' own imports are heavy, and --help should not wait for them
@@ -16,7 +16,7 @@ if TYPE_CHECKING:  # the commands' own imports are heavy, and --help should not 
     from torch import nn
 
     from kegfast.data import DataInfo, Samples
-    from kegfast.loop import MetricsLog
+    from kegfast.training.loop import MetricsLog
 
 MODELS = ("lenet5", "resnet14", "mlp")
 METRICS = "metrics.jsonl"
@@ -203,8 +203,8 @@ def load_model(name: str | None, weights: Path, info: "DataInfo | None") -> "nn.
     Raises:
         OSError, ValueError: there is no such model, or the file is none of its weights.
     """
+    from kegfast._util.files import load_weights, read_state_dict, read_tensors
     from kegfast.compression import from_state_dict, load, saving
-    from kegfast.files import load_weights, read_state_dict, read_tensors
 
     if weights.suffix == ".safetensors" and read_tensors(weights)[1].get("format") == saving.FORMAT:
         return load(weights, None if name is None else build_model(name, info))
@@ -268,7 +268,7 @@ class Run:
         }
 
     def __enter__(self) -> "Run":
-        from kegfast.files import read_json, write_json
+        from kegfast._util.files import read_json, write_json
 
         path = self.folder / OPTIONS
         self._before = path.read_bytes() if path.exists() else None
@@ -298,13 +298,13 @@ class Run:
 
     @property
     def metrics(self) -> "MetricsLog":
-        from kegfast.loop import MetricsLog
+        from kegfast.training.loop import MetricsLog
 
         return MetricsLog(self.folder / METRICS)
 
     def finish(self, results: dict[str, Any]) -> None:
         """Write results.json and say where everything is."""
-        from kegfast.files import write_json
+        from kegfast._util.files import write_json
 
         write_json(self.folder / "results.json", results)
         print(f"results in {self.folder}")

@@ -64,11 +64,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     from rich.console import Console
 
+    from kegfast._util.files import write_json
     from kegfast.experiments import tables
     from kegfast.experiments.paper import METHODS
     from kegfast.experiments.reproduce import reproduce
-    from kegfast.files import write_json
-    from kegfast.processes import place
+    from kegfast.training.processes import place
 
     if args.dataset in DISTILLATION:
         _run_distillation(args)
@@ -102,8 +102,8 @@ def _run_distillation(args: argparse.Namespace) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from kegfast.check import expected
-    from kegfast.processes import place
+    from kegfast._util.check import expected
+    from kegfast.training.processes import place
 
     if place()[1] > 1:
         raise ValueError(expected("dataset", f"one of {', '.join(DATASETS)} under torchrun", args.dataset))
@@ -131,7 +131,7 @@ def _write(path: Path, results: dict[str, Any]) -> None:
     from datetime import UTC, datetime
 
     from kegfast import build_info
-    from kegfast.files import write_json
+    from kegfast._util.files import write_json
 
     now = datetime.now(UTC).isoformat(timespec="seconds")
     write_json(path, {"date": now, "build": build_info(), **results})

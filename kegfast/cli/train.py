@@ -44,7 +44,7 @@ def run(args: argparse.Namespace) -> None:
     import torch
 
     from kegfast import data, training
-    from kegfast.files import load_weights
+    from kegfast._util.files import load_weights
 
     device = options.pick_device(args.device)
     splits = data.load(args.data, args.root)

@@ -1,9 +1,9 @@
 """compress(): a trained network in low-rank layers, by measurement never slower than before."""
 
-from kegfast.compression.compress import compress
 from kegfast.compression.export import export_onnx, unfuse
-from kegfast.compression.fuse import fuse
+from kegfast.compression.folding import fuse
 from kegfast.compression.interop import from_state_dict
+from kegfast.compression.pipeline import compress
 from kegfast.compression.report import CompressionReport, LayerReport
 from kegfast.compression.saving import load, save
 from kegfast.compression.surgery import densify

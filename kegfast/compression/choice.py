@@ -10,7 +10,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from kegfast import timing
+from kegfast._util import timing
 from kegfast.compression.report import CompressionReport, LayerReport
 from kegfast.compression.surgery import Site, replace, unfused
 from kegfast.compression.traffic import Inputs, Traffic, evaluation

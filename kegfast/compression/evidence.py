@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from kegfast.check import expected
+from kegfast._util.check import expected
 from kegfast.compression.decompose import Metric
 from kegfast.compression.matching import match_statistics
 from kegfast.compression.norms import look_familiar

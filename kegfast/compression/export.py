@@ -7,9 +7,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from kegfast.check import expected
+from kegfast._util.check import expected
+from kegfast._util.files import atomic_write
 from kegfast.compression.surgery import clone, replace_all, spell_out_addends, spell_out_pools, unfused
-from kegfast.files import atomic_write
 from kegfast.nn import TuckerConv2d
 
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
-from kegfast.check import expected
+from kegfast._util.check import expected
 from kegfast.compression.decompose import Factors
 from kegfast.compression.surgery import Site, build, replace
 

@@ -11,7 +11,7 @@ import torch
 from scipy.optimize import brentq, minimize_scalar
 from torch import Tensor
 
-from kegfast.check import expected
+from kegfast._util.check import expected
 
 Side = int | None
 RankRule = str | float | tuple[Side, Side]

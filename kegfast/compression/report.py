@@ -12,7 +12,7 @@ from kegfast.compression.ranks import Side
 if TYPE_CHECKING:  # matplotlib is slow to import, and most who compress draw nothing
     from matplotlib.axes import Axes
 
-    from kegfast.report import Page
+    from kegfast._util.html import Page
 
 Rank = tuple[Side, Side]
 

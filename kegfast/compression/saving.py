@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kegfast.check import expected
+from kegfast._util.check import expected
+from kegfast._util.files import read_tensors, save_tensors
 from kegfast.compression.structure import (
     container,
     graph_from,
@@ -19,7 +20,6 @@ from kegfast.compression.structure import (
     module_specs,
 )
 from kegfast.compression.surgery import Site, factored_layers, factors_of, replace
-from kegfast.files import read_tensors, save_tensors
 from kegfast.nn import TuckerConv2d
 from kegfast.version import __version__
 

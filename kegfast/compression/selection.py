@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence, Set
 from fnmatch import fnmatchcase
 from typing import Any
 
-from kegfast.check import expected
+from kegfast._util.check import expected
 from kegfast.compression import ranks
 from kegfast.compression.ranks import RankRules
 from kegfast.compression.surgery import Site

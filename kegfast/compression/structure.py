@@ -14,10 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from kegfast.check import expected
+from kegfast._util.check import expected
 from kegfast.compression.surgery import FactorChain
 from kegfast.nn import TuckerConv2d, TuckerLinear
-from kegfast.pooling import conv_max_pool2d
+from kegfast.ops.conv_max_pool import conv_max_pool2d
 
 Plain = Any  # what JSON can hold
 

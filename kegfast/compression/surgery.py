@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 
-from kegfast.check import expected
+from kegfast._util.check import expected
 from kegfast.compression.decompose import Factors, reconstruct
 from kegfast.nn import TuckerConv2d, TuckerLinear
-from kegfast.pooling import conv_max_pool2d
+from kegfast.ops.conv_max_pool import conv_max_pool2d
 
 KINDS = (nn.Conv2d, nn.Linear)
 

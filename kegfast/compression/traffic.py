@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kegfast.check import accepts
+from kegfast._util.check import accepts
 from kegfast.compression.surgery import Site
 
 Inputs = tuple[Tensor, ...]

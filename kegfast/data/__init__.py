@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-from kegfast.check import expected
+from kegfast._util.check import expected
 from kegfast.data.catalog import DIGITS, ENTRIES, load_digits, load_entry
 from kegfast.data.formats import read_arrays
 from kegfast.data.splits import DataInfo, Samples, Splits, make_splits

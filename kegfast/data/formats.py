@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from kegfast.files import read_tensors
+from kegfast._util.files import read_tensors
 
 Arrays = tuple[np.ndarray, np.ndarray]
 """Samples and integer labels."""

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch.utils.data import TensorDataset
 
-from kegfast.check import expected
+from kegfast._util.check import expected
 
 SEED = 2019
 """Seed of every shuffle: the paper's for Letter."""

@@ -3,7 +3,7 @@
 from kegfast.distillation import boundary, losses, sources
 from kegfast.distillation.distiller import distill
 from kegfast.distillation.ensemble import Ensemble
-from kegfast.distillation.features import Features
+from kegfast.distillation.hooks import Features
 from kegfast.distillation.objective import Batch, Objective, Term
 from kegfast.distillation.sources import (
     Augmented,

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from kegfast import check
-from kegfast.check import expected
-from kegfast.distillation.features import unwrap
+from kegfast._util import check
+from kegfast._util.check import expected
+from kegfast.distillation.hooks import unwrap
 from kegfast.distillation.logit import UNLABELLED, check_labels, soft_target
 
 if TYPE_CHECKING:

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from kegfast import check
-from kegfast.check import accepts, expected
+from kegfast._util import check
+from kegfast._util.check import accepts, expected
 from kegfast.distillation.ensemble import Ensemble
-from kegfast.distillation.features import Features
+from kegfast.distillation.hooks import Features
 from kegfast.distillation.objective import Batch, Objective, Term
 from kegfast.distillation.sources import InMemory, as_source
-from kegfast.loop import MetricsLog, mix, run_steps, seeded
+from kegfast.training.loop import MetricsLog, mix, run_steps, seeded
 
 MakeOptimizer = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 

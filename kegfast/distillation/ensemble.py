@@ -6,8 +6,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from kegfast import check
-from kegfast.check import expected
+from kegfast._util import check
+from kegfast._util.check import expected
 from kegfast.distillation.precision import wide
 
 

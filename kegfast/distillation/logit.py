@@ -4,8 +4,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kegfast import check, functional
-from kegfast.check import expected
+from kegfast import functional
+from kegfast._util import check
+from kegfast._util.check import expected
 from kegfast.distillation.precision import wide
 
 UNLABELLED = -100

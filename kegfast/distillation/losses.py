@@ -3,7 +3,7 @@
 Each takes the student's tensor first, sends gradients to it alone and computes in float32 or wider.
 """
 
-from kegfast.distillation.feature import (
+from kegfast.distillation.feature_losses import (
     attention_map,
     attention_transfer,
     flow,

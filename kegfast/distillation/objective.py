@@ -14,9 +14,9 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from kegfast import check
-from kegfast.check import expected
-from kegfast.distillation import boundary, feature, logit, relational
+from kegfast._util import check
+from kegfast._util.check import expected
+from kegfast.distillation import boundary, feature_losses, logit, relational
 from kegfast.distillation.precision import wide
 
 
@@ -100,7 +100,7 @@ class Objective(nn.Module):
                 continue
             for ours, theirs in term.layers:
                 if student[ours].shape != teacher[theirs].shape:
-                    regressor = feature.make_regressor(student[ours], teacher[theirs])
+                    regressor = feature_losses.make_regressor(student[ours], teacher[theirs])
                     self.regressors[_key(ours, theirs)] = regressor
 
     def parallelise(self) -> None:
@@ -168,7 +168,7 @@ def _on_features(loss: Callable[[Tensor, Tensor], Tensor]) -> Callable[..., Tens
 
 def _hint(objective: Objective, term: Term, batch: Batch) -> Tensor:
     return sum(
-        feature.hint(
+        feature_losses.hint(
             objective.regress(ours, theirs, batch.student_features[ours]),
             batch.teacher_features[theirs],
         )
@@ -180,7 +180,7 @@ def _fsp(objective: Objective, term: Term, batch: Batch) -> Tensor:
     """Between each named layer and the next."""
     ours, theirs = zip(*_pairs(term, batch), strict=True)
     return sum(
-        feature.fsp(student, teacher)
+        feature_losses.fsp(student, teacher)
         for student, teacher in zip(pairwise(ours), pairwise(theirs), strict=True)
     )
 
@@ -196,7 +196,7 @@ TERMS: dict[str, Callable[[Objective, Term, Batch], Tensor]] = {
     "noisy_logits": _on_logits(logit.noisy_logits),
     "decoupled": _decoupled,
     "hint": _hint,
-    "attention_transfer": _on_features(feature.attention_transfer),
+    "attention_transfer": _on_features(feature_losses.attention_transfer),
     "fsp": _fsp,
     "rkd_distance": _on_features(relational.rkd_distance),
     "rkd_angle": _on_features(relational.rkd_angle),

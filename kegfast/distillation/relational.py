@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kegfast import check
+from kegfast._util import check
 from kegfast.distillation.precision import wide, without_autocast
 
 _CHUNK_ELEMENTS = 1 << 17

@@ -6,10 +6,10 @@ from typing import Any
 
 from torch import nn
 
-from kegfast import check
-from kegfast.check import expected
+from kegfast._util import check
+from kegfast._util.check import expected
 from kegfast.distillation.distiller import distill
-from kegfast.loop import seeded
+from kegfast.training.loop import seeded
 
 
 def fitnets(

@@ -16,18 +16,19 @@ from typing import Any
 import torch
 from torch import nn
 
-from kegfast import check, data
-from kegfast.check import expected
+from kegfast import data
+from kegfast._util import check
+from kegfast._util.check import expected
+from kegfast._util.files import load_weights, save_tensors, write_json
+from kegfast._util.timing import interleaved
 from kegfast.compression import compress
 from kegfast.distillation import GaussianNoise, InMemory, Pool, UniformNoise, distill
 from kegfast.experiments.demo_images import save_images
 from kegfast.experiments.ledger import Ledger
 from kegfast.extraction import RECIPES, Generators, extract
-from kegfast.files import load_weights, save_tensors, write_json
-from kegfast.loop import MetricsLog, mix, seeded
 from kegfast.models import ResNet14
-from kegfast.timing import interleaved
 from kegfast.training import evaluate, train
+from kegfast.training.loop import MetricsLog, mix, seeded
 
 SOURCES = ("tucker", "uniform", "gaussian", "kegnet", "real")
 """What a student is taught with: nothing, noise, generated samples, real unlabelled ones."""

@@ -5,10 +5,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from kegfast._util.files import save_tensors
 from kegfast.data import Splits
 from kegfast.extraction import Generators
-from kegfast.files import save_tensors
-from kegfast.loop import mix, seeded
+from kegfast.training.loop import mix, seeded
 
 
 def save_images(path: Path, generators: Generators, splits: Splits, seed: int, columns: int = 8) -> None:

@@ -7,10 +7,10 @@ from typing import Any
 
 from matplotlib.axes import Axes
 
+from kegfast._util.files import read_state_dict
+from kegfast._util.html import Page
 from kegfast.experiments.demo import SOURCES, TITLES
-from kegfast.files import read_state_dict
-from kegfast.loop import MetricsLog
-from kegfast.report import Page
+from kegfast.training.loop import MetricsLog
 
 GENERATED, OTHERS = "kegnet", 0.55
 """The source that stands out in the charts, and the opacity of the others."""

@@ -9,7 +9,7 @@ from torch import nn
 from kegfast.distillation import Ensemble, InMemory
 from kegfast.experiments.perceptrons import Budget, Learning
 from kegfast.experiments.trial import part
-from kegfast.loop import mix
+from kegfast.training.loop import mix
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,9 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from kegfast.check import expected
-from kegfast.files import read_json, write_json
-from kegfast.processes import place
+from kegfast._util.check import expected
+from kegfast._util.files import read_json, write_json
+from kegfast.training.processes import place
 
 
 class Ledger:

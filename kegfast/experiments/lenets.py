@@ -12,9 +12,9 @@ import kegfast
 from kegfast.data.splits import Splits
 from kegfast.distillation import Term, boundary, fitnets
 from kegfast.experiments.trial import Trial, beginning
-from kegfast.loop import mix
 from kegfast.models import LeNet5
 from kegfast.training import train
+from kegfast.training.loop import mix
 
 Loss = str | list[Term]
 

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from torch import nn
 
-from kegfast.check import expected
+from kegfast._util.check import expected
 from kegfast.models import MLP, LeNet5, ResNet14
 
 Ranks = Mapping[str, tuple[int, int]]

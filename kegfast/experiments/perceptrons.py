@@ -14,8 +14,8 @@ from kegfast.data.splits import DataInfo, Splits
 from kegfast.distillation import InMemory
 from kegfast.distillation.sources import Source
 from kegfast.experiments.trial import Trial, beginning
-from kegfast.loop import mix
 from kegfast.training import train
+from kegfast.training.loop import mix
 
 CLASSES = 10
 

@@ -10,13 +10,13 @@ import torch
 from torch import nn
 
 from kegfast import data
+from kegfast._util.files import load_weights, save_tensors
 from kegfast.data import DataInfo, Splits
 from kegfast.experiments import tables
 from kegfast.experiments.paper import METHODS, PROTOCOLS, Paper, paper
 from kegfast.experiments.study import RANKS, Study
-from kegfast.files import load_weights, save_tensors
-from kegfast.processes import main_first, place
 from kegfast.training import train
+from kegfast.training.processes import main_first, place
 
 log = logging.getLogger(__name__)
 

@@ -10,6 +10,7 @@ from zlib import crc32
 import torch
 from torch import Tensor, nn
 
+from kegfast._util.files import read_tensors, save_tensors
 from kegfast.compression.matching import match_statistics
 from kegfast.data import DataInfo
 from kegfast.data.splits import Samples
@@ -20,12 +21,11 @@ from kegfast.experiments.paper import Config, Paper
 from kegfast.extraction import RECIPES, Generators, extract
 from kegfast.extraction.class_sums import ClassSums
 from kegfast.extraction.familiar import Familiar
+from kegfast.extraction.parallel import own_path
 from kegfast.extraction.procedural import Blobs, DeadLeaves, bent
-from kegfast.extraction.ranks import own_path
-from kegfast.files import read_tensors, save_tensors
-from kegfast.loop import mix
-from kegfast.processes import place
 from kegfast.training import random_shift
+from kegfast.training.loop import mix
+from kegfast.training.processes import place
 
 FEWER = 5
 """The paper's noise has so many times fewer samples: one generator's."""

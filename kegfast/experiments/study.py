@@ -13,16 +13,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kegfast import compression
-from kegfast.check import expected
+from kegfast._util.check import expected
 from kegfast.data import DataInfo, Splits
 from kegfast.distillation import InMemory, distill
 from kegfast.experiments.ledger import Ledger
 from kegfast.experiments.paper import METHODS, Config, Paper, Schedule
 from kegfast.experiments.sources import Sources
 from kegfast.experiments.tails import head_outputs, tail
-from kegfast.loop import mix
-from kegfast.processes import agreed, place, replicated
 from kegfast.training import evaluate
+from kegfast.training.loop import mix
+from kegfast.training.processes import agreed, place, replicated
 
 log = logging.getLogger(__name__)
 

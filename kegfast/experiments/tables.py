@@ -9,13 +9,13 @@ from rich.box import SIMPLE
 from rich.table import Table
 from torch import Tensor
 
+from kegfast._util.html import Page
 from kegfast.experiments.ledger import spread
 from kegfast.experiments.paper import METHODS
 from kegfast.experiments.sources import Sources
 from kegfast.experiments.study import RANKS, Study, cell_name
 from kegfast.extraction import Generators
 from kegfast.extraction.generators import one_hot
-from kegfast.report import Page
 
 SHOWN = 1_000
 """Samples that the page's statistics are taken from."""

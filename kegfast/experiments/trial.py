@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from kegfast.experiments.ledger import Ledger, spread
-from kegfast.loop import mix
+from kegfast.training.loop import mix
 
 log = logging.getLogger(__name__)
 

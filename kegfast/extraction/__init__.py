@@ -1,8 +1,8 @@
 """KegNet: generators of artificial data, trained against a frozen classifier."""
 
-from kegfast.extraction.extract import extract
 from kegfast.extraction.generators import Generators
 from kegfast.extraction.networks import Decoder, ImageGenerator, TableGenerator
+from kegfast.extraction.pipeline import extract
 from kegfast.extraction.recipe import RECIPES, Recipe
 from kegfast.extraction.step import Objective, Step
 from kegfast.extraction.teacher import FrozenTeacher

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from kegfast import check
-from kegfast.check import expected
+from kegfast._util import check
+from kegfast._util.check import expected
 from kegfast.extraction.teacher import FrozenTeacher
 
 TERMS = (1, 2, 4)

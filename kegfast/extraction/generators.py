@@ -8,11 +8,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from kegfast import check
-from kegfast.check import expected
+from kegfast._util import check
+from kegfast._util.check import expected
+from kegfast._util.files import read_tensors, save_tensors
 from kegfast.extraction.networks import Range, make_generator
 from kegfast.extraction.recipe import Labels, check_labels
-from kegfast.files import read_tensors, save_tensors
 
 FORMAT = "kegfast.generators.1"
 CHUNK = 1024  # samples per generator and pass: bounds the memory of a large pool

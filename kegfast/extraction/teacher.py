@@ -7,7 +7,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from kegfast.check import expected
+from kegfast._util.check import expected
 from kegfast.extraction.moments import NormMoments, watched_norm
 
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)

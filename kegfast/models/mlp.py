@@ -4,7 +4,7 @@ from itertools import pairwise
 
 from torch import Tensor, nn
 
-from kegfast import check
+from kegfast._util import check
 
 
 class MLP(nn.Module):

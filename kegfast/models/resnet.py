@@ -3,7 +3,7 @@
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kegfast import check
+from kegfast._util import check
 
 
 class BasicBlock(nn.Module):

@@ -6,8 +6,8 @@ import pytest
 import torch
 from cli_support import STUDENT, TRAIN, last_line, run
 
+from kegfast._util.files import read_tensors
 from kegfast.distillation.objective import TERMS
-from kegfast.files import read_tensors
 
 
 def test_compress_then_distill_then_evaluate(home, capsys):

@@ -6,7 +6,7 @@ import torch
 from cli_support import last_line, run
 from torch import nn
 
-from kegfast.files import save_tensors
+from kegfast._util.files import save_tensors
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ import torch
 from cli_support import TRAIN, last_line, run
 
 import kegfast
-from kegfast.files import read_tensors
+from kegfast._util.files import read_tensors
 
 
 def test_extract_writes_generators_that_load(home, capsys):

@@ -11,7 +11,7 @@ import pytest
 import torch
 from cli_support import TRAIN, last_line, run, run_process
 
-from kegfast.files import read_state_dict
+from kegfast._util.files import read_state_dict
 
 
 def test_train_then_evaluate(home, capsys):

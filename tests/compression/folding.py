@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from kegfast.pooling import conv_max_pool2d
+from kegfast.ops.conv_max_pool import conv_max_pool2d
 
 X = torch.linspace(-2, 2, 2 * 3 * 16 * 16).reshape(2, 3, 16, 16)
 

@@ -22,7 +22,7 @@ def pretend(monkeypatch, costs):
     def take_turns(calls, rounds=5, *, seconds, seed=0):
         return {name: [costs(name, call)] for name, call in calls.items()}
 
-    monkeypatch.setattr("kegfast.timing.take_turns", take_turns)
+    monkeypatch.setattr("kegfast._util.timing.take_turns", take_turns)
 
 
 X = torch.zeros(1, 16, 8, 8)
@@ -48,7 +48,7 @@ def test_identical_layers_are_timed_once(monkeypatch):
         timed.append(set(calls))
         return {name: [0.5 if name in ("fused", "after") else 1.0] for name in calls}
 
-    monkeypatch.setattr("kegfast.timing.take_turns", take_turns)
+    monkeypatch.setattr("kegfast._util.timing.take_turns", take_turns)
     convs = [nn.Conv2d(16, 16, 3, padding=1) for _ in range(3)] + [
         nn.Conv2d(16, 16, 3, padding=2, dilation=2)
     ]
@@ -71,7 +71,7 @@ def test_as_many_layers_are_restored_as_their_times_ask_for(monkeypatch):
         losses = [0.1 if m.last.out_channels == 16 else -0.5 for m in layers]
         return {"before": [9.0], "after": [9.0 + sum(losses)]}
 
-    monkeypatch.setattr("kegfast.timing.take_turns", take_turns)
+    monkeypatch.setattr("kegfast._util.timing.take_turns", take_turns)
     convs = [nn.Conv2d(16, 16, 3, padding=1) for _ in range(8)] + [nn.Conv2d(16, 24, 3, padding=1)]
     _, report = compress(nn.Sequential(*convs).eval(), {"*": (4, 4)}, example_input=X)
     assert runs == [9, 5]
@@ -122,7 +122,7 @@ def test_only_what_is_surely_faster_is_kept(monkeypatch, model, before, after, k
     def take_turns(calls, rounds=5, *, seconds, seed=0):
         return {name: {"before": before, "after": after}.get(name, [0.5]) for name in calls}
 
-    monkeypatch.setattr("kegfast.timing.take_turns", take_turns)
+    monkeypatch.setattr("kegfast._util.timing.take_turns", take_turns)
     student, report = compress(model, {"*": (4, 4)}, example_input=X)
     assert bool(report.ranks) == kept
     assert report.latency["after"] <= report.latency["before"]

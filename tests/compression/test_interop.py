@@ -5,10 +5,10 @@ import torch
 from odd import randomise_norms
 from torch import nn
 
+from kegfast._util.files import read_state_dict
 from kegfast.cli import options
 from kegfast.compression import compress, from_state_dict
 from kegfast.compression.interop import LAYOUTS
-from kegfast.files import read_state_dict
 from kegfast.models import LeNet5, ResNet14
 from kegfast.nn import TuckerConv2d
 

@@ -32,7 +32,7 @@ class Fragile:
 
 @pytest.mark.parametrize("optimizer", ["adam", "adamw", "sgd"])
 def test_a_stopped_run_continues_to_the_same_weights(tmp_path, optimizer, monkeypatch):
-    monkeypatch.setattr("kegfast.loop.CHECKPOINT_SECONDS", 0)
+    monkeypatch.setattr("kegfast.training.loop.CHECKPOINT_SECONDS", 0)
     teacher, whole = convolutional(6, seed=1), convolutional(4)
     halves = copy.deepcopy(whole)
     noise = GaussianNoise((1, 9, 9))

@@ -4,11 +4,12 @@ from dataclasses import replace
 
 import numpy as np
 
-from kegfast import data, loop
+from kegfast import data
 from kegfast.data.splits import make_splits
 from kegfast.experiments import tables
 from kegfast.experiments.paper import PAPERS
 from kegfast.models import MLP
+from kegfast.training import loop
 
 
 def load(name, root=None):

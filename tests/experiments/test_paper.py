@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from kegfast import compression, data
+from kegfast._util.files import save_tensors
 from kegfast.cli import main
 from kegfast.compression import matching
 from kegfast.data.splits import DataInfo, make_splits
@@ -16,7 +17,6 @@ from kegfast.experiments.paper import METHODS, PAPERS, Config, paper
 from kegfast.experiments.reproduce import reproduce
 from kegfast.experiments.sources import MADE_OF, PROBES
 from kegfast.experiments.study import BUDGETED, Study, cell_name
-from kegfast.files import save_tensors
 from kegfast.models import MLP
 
 TINY = {"pool": 64, "steps": 3, "batch_size": 16, "generator_steps": 2, "generator_batch": 8, "probe": 20}

@@ -1,4 +1,4 @@
-"""Run by tests/test_cuda_host.py with the library of host code and kegfast/reference.py."""
+"""Run by tests/cuda/test_cuda_host.py with the library of host code and kegfast/ops/reference.py."""
 
 import importlib.util
 import itertools

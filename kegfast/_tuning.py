@@ -1,0 +1,72 @@
+"""What the Tucker-2 kernels may do, and which form of each layer was measured as the fastest."""
+
+from typing import Literal
+
+from torch import Tensor, nn
+
+from kegfast._util.check import expected
+from kegfast.dispatch import cpu, cuda
+from kegfast.ops import _native
+
+
+class tuning:
+    """Limits what the Tucker-2 kernels may do; a setter, or a context manager that restores.
+
+    Args:
+        winograd: whether 3x3 cores may run by Winograd where that is faster (default True): in output tiles
+            of 2x2, whose rounding error is that of the direct sum. "f4" takes F(4x4, 3x3) instead, in forward
+            passes of stride 1: from rank 16 up, 1.1 to 1.2 times as fast as the default, with about 2.5 times
+            the rounding error in float32 (by theory up to 3).
+
+    Raises:
+        ValueError: for something other than a bool or "f4".
+
+    Example:
+        >>> with kegfast.tuning(winograd=False):
+        ...     y = layer(x)
+    """
+
+    def __init__(self, *, winograd: bool | Literal["f4"] = True):
+        if not (isinstance(winograd, bool | str) and winograd in (True, False, "f4")):
+            raise ValueError(expected("winograd", "True, False or 'f4'", winograd))
+        self._before = 0
+        if _native._C is not None:
+            self._before = _native._C.tucker2_winograd()
+            _native._C.set_tucker2_winograd({False: 0, True: 2, "f4": 4}[winograd])
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, *exc_info: object) -> None:
+        if _native._C is not None:
+            _native._C.set_tucker2_winograd(self._before)
+
+
+def autotune(model: nn.Module, example_input: Tensor) -> dict[str, dict]:
+    """Measures each form that the model's Tucker-2 layers can take; later calls take the fastest.
+
+    The forms on the CPU: "direct" and "winograd", the fused kernel with either sum in its core, and in
+    channels_last "convolutions", oneDNN's three in a row on weights that it has reordered. What was not
+    measured here is looked up in a table that comes with kegfast, by instruction set and cache sizes; else
+    the kernels choose by themselves. The choice holds for layers of these shapes outside
+    autograd, at this batch size, memory format and number of threads, and is kept in the user's cache folder
+    ($KEGFAST_CACHE, else $XDG_CACHE_HOME/kegfast or ~/.cache/kegfast) for later processes on such a
+    processor with these versions of torch and kegfast.
+
+    Args:
+        model: a module with `kegfast.nn.TuckerConv2d` layers; on the CPU only float32 ones are measured.
+        example_input: what the model is called with, in the batch size and memory format to tune for.
+
+    Returns:
+        Per layer shape, the times of each form: median seconds on the CPU, milliseconds on CUDA devices
+        (see `kegfast.dispatch.cuda.autotune`).
+
+    Raises:
+        TypeError: for something other than a module and a floating-point tensor.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(expected("model", "a module", model))
+    if not (isinstance(example_input, Tensor) and example_input.is_floating_point()):
+        raise TypeError(expected("example_input", "a floating-point tensor", example_input))
+    tune = cuda.autotune if example_input.is_cuda else cpu.autotune
+    return tune(model, example_input)

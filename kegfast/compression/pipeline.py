@@ -1,0 +1,369 @@
+"""compress: ranks, factors and surgery in one call, with a report of every decision."""
+
+import logging
+from collections.abc import Mapping, Sequence
+from functools import partial
+from itertools import product
+from math import prod
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from kegfast._util import check
+from kegfast._util.check import expected
+from kegfast.compression import costs, ranks
+from kegfast.compression.allocation import Plan, choose, plans
+from kegfast.compression.budget import Rank
+from kegfast.compression.choice import keep_fastest
+from kegfast.compression.decompose import Decomposition, Factors, Metric, relative_error
+from kegfast.compression.evidence import Evidence, collect
+from kegfast.compression.norms import has_norms, reestimate_norms, transfer_norms
+from kegfast.compression.ranks import RankRules, Side
+from kegfast.compression.refit import refit
+from kegfast.compression.report import CompressionReport, LayerReport
+from kegfast.compression.selection import Patterns, rule_of, select
+from kegfast.compression.surgery import (
+    Site,
+    build,
+    clone,
+    factors_of,
+    replace,
+    spell_out_pools,
+    survey,
+)
+from kegfast.compression.traffic import Traffic
+from kegfast.nn import TuckerConv2d, TuckerLinear
+
+log = logging.getLogger(__name__)
+
+
+def compress(
+    model: nn.Module,
+    rank: RankRules | None = None,
+    *,
+    include: Patterns = None,
+    exclude: Patterns = None,
+    budget: Mapping[str, float] | int | None = None,
+    example_input: Tensor | Sequence[Tensor] | None = None,
+    calibration: Any = None,
+    samples: int = 256,
+    measure: bool = True,
+    round_to: int | None = None,
+    inplace: bool = False,
+) -> tuple[nn.Module, CompressionReport]:
+    """Replaces the convolutions and Linears of a model by low-rank ones.
+
+    Args:
+        model: any module. Layers that cannot be factored (grouped, parametrised, pruned, tied
+            weights, ...) stay as they are, with the reason in the report.
+        rank: the rule for the ranks: "evbmf" (Nakajima et al. 2013; the default without a budget),
+            "energy=0.9", a float (the share of channels each side keeps), an explicit (in_rank,
+            out_rank), or a mapping from layer names or glob patterns to these; layers outside the mapping
+            are left alone. Ranks above a layer's channels are an error under its exact name, and are cut
+            otherwise. With a budget, a mapping settles the ranks of its layers, and the budget is spent
+            on the others; a rule alone is a limit that no layer's ranks exceed.
+        include: glob patterns of layer names, e.g. "layers3.*.conv1"; None takes every layer.
+        exclude: glob patterns of layers to leave alone.
+        budget: {"params" | "flops" | "memory" | "latency": fraction of the whole model}, or a number of
+            parameters, spent over all layers so that the model's output changes least. All but "params"
+            need `example_input`. Where there are inputs to look at, several ways to spend it are tried
+            (errors weighted by sensitivity or not, absolute or relative, one share or energy for all
+            layers), and the one whose outputs stay closest to the model's is taken.
+        example_input: one input of the model (a tensor, or a tuple of them), at the batch size,
+            dtype and layout that matter. With it FLOPs are reported, layers are timed, and a budget
+            weights errors by the outputs' sensitivity (on noise, with the teacher's BatchNorm
+            statistics, unless `calibration` is given). Without either, errors are relative to each
+            weight's norm.
+        calibration: unlabelled inputs (a tensor, a Dataset, a DataLoader, or anything with
+            `.sample(n)` such as Generators). Errors are weighted by them, factors and biases solved
+            anew, BatchNorm statistics re-estimated. Samples that are visibly not what the model was
+            trained on are first changed until BatchNorm finds them familiar (`match_statistics`, at
+            most 256 images of 32 x 32 or their like); BatchNorm statistics are then moved as they move
+            on both models.
+        samples: how many to draw from `calibration`. Anything with `.sample(n)` is asked for eight times
+            as many where that is cheap, and those are kept that fall into a classifier's classes alike;
+            samples that are changed are not, as they are led to all classes.
+        measure: time dense, unfused and fused layers on `example_input` and keep what is fastest;
+            the whole model is then never slower than before. Under a budget or explicit ranks a layer
+            may lose as long as the model does not.
+        round_to: rounds ranks to multiples of this number, for kernels that want it: up where that
+            still saves parameters; under a budget only multiples are options.
+        inplace: change `model` itself instead of a deep copy.
+
+    Returns:
+        The compressed model and the report.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong kind, a pattern that matches no layer, a budget
+            below what the lowest ranks cost, or weights that are not finite.
+    """
+    if isinstance(budget, int) and isinstance(model, nn.Module):
+        budget = {"params": check.count("budget", budget) / _most(model, budget)}
+    _check(model, rank, budget, example_input, samples, round_to)
+    if rank is None and budget is None:
+        rank = "evbmf"
+    model = spell_out_pools(model, inplace)
+    student = model if inplace else clone(model)
+    sites = survey(student)
+    selected = select(sites, include, exclude, rank, rest=budget is not None)
+    report = CompressionReport([_entry(site) for site in sites], parameters_before=count_parameters(student))
+    evidence = collect(
+        student,
+        sites,
+        selected,
+        budget=budget is not None,
+        example_input=example_input,
+        calibration=calibration,
+        samples=samples,
+    )
+    teacher = clone(model) if inplace and (evidence.samples is not None or measure) else model
+    _report_flops(report, sites, evidence.traffic)
+    wanted: Plan = {
+        site.name: _rule_rank(site, rank, report[site.name], round_to)
+        for site in selected
+        if rule_of(site, rank) is not None
+    }
+    decompose = _Decomposer(evidence.metrics)
+    if budget is not None:
+        settled, limits = _settle(wanted, rank)
+        found = plans(
+            sites, selected, budget, evidence, report, fixed=settled, limits=limits, step=round_to or 1
+        )
+        trial = partial(_trial, model, decompose, evidence)
+        way, report.plans = choose(found, model, trial, evidence)
+        wanted = found[way]
+        _explain(report, wanted, settled, way, evidence.source)
+    replaced = {site.name: site for site in selected if wanted.get(site.name) is not None}
+    for name, site in replaced.items():
+        factors = decompose(site, wanted[name])
+        student = _install(student, site, factors, report[name], evidence.traffic.get(name))
+    if measure and evidence.example is not None and replaced:
+        keep_small = budget is not None or isinstance(rank, Mapping | tuple | list)
+        student = keep_fastest(
+            student,
+            teacher,
+            replaced,
+            evidence.traffic,
+            evidence.example,
+            report,
+            keep_small=keep_small,
+        )
+    _adapt(student, teacher, evidence, report)
+    _finish(report, student)
+    return student, report
+
+
+def _most(model: nn.Module, budget: int) -> int:
+    """The model's parameters, which a budget in their number does not exceed."""
+    most = count_parameters(model)
+    if budget > most:
+        raise ValueError(expected("budget", f"at most the model's {most} parameters", budget))
+    return most
+
+
+def _check(
+    model: nn.Module,
+    rank: RankRules,
+    budget: Mapping[str, float] | None,
+    example_input: Any,
+    samples: int,
+    round_to: int | None,
+) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(expected("model", "a torch.nn.Module", model))
+    if isinstance(model, torch.jit.ScriptModule):
+        raise TypeError("model must be a plain module, got a TorchScript one")
+    if any(p.is_meta for p in model.parameters()):
+        raise ValueError(f"model must hold the values of its weights, got a {type(model).__name__} on meta")
+    if round_to is not None:
+        check.count("round_to", round_to)
+    check.count("samples", samples, least=2)
+    if budget is None:
+        if isinstance(rank, Mapping) and not rank:
+            raise ValueError(expected("rank", "a rule for one layer at least", rank))
+        return
+    if not isinstance(budget, Mapping) or len(budget) != 1 or next(iter(budget)) not in costs.KINDS:
+        raise ValueError(expected("budget", f"one of {', '.join(costs.KINDS)} with its fraction", budget))
+    kind, fraction = next(iter(budget.items()))
+    if isinstance(fraction, bool) or not isinstance(fraction, int | float) or not 0 < fraction <= 1:
+        raise ValueError(expected(f"budget[{kind!r}]", "a fraction in (0, 1]", fraction))
+    if kind != "params" and example_input is None:
+        raise ValueError(f"example_input must be given with a budget of {kind}, got None")
+
+
+class _Decomposer:
+    """Factors of layers at ranks, each computed once."""
+
+    def __init__(self, metrics: Mapping[str, Metric]):
+        self._metrics = metrics
+        self._layers: dict[str, Decomposition] = {}
+        self._known: dict[tuple[str, Rank], Factors] = {}
+
+    def __call__(self, site: Site, rank: Rank) -> Factors:
+        key = site.name, rank
+        if key not in self._known:
+            if site.name not in self._layers:
+                self._layers[site.name] = Decomposition(site.module.weight, self._metrics.get(site.name))
+            self._known[key] = self._layers[site.name].at(rank)
+        return self._known[key]
+
+
+def _settle(ruled: Plan, rank: RankRules | None) -> tuple[Plan, dict[str, Rank]]:
+    """What the caller's rules leave open under a budget: settled layers, and limits of the others' ranks.
+
+    A mapping settles what it names; any other rule is a limit, and settles layers that it cannot shrink.
+    """
+    if isinstance(rank, Mapping):
+        return ruled, {}
+    limits = {name: limit for name, limit in ruled.items() if limit is not None}
+    return {name: None for name in ruled if name not in limits}, limits
+
+
+def _trial(model: nn.Module, decompose: _Decomposer, evidence: Evidence, plan: Plan) -> nn.Module:
+    """The student of a plan as far as it tells plans apart: all that `_adapt` will do, less the report."""
+    student = clone(model)
+    for site in survey(student):
+        if plan.get(site.name) is not None:
+            student = replace(student, site, build(site.module, decompose(site, plan[site.name])))
+    if not evidence.probes:  # noise runs by its own statistics
+        _refit(student, model, evidence)
+        _adapt_norms(student, model, evidence)
+    return student
+
+
+def _explain(report: CompressionReport, plan: Plan, settled: Plan, way: str, source: str) -> None:
+    for name, rank in plan.items():
+        if name not in settled:
+            worth = "worth its cost as it is" if rank is None else "its share of the budget"
+            report[name].reason = f"{worth} ({way}, {source})"
+            report[name].rank_before_rounding = rank
+    if len(report.plans) > 1:
+        changes = ", ".join(f"{change:.4f} by {way}" for way, change in report.plans.items())
+        report.notes.append(f"outputs change by {changes}; {way} was taken")
+
+
+def _adapt(student: nn.Module, teacher: nn.Module, evidence: Evidence, report: CompressionReport) -> None:
+    """Lets the student's last factors and BatchNorms answer for what the ranks took away."""
+    if evidence.samples is None or not report.ranks:
+        return
+    if not evidence.probes:  # least squares would fit what only noise has in common
+        _refit(student, teacher, evidence)
+        report.notes.append(f"factors and biases solved anew on {len(evidence.samples)} inputs")
+    if note := _adapt_norms(student, teacher, evidence):
+        report.notes.append(note)
+    layers = dict(student.named_modules())
+    for name in report.ranks:
+        weight = teacher.get_submodule(name).weight
+        report[name].error = relative_error(weight, factors_of(layers[name]))
+
+
+def _refit(student: nn.Module, teacher: nn.Module, evidence: Evidence) -> None:
+    """Two factors of a layer at once, but beside BatchNorm the last alone: two fit made samples too well."""
+    refit(student, teacher, evidence.samples, None if has_norms(teacher) else evidence.metrics)
+
+
+def _adapt_norms(student: nn.Module, teacher: nn.Module, evidence: Evidence) -> str:
+    if evidence.synthetic:
+        moved = transfer_norms(student, teacher, evidence.samples)
+        return "BatchNorm statistics moved as synthetic inputs to both models say" if moved else ""
+    return "BatchNorm statistics re-estimated on them" if reestimate_norms(student, evidence.samples) else ""
+
+
+def _rule_rank(
+    site: Site, rules: RankRules, entry: LayerReport, round_to: int | None
+) -> tuple[Side, Side] | None:
+    """The ranks of one layer; None, with the reason in the report, where they would not help."""
+    rule = rule_of(site, rules)
+    weight = site.module.weight
+    named = isinstance(rules, Mapping) and any(name in rules for name in site.names)
+    if isinstance(rule, tuple | list) and not named and len(rule) == 2:
+        sides = zip(rule, (weight.shape[1], weight.shape[0]), strict=True)
+        rule = tuple(None if r is None else min(r, channels) for r, channels in sides)
+    try:
+        chosen = ranks.layer_rank(weight, rule)
+    except ValueError as error:
+        raise ValueError(f"rank of {site.name or 'the model'}: {error}") from error
+    entry.rank_before_rounding = chosen
+    rounded = round_rank(chosen, weight.shape, round_to) if round_to else chosen
+    saved = weight.numel() - costs.factor_parameters(weight.shape, rounded)
+    if saved <= 0 and not named:
+        entry.reason = f"ranks {rounded[0]}/{rounded[1]} would not make it smaller"
+        return None
+    entry.reason = "explicit ranks" if isinstance(rule, tuple | list) else str(rule)
+    return rounded
+
+
+def round_rank(rank: Rank, shape: Sequence[int], step: int) -> Rank:
+    """Multiples of `step` beside a layer's ranks: above, as the kernels pad to that anyway, if it saves.
+
+    Args:
+        rank: (in_rank, out_rank) as a rule gave it.
+        shape: of the weight, (K, C, ...).
+        step: what the kernels compute at once.
+
+    Returns:
+        Of both neighbours of each rank, the pair with the most channels that has fewer parameters than
+        the dense layer; the lowest pair where none has.
+    """
+    sides = []
+    for side, channels in zip(rank, (shape[1], shape[0]), strict=True):
+        near = {None} if side is None else {-(-side // step) * step, max(side // step, 1) * step}
+        sides.append([None if n is None else min(n, channels) for n in near])
+    pairs = sorted(product(*sides), key=lambda pair: -costs.factor_parameters(shape, pair))
+    return next((p for p in pairs if costs.factor_parameters(shape, p) < prod(shape)), pairs[-1])
+
+
+def _install(
+    student: nn.Module, site: Site, factors: Factors, entry: LayerReport, traffic: Traffic | None
+) -> nn.Module:
+    """Builds the layer of the factors, hangs it into the model and reports it."""
+    layer = build(site.module, factors)
+    entry.rank = factors.rank
+    entry.decision = "tucker" if isinstance(layer, TuckerConv2d | TuckerLinear) else "factors"
+    if traffic is not None:
+        cost, _ = costs.flops(site.module, traffic)
+        entry.flops = int(cost(*(np.array(side or 0) for side in factors.rank)))
+    entry.error = relative_error(site.module.weight, factors)
+    entry.parameters = count_parameters(layer)
+    return replace(student, site, layer)
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Parameters of a module, shared ones once; those of lazy layers that have not run count as none."""
+    known = (p for p in model.parameters() if not isinstance(p, nn.UninitializedParameter))
+    return sum(parameter.numel() for parameter in known)
+
+
+def _entry(site: Site) -> LayerReport:
+    module = site.module
+    weight = getattr(module, "weight", None)
+    known = isinstance(weight, Tensor) and not isinstance(weight, nn.UninitializedParameter)
+    size = count_parameters(module) if known else 0
+    return LayerReport(
+        site.name,
+        type(module).__name__,
+        tuple(weight.shape) if known else (),
+        reason=site.refusal or "",
+        parameters=size,
+        parameters_before=size,
+        aliases=site.names[1:],
+    )
+
+
+def _report_flops(report: CompressionReport, sites: Sequence[Site], traffic: Mapping[str, Traffic]) -> None:
+    for site in sites:
+        if site.name in traffic and isinstance(site.module, nn.Conv2d | nn.Linear):
+            _, dense = costs.flops(site.module, traffic[site.name])
+            report[site.name].flops = report[site.name].flops_before = dense
+
+
+def _finish(report: CompressionReport, student: nn.Module) -> None:
+    report.parameters = count_parameters(student)
+    if any(entry.flops_before for entry in report.layers):
+        report.flops_before = sum(entry.flops_before or 0 for entry in report.layers)
+        report.flops = sum(entry.flops or 0 for entry in report.layers)
+    log.info("%d -> %d parameters (%.2fx)", report.parameters_before, report.parameters, report.ratio)
+    for entry in report.layers:
+        log.debug("%s: %s (%s)", entry.name, entry.decision, entry.reason)

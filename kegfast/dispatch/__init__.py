@@ -1,0 +1,1 @@
+"""Which form of an operator runs, on what it was given and what was measured."""

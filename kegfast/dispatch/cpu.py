@@ -1,0 +1,234 @@
+"""Which form a float32 Tucker-2 layer takes on the CPU: measured where that was done, else calculated.
+
+Without a measurement the kernels choose by themselves: Winograd where its tiles are enough to pay for its
+transforms, else the direct sum. `cpu_table.json` beside this file has, for each class of machines that was
+measured, the shapes where that is not the fastest form; what `autotune` measures is kept in the user's file
+and goes before it.
+"""
+
+import json
+import logging
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import Tensor
+
+from kegfast._util.check import expected
+from kegfast._util.files import write_json
+from kegfast._util.timing import interleaved
+from kegfast.dispatch.cache import cache_folder, checked_forms, keep_choices, read_choices, releases
+from kegfast.ops import _native
+
+if TYPE_CHECKING:
+    from kegfast.nn import TuckerConv2d
+
+Form = Literal["direct", "winograd", "convolutions"]
+FORMS: tuple[Form, ...] = ("direct", "winograd", "convolutions")
+Geometry = tuple[tuple[int, int], tuple[int, int], tuple[int, int]]  # stride, padding, dilation
+Shape = tuple[int, ...]  # (N, C, H, W, R1, R2, K, kernel, geometry, channels_last, threads), pairs as two
+
+PACKAGED = Path(__file__).with_name("cpu_table.json")
+
+_log = logging.getLogger(__name__)
+_table: dict[Shape, Form] | None = None  # None: no file was read yet
+_unfused: set[Shape] = set()  # where torch's convolutions are faster
+_TURN = 1e-3  # seconds
+
+
+def shape_of(x: Tensor, core: Tensor, features: int, geometry: Geometry) -> Shape:
+    """What the time of a call depends on."""
+    r2, r1, kh, kw = core.shape
+    pixels_first = x.stride(1) == 1 and x.shape[2] * x.shape[3] > 1
+    pairs = [n for pair in geometry for n in pair]
+    return *x.shape, r1, r2, features, kh, kw, *pairs, int(pixels_first), torch.get_num_threads()
+
+
+def takes(x: Tensor, core: Tensor, features: int, geometry: Geometry) -> bool:
+    """Whether the compiled operator takes a layer's call outside autograd; else torch's convolutions do."""
+    if _table is None:
+        table()
+    if not _unfused or x.dtype != torch.float32 or _native._backend == "native":
+        return True
+    return shape_of(x, core, features, geometry) not in _unfused
+
+
+def autotune(model: torch.nn.Module, example_input: Tensor) -> dict[str, dict[Form, float]]:
+    """Measures every form of the model's float32 Tucker-2 layers at today's number of threads.
+
+    As `kegfast.autotune`, which also takes CUDA devices.
+    """
+    if _native._C is None:
+        return {}
+    times: dict[Shape, dict[Form, float]] = {}
+    for layer, x in layer_calls(model, example_input):
+        geometry = layer.core.stride, layer.core.padding, layer.core.dilation
+        shape = shape_of(x, layer.core.weight, layer.last.out_channels, geometry)
+        if shape not in times and x.dtype == torch.float32:
+            times[shape] = measure(layer, x, shape)
+    known = table()
+    known.update({shape: min(seconds, key=seconds.__getitem__) for shape, seconds in times.items()})
+    for shape, seconds in times.items():
+        _log.info("%s: %s of %s", name_of(shape), known[shape], seconds)
+        choose(shape, known[shape])
+    keep_choices(cache_path(), {" ".join(map(str, shape)): form for shape, form in known.items()}, FORMS)
+    return {name_of(shape): seconds for shape, seconds in times.items()}
+
+
+def layer_calls(model: torch.nn.Module, example_input: Tensor) -> list[tuple["TuckerConv2d", Tensor]]:
+    """Every Tucker-2 layer with its input, in one forward pass in evaluation mode."""
+    from kegfast.nn import TuckerConv2d
+
+    found = []
+    layers = [module for module in model.modules() if isinstance(module, TuckerConv2d)]
+    hooks = [
+        layer.register_forward_hook(lambda layer, inputs, _: found.append((layer, inputs[0].detach())))
+        for layer in layers
+    ]
+    try:
+        with torch.no_grad(), _evaluating(model):
+            model(example_input)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found
+
+
+@contextmanager
+def _evaluating(model: torch.nn.Module) -> Iterator[None]:
+    """Evaluation mode, so that a call changes no statistics; each module's own mode afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def measure(layer: "TuckerConv2d", x: Tensor, shape: Shape) -> dict[Form, float]:
+    """Median seconds of each form that this layer has, in turns; leaves the last one chosen."""
+    chosen: Form | None = None
+
+    def call(form: Form) -> None:
+        nonlocal chosen
+        if form != chosen:
+            choose(shape, form)
+            chosen = form
+        layer(x)
+
+    with torch.no_grad():
+        forms = [form for form in FORMS if call(form) or runs() == form]
+        # The first call of a turn settles the form. Other processes cost one thread's own clock little.
+        clock = "cpu" if torch.get_num_threads() == 1 else "wall"
+        calls = {form: partial(call, form) for form in forms}
+        return interleaved(calls, 9, turn=_TURN, warm=True, clock=clock)
+
+
+def runs() -> Form:
+    """The form of the last call."""
+    kernel = _native._C.last_kernel().split()[0].removesuffix("_f4")
+    return "convolutions" if kernel == "unfused" else kernel
+
+
+def name_of(shape: Shape) -> str:
+    """A line for people."""
+    n, c, h, w, r1, r2, k, kh, kw, sh, sw, ph, pw, dh, dw, pixels_first, threads = shape
+    layout = "channels_last" if pixels_first else "contiguous"
+    core = f"{kh}x{kw} stride {sh},{sw} padding {ph},{pw} dilation {dh},{dw}"
+    return f"{n}x{c}x{h}x{w} {layout} -> {r1} -> {r2} -> {k}, {core}, {threads} threads"
+
+
+# ---- the table
+
+
+def cache_path() -> Path:
+    """This machine's file."""
+    return cache_folder() / f"cpu-{_processor()}.json"
+
+
+def _processor() -> str:
+    """The machine's class: processor and instruction set."""
+    info = Path("/proc/cpuinfo")
+    text = info.read_text() if info.exists() else ""
+    fields = [
+        re.search(rf"^{name}\s*:\s*(.+)$", text, re.M) for name in ("model name", "cpu family", "model")
+    ]
+    names = [found[1] for found in fields if found] or ["unknown"]
+    isa = _native._C.build_info()["isa_active"] if _native._C is not None else "none"
+    return re.sub(r"[^a-z0-9]+", "-", " ".join([*names, isa]).lower()).strip("-")
+
+
+def machine_class() -> str:
+    """What the packaged table is asked for: the instruction set and the sizes of a core's own caches."""
+    isa = _native._C.build_info()["isa_active"] if _native._C is not None else "none"
+    sizes = {}
+    for cache in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*"):
+        level, kind, size = ((cache / name).read_text().strip() for name in ("level", "type", "size"))
+        if kind != "Instruction":
+            sizes[level] = size
+    return f"{isa}, L1 {sizes.get('1', 'unknown')}, L2 {sizes.get('2', 'unknown')}"
+
+
+def table() -> dict[Shape, Form]:
+    """What is known of this machine and these versions; reads the files when first asked."""
+    global _table
+    if _table is None:
+        _table = {}
+        for path, read in ((PACKAGED, read_packaged), (cache_path(), read_table)):
+            try:
+                _table.update(read(path) if path.exists() else {})
+            except (ValueError, OSError, RuntimeError) as error:
+                _log.warning("measured forms are left aside: %s", error)
+        for shape, form in _table.items():
+            choose(shape, form)
+    return _table
+
+
+def choose(shape: Shape, form: Form | None) -> None:
+    """What later calls of this shape run; None for what the kernels choose by themselves."""
+    if _native._C is None:
+        return
+    native_form = "automatic" if form in (None, "convolutions") else form
+    _native._C.choose_tucker2(shape, getattr(_native._C.Tucker2Form, native_form))
+    (_unfused.add if form == "convolutions" else _unfused.discard)(shape)
+
+
+def read_table(path: Path) -> dict[Shape, Form]:
+    """The entries of a file that `autotune` wrote, none where other versions did.
+
+    Raises:
+        ValueError: for a file that holds anything else.
+    """
+    return _by_shape(read_choices(path, FORMS), path)
+
+
+def read_packaged(path: Path) -> dict[Shape, Form]:
+    """The entries of the packaged table for this class of machines, none where other releases made them.
+
+    Raises:
+        ValueError: for a file that holds anything else.
+    """
+    content = json.loads(path.read_text())
+    if not isinstance(content, dict):
+        raise ValueError(expected("path", "a file of forms by class of machines", path))
+    found = content.get(machine_class(), {"forms": {}})
+    forms = _by_shape(checked_forms(found, FORMS, path), path)
+    return forms if found.get("releases") == releases() else {}
+
+
+def write_packaged(found: dict[Shape, Form], path: Path = PACKAGED) -> None:
+    """Puts this machine's class into the packaged table; other classes stay."""
+    content = json.loads(path.read_text()) if path.exists() else {}
+    forms = {" ".join(map(str, shape)): form for shape, form in sorted(found.items())}
+    write_json(path, content | {machine_class(): {"releases": releases(), "forms": forms}})
+
+
+def _by_shape(found: dict[str, Form], path: Path) -> dict[Shape, Form]:
+    if not all(re.fullmatch(r"\d+( \d+){16}", key) for key in found):
+        raise ValueError(expected("path", "a file of forms that autotune measured", path))
+    return {tuple(map(int, key.split())): form for key, form in found.items()}

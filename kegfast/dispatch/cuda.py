@@ -1,0 +1,255 @@
+"""Which form a Tucker-2 layer takes on a CUDA device: the fastest measured one, else torch's convolutions.
+
+A form is only taken where it was measured on this card and not slower than torch's own three convolutions,
+both called one by one and as a CUDA graph. `autotune` measures a model's layers; with
+`torch.backends.cudnn.benchmark` a shape is also measured when it is first called. What was measured is kept
+in a file and read by later processes.
+"""
+
+import logging
+import statistics
+from collections.abc import Callable, Collection, Iterator, Mapping
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from kegfast._util.check import expected
+from kegfast.dispatch import cpu
+from kegfast.dispatch.cache import cache_folder, keep_choices, read_choices, write_choices
+from kegfast.ops import _native, reference
+
+Form = Literal["fused", "stages", "convolutions"]
+Geometry = tuple[tuple[int, int], tuple[int, int], tuple[int, int]]  # stride, padding, dilation
+Times = dict[str, dict[str, float]]  # form -> {"eager": ms, "graph": ms}
+FORMS: dict[Form, int | None] = {"fused": 1, "stages": 2, "convolutions": None}
+"""The forms by their number in `torch.ops.kegfast.tucker2_as`; None stands for torch's convolutions."""
+
+_log = logging.getLogger(__name__)
+_PACKAGED = Path(__file__).with_name("cuda_table.json")
+_measured: dict[str, Form] | None = None  # None: no file was read yet
+_chosen: dict[tuple[object, ...], int | None] = {}  # of the calls seen since the table last changed
+_tf32: bool | None = None
+
+
+def form(
+    x: Tensor,  # (N, C, H, W)
+    first: Tensor,  # (R1, C, 1, 1)
+    core: Tensor,  # (R2, R1, kh, kw)
+    last: Tensor,  # (K, R2, 1, 1)
+    geometry: Geometry,
+    training: bool,
+) -> int | None:
+    """What takes this call on x's device: a number for `tucker2_as`, 0 where the operator shall choose.
+
+    None stands for torch's convolutions. `kegfast.backend("native")` insists on the compiled operator.
+    """
+    if _native._backend == "native":
+        _follow_tf32()
+        return 0
+    if torch.compiler.is_compiling():  # the shapes may be symbols; inductor fuses convolutions by itself
+        return None
+    tf32 = _follow_tf32()
+    key = (
+        x.shape, x.dtype, x.stride(1) == 1, x.device.index, first.shape, core.shape, core.stride(1) == 1,
+        last.shape, geometry, training, tf32,
+    )  # fmt: skip
+    try:
+        return _chosen[key]
+    except KeyError:
+        name = _key(x, first, core, last, geometry, training)
+        taken = table().get(name)
+        if taken is None and torch.backends.cudnn.benchmark and not torch.cuda.is_current_stream_capturing():
+            times = _measure_forms(x, first, core, last, geometry, training)
+            taken = _keep({name: times})[name]
+        if taken is not None or not torch.backends.cudnn.benchmark:
+            _chosen[key] = FORMS[taken or "convolutions"]
+        return FORMS[taken or "convolutions"]
+
+
+def _follow_tf32() -> bool:
+    """Tells the library whether float32 may be rounded to TF32, as torch's convolutions are told."""
+    global _tf32
+    allowed = torch.backends.cudnn.allow_tf32
+    if allowed != _tf32:
+        torch.ops.kegfast.cuda_allow_tf32(allowed)
+        _tf32 = allowed
+    return allowed
+
+
+def _key(
+    x: Tensor, first: Tensor, core: Tensor, last: Tensor, geometry: Geometry, training: bool
+) -> str:  # what a time depends on, beside versions
+    layouts = " ".join("nhwc" if t.stride(1) == 1 else "nchw" for t in (x, core))
+    shapes = " ".join("x".join(map(str, t.shape)) for t in (x, first, core, last))
+    precision = f"{x.dtype}{' tf32' * (x.dtype == torch.float32 and torch.backends.cudnn.allow_tf32)}"
+    use = "training" if training else "inference"
+    return f"{torch.cuda.get_device_name(x.device)} | {precision} {layouts} | {shapes} | {geometry} | {use}"
+
+
+def autotune(model: torch.nn.Module, example_input: Tensor, training: bool = False) -> dict[str, Times]:
+    """Measures every form of the model's Tucker-2 layers on its device; later calls take the fastest.
+
+    A form has to be at least as fast as torch's convolutions both eagerly and as a CUDA graph. The choice
+    is kept in `cache_path()` for later processes.
+
+    Args:
+        model: a module with `kegfast.nn.TuckerConv2d` layers, on a CUDA device.
+        example_input: what the model is called with, of the batch size to tune for.
+        training: measure a forward and a backward pass, else inference alone (default).
+
+    Returns:
+        Per layer shape and form, milliseconds a call (medians, interleaved): "eager" and "graph".
+
+    Raises:
+        ValueError: where example_input is not on a CUDA device.
+    """
+    if not (isinstance(example_input, Tensor) and example_input.is_cuda):
+        raise ValueError(expected("example_input", "a tensor on a CUDA device", example_input))
+    _follow_tf32()
+    times: dict[str, Times] = {}
+    for arguments in _calls(model, example_input):
+        key = _key(*arguments, training)
+        if key not in times:
+            times[key] = _measure_forms(*arguments, training)
+    _keep(times)
+    return times
+
+
+def fastest(times: Times) -> Form:
+    """The form with the shortest graph among those never slower than torch's convolutions."""
+    floor = times["convolutions"]
+    fit = [f for f, ms in times.items() if all(ms[way] <= floor[way] for way in floor)]
+    return min(fit, key=lambda f: times[f]["graph"])
+
+
+def _calls(model: torch.nn.Module, example_input: Tensor) -> Iterator[tuple]:
+    """(x, first, core, last, geometry) of every Tucker-2 convolution in one forward pass."""
+    for layer, x in cpu.layer_calls(model, example_input):
+        weights = layer.first.weight, layer.core.weight, layer.last.weight
+        yield x, *weights, (layer.core.stride, layer.core.padding, layer.core.dilation)
+
+
+def _measure_forms(
+    x: Tensor, first: Tensor, core: Tensor, last: Tensor, geometry: Geometry, training: bool
+) -> Times:
+    tensors = [t.detach().clone(memory_format=torch.preserve_format) for t in (x, first, core, last)]
+    ints = [n for pair in geometry for n in pair]
+    ops = torch.ops.kegfast
+
+    def forward(name: Form) -> Tensor:
+        number = FORMS[name]
+        if number is None:
+            return reference.tucker_conv2d(*tensors, None, *geometry, None)
+        if training:
+            return ops.tucker2_forward(*tensors, None, *ints, False, True)[0]
+        return ops.tucker2_as(*tensors, None, *ints, False, number)
+
+    def step(name: Form) -> Callable[[], object]:
+        if not training:
+            return lambda: forward(name)
+        return lambda: torch.autograd.grad(forward(name), tensors, grad)
+
+    with torch.inference_mode(False), torch.set_grad_enabled(training):
+        if training:
+            tensors = [t.clone().requires_grad_() for t in tensors]
+            grad = torch.ones_like(reference.tucker_conv2d(*tensors, None, *geometry, None))
+        names = [name for name in FORMS if name != "stages" or not training]
+        return measure({name: step(name) for name in names})
+
+
+def measure(
+    runners: Mapping[str, Callable[[], object]],
+    rounds: int = 9,
+    turn_ms: float = 2,
+    graphs: Collection[str] | None = None,
+) -> Times:
+    """Milliseconds per call: medians over interleaved rounds, each of about `turn_ms` and one call at least.
+
+    "eager": calls one after another; "graph": the replay of a CUDA graph of as many calls, for those named
+    in `graphs` (default all).
+    """
+    turns: dict[tuple[str, str], Callable[[], object]] = {}
+    repeats: dict[str, int] = {}
+    for name, run in runners.items():
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                run()
+        torch.cuda.current_stream().wait_stream(stream)
+        repeats[name] = count = max(1, min(50, round(turn_ms / _elapsed(run))))
+        turns[name, "eager"] = lambda run=run, count=count: [run() for _ in range(count)]
+        if graphs is None or name in graphs:
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                for _ in range(count):
+                    run()
+            turns[name, "graph"] = graph.replay
+    samples: dict[tuple[str, str], list[float]] = {turn: [] for turn in turns}
+    for _ in range(rounds):
+        for turn, body in turns.items():
+            samples[turn].append(_elapsed(body) / repeats[turn[0]])
+    times: Times = {name: {} for name in runners}
+    for (name, way), values in samples.items():
+        times[name][way] = statistics.median(values)
+    return times
+
+
+def _elapsed(body: Callable[[], object]) -> float:  # milliseconds on the current stream
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    body()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end)
+
+
+# ---- the table
+
+
+def cache_path() -> Path:
+    """This user's file."""
+    return cache_folder() / "cuda.json"
+
+
+def table() -> dict[str, Form]:
+    """What is known of this machine and these versions: shape -> form."""
+    global _measured
+    if _measured is None:
+        _measured = {}
+        for path in (_PACKAGED, cache_path()):
+            if path.exists():
+                try:
+                    load_table(path)
+                except (ValueError, OSError) as error:
+                    _log.warning("%s is left aside: %s", path, error)
+    return _measured
+
+
+def _keep(times: dict[str, Times]) -> dict[str, Form]:
+    """Enters what was measured, here and in the user's file; the forms."""
+    found = {key: fastest(ms) for key, ms in times.items()}
+    for key, ms in times.items():
+        _log.info("%s: %s of %s", key, found[key], ms)
+    known = table()
+    known.update(found)
+    _chosen.clear()
+    keep_choices(cache_path(), known, FORMS)
+    return found
+
+
+def save_table(path: str | Path) -> None:
+    """Writes `table()` as JSON, with the versions that it holds for."""
+    write_choices(Path(path), table())
+
+
+def load_table(path: str | Path) -> None:
+    """Adds the entries of a file written by `save_table`, if it was written under the same versions.
+
+    Raises:
+        ValueError: for a file that holds anything else.
+    """
+    table().update(read_choices(Path(path), FORMS))
+    _chosen.clear()

@@ -1,0 +1,173 @@
+"""Loads the compiled part, chooses between it and the reference path, and says what ran."""
+
+import functools
+import importlib
+import logging
+import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+from typing import Literal
+
+import torch
+
+from kegfast._util.check import expected
+from kegfast.version import __version__
+
+Backend = Literal["auto", "native", "reference"]
+
+_log = logging.getLogger(__name__)
+_CUDA_LIBRARY = Path(__file__).parents[1] / "_cuda.so"
+_backend: Backend = "auto"
+_transformed, _traced = torch._C._are_functorch_transforms_active, torch._C._get_tracing_state
+
+
+def _load() -> tuple[ModuleType | None, str]:
+    try:
+        return importlib.import_module("kegfast._C"), ""
+    except ImportError as error:
+        return None, str(error)
+
+
+# Loading _C registers torch.ops.kegfast; torch itself must be loaded first, as it is above.
+_C, _why_absent = _load()
+
+
+def _load_cuda() -> bool:
+    """Adds the CUDA kernels, a library of their own: it needs the functions of a torch with CUDA."""
+    if _C is None or torch.version.cuda is None or not _CUDA_LIBRARY.exists():
+        return False
+    try:
+        torch.ops.load_library(_CUDA_LIBRARY)
+    except OSError as error:
+        _log.warning("kegfast runs without its CUDA kernels: %s", error)
+        return False
+    return True
+
+
+_cuda = _load_cuda()
+
+
+@functools.cache
+def _warn_reference() -> None:
+    _log.warning(
+        "kegfast runs without its compiled kernels (%s): results are right, speed is plain torch's",
+        _why_absent,
+    )
+
+
+def use_native() -> bool:
+    """Whether operators run the compiled kernels now (says once when they are missing).
+
+    torch.func's transforms and TorchScript's tracer get torch's own operators, which they know.
+    """
+    if _backend == "reference" or _transformed() or _traced() is not None:
+        return False
+    if _C is None:
+        _warn_reference()
+        return False
+    return True
+
+
+def _choose(name: Backend) -> None:
+    global _backend
+    _backend = name
+    if _C is not None:
+        _C.unsettle()
+
+
+class backend:
+    """Chooses how operators run; a setter, or a context manager that restores what was.
+
+    Args:
+        name: "auto" takes compiled kernels where they exist (default), "native" insists on them (on CUDA
+            also where torch's own convolutions are faster or nothing was measured), "reference" runs
+            the plain torch definitions of `kegfast.reference`, as torch.func's transforms and TorchScript's
+            tracer do in any case.
+
+    Raises:
+        ValueError: for another name.
+        RuntimeError: for "native" where the compiled part is missing.
+
+    Example:
+        >>> with kegfast.backend("reference"):
+        ...     loss = kegfast.functional.diversity_loss(noises, samples)
+    """
+
+    def __init__(self, name: Backend):
+        if name not in ("auto", "native", "reference"):
+            raise ValueError(expected("backend", "'auto', 'native' or 'reference'", name))
+        if name == "native" and _C is None:
+            raise RuntimeError(f"kegfast's compiled part is missing: {_why_absent}")
+        self._before = _backend
+        _choose(name)
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, *exc_info: object) -> None:
+        _choose(self._before)
+
+
+@contextmanager
+def cpu_isa(name: str) -> Iterator[None]:
+    """Lets the CPU kernels use no more than one instruction set inside the block.
+
+    Args:
+        name: one of `build_info()["isa_compiled"]` that this CPU has, or "auto", the best that it has.
+
+    Raises:
+        ValueError: for another name.
+        RuntimeError: where the compiled part is missing.
+    """
+    if _C is None:
+        raise RuntimeError(f"kegfast's compiled part is missing: {_why_absent}")
+    if not isinstance(name, str):
+        raise ValueError(expected("name", "an instruction set's name or 'auto'", name))
+    before = _C.build_info()["isa_active"]
+    _C.set_isa(name)
+    try:
+        yield
+    finally:
+        _C.set_isa(before)
+
+
+def build_info() -> dict[str, object]:
+    """What this kegfast is: version, compiler, instruction sets, CUDA state, torch.
+
+    Returns:
+        A dict of plain values; `native` is False where the compiled part is missing, `why` says why.
+        `cuda_built` tells whether the CUDA library is there, `cuda_kernels` whether it is loaded.
+    """
+    info: dict[str, object] = {
+        "version": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "torch_cuda": torch.version.cuda,
+        "threads": torch.get_num_threads(),
+        "native": _C is not None,
+        "cuda_built": _CUDA_LIBRARY.exists(),
+        "cuda_kernels": _cuda,
+    }
+    if _C is None:
+        info["why"] = _why_absent
+    else:
+        info.update(_C.build_info())
+    return info
+
+
+def last_kernel() -> str:
+    """What the last Tucker-2 convolution of this process ran.
+
+    Returns:
+        "direct", "winograd" or "winograd_f4" with the instruction set ("winograd avx512"), "unfused" for
+        torch's own three convolutions, "none" before the first call.
+    """
+    return "unfused" if _C is None else _C.last_kernel()
+
+
+def note_unfused() -> None:
+    """Records that torch's own convolutions ran (nothing while a compiler traces)."""
+    if _C is not None and not torch.compiler.is_compiling():
+        _C.note_unfused()

@@ -1,0 +1,179 @@
+"""diversity's CUDA kernels on the fiber emulator: values, gradients, both fiber orders, the plan."""
+
+import pytest
+import torch
+from cuda_emulator import A100_SHARED, DTYPES, METRICS, NOISE_METRICS, ORDERS, available, error
+
+from kegfast.ops import reference
+
+pytestmark = pytest.mark.skipif(not available(), reason="the emulator needs g++")
+
+
+def definition(noises, samples, metric, noise_metric):
+    noises, samples = noises.double().requires_grad_(), samples.double().requires_grad_()
+    exponent = reference.diversity_exponent(noises, samples, metric, noise_metric)
+    exponent.backward()
+    return exponent.detach(), noises.grad, samples.grad
+
+
+def draw(batch, noise_size, features, dtype, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    noises = torch.randn(batch, noise_size, generator=generator)
+    return noises, (torch.randn(batch, features, generator=generator) + 3).to(dtype)
+
+
+# Batches for the pair kernel and for the sort, each with a partial last tile.
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("batch", "noise_size", "features"), [(5, 1, 3), (33, 10, 40), (70, 3, 19)])
+@pytest.mark.parametrize("noise_metric", NOISE_METRICS)
+@pytest.mark.parametrize("metric", METRICS)
+def test_diversity(device, metric, noise_metric, batch, noise_size, features, dtype, order):
+    noises, samples = draw(batch, noise_size, features, dtype)
+    got = device.diversity(noises, samples, metric, noise_metric, order)
+    for value, want in zip(got, definition(noises, samples, metric, noise_metric), strict=True):
+        assert error(value, want) < 1e-6
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("noise_metric", NOISE_METRICS)
+@pytest.mark.parametrize("metric", METRICS)
+def test_diversity_in_panels_and_without_room_for_the_samples(device, metric, noise_metric, order):
+    """Pairs 32 rows at a time; 16 KB of shared memory, in which no block's samples fit."""
+    noises, samples = draw(75, 3, 34, torch.float32)
+    want = definition(noises, samples, metric, noise_metric)
+    options = (
+        {"panel": 1} if metric == "l1" and noise_metric == "sqeuclidean" else {"panel": 1, "shared": 16384}
+    )
+    got = device.diversity(noises, samples, metric, noise_metric, order, **options)
+    for value, wanted in zip(got, want, strict=True):
+        assert error(value, wanted) < 1e-6
+
+
+@pytest.mark.parametrize("noise_grad", [False, True])
+@pytest.mark.parametrize("noise_metric", NOISE_METRICS)
+@pytest.mark.parametrize("metric", METRICS)
+def test_diversity_workspace_stays_small_at_any_batch(device, metric, noise_metric, noise_grad):
+    """Whatever batch fits itself: never B x B, and no copy of the samples."""
+    for batch, features in ((1024, 3072), (4096, 3072), (16384, 3072), (131072, 256), (1 << 20, 16)):
+        call = device.diversity_plan(batch, features, metric, noise_metric, noise_grad=noise_grad)
+        assert call.workspace < 700e6
+        sorts = metric == "l1" and noise_metric == "sqeuclidean"
+        if not sorts and batch <= 4096:
+            assert call.workspace < 3 * 64 * 2**20 + 2**22
+    if noise_metric == "sqeuclidean" and not noise_grad:
+        assert device.diversity_plan(4096, 3072, metric, noise_metric, noise_grad=False).workspace < (
+            210e6 if metric == "euclidean" else 4e6
+        )
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("metric", ["l1", "sqeuclidean"])
+def test_diversity_with_a_wide_noise(device, metric, dtype, order):
+    noises, samples = draw(257, 14, 24, dtype)
+    got = device.diversity(noises, samples, metric, "sqeuclidean", order)
+    for value, want in zip(got, definition(noises, samples, metric, "sqeuclidean"), strict=True):
+        assert error(value, want) < 1e-6
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_diversity_l1_batch_of_1100(device, order):
+    noises, samples = draw(1100, 10, 3, torch.float32)
+    exponent, _, gradient = device.diversity(noises, samples, "l1", "sqeuclidean", order, noise_grad=False)
+    want, _, want_gradient = definition(noises, samples, "l1", "sqeuclidean")
+    assert error(exponent, want) < 1e-6
+    assert error(gradient, want_gradient) < 1e-6
+
+
+@pytest.mark.parametrize(("dtype", "order"), [(torch.float32, "ascending"), (torch.bfloat16, "descending")])
+def test_diversity_l1_beyond_one_block(device, dtype, order):
+    noises, samples = draw(
+        8300, 3, 2, dtype
+    )  # three tiles: the last one almost empty, and an odd run to merge
+    samples[::3, 1] = 0.5
+    exponent, _, gradient = device.diversity(noises, samples, "l1", "sqeuclidean", order, noise_grad=False)
+    z, x = noises.double(), samples.double()
+    want, total = torch.empty_like(x), 0.0
+    for rows in torch.arange(8300).split(830):  # all pairs at once would be half a gigabyte
+        weights = torch.cdist(z[rows], z).square() / 3
+        for feature in range(2):
+            difference = x[rows, None, feature] - x[None, :, feature]
+            want[rows, feature] = -2 * (weights * difference.sign()).sum(1) / (8300**2 * 2)
+            total -= (weights * difference.abs()).sum() / (8300**2 * 2)
+    assert error(gradient, want) < 2e-6
+    assert error(exponent, total) < 1e-6
+
+
+def test_diversity_l1_beyond_one_block_not_finite(device):
+    noises, samples = draw(4100, 3, 2, torch.float32)
+    samples[4099, 1] = float("inf")
+    for value in device.diversity(noises, samples, "l1", "sqeuclidean", "ascending", noise_grad=False)[::2]:
+        assert value.isnan().all()
+
+
+def test_diversity_within_an_a100s_shared_memory(device):
+    noises, samples = draw(1100, 2, 9, torch.bfloat16)
+    exponent, _, gradient = device.diversity(
+        noises, samples, "l1", "sqeuclidean", "ascending", noise_grad=False, shared=A100_SHARED
+    )
+    want, _, want_gradient = definition(noises, samples, "l1", "sqeuclidean")
+    assert error(exponent, want) < 1e-6
+    assert error(gradient, want_gradient) < 1e-6
+
+
+@pytest.mark.parametrize("batch", [20, 90, 300])
+def test_diversity_ties_are_exact(device, batch):
+    noises, samples = draw(batch, 10, 8, torch.float32)
+    samples = (samples * 2).round() / 2
+    samples[:, 3] = 1.5  # a constant column
+    samples[::2, 4], samples[1::2, 4] = 0.0, -0.0  # equal values of different bits
+    _, _, gradient = device.diversity(noises, samples, "l1", "sqeuclidean", "ascending")
+    _, _, want = definition(noises, samples, "l1", "sqeuclidean")
+    assert error(gradient, want) < 1e-6
+    assert (gradient[:, 3:5] == 0).all()
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("batch", [20, 90])
+@pytest.mark.parametrize("metric", METRICS)
+def test_diversity_not_finite(device, metric, batch, bad):
+    noises, samples = draw(batch, 4, 11, torch.float32)
+    samples[batch // 2, 5] = bad
+    for value in device.diversity(noises, samples, metric, "sqeuclidean", "ascending"):
+        assert value.isnan().all()
+
+
+@pytest.mark.parametrize("batch", [20, 90])
+def test_diversity_noise_not_finite(device, batch):
+    noises, samples = draw(batch, 4, 11, torch.float32)
+    noises[3, 2] = float("inf")
+    for value in device.diversity(noises, samples, "l1", "sqeuclidean", "ascending"):
+        assert value.isnan().all()
+
+
+def test_diversity_of_one_sample_is_zero(device):
+    noises, samples = draw(1, 3, 5, torch.float32)
+    for metric in METRICS:
+        for value in device.diversity(noises, samples, metric, "sqeuclidean", "ascending"):
+            assert (value == 0).all()
+
+
+@pytest.mark.parametrize("metric", ["euclidean", "cosine"])
+def test_diversity_coincident_and_zero_rows(device, metric):
+    noises, samples = draw(12, 3, 7, torch.float32)
+    samples[3], samples[4] = samples[5], 0
+    got = device.diversity(noises, samples, metric, "euclidean", "ascending")
+    want = definition(noises, samples, metric, "euclidean")
+    assert error(got[0], want[0]) < 1e-6
+    assert error(got[1], want[1]) < 1e-6
+    assert all(value.isfinite().all() for value in got)
+    rest = [i for i in range(12) if i != 4]  # a zero row has no direction; its gradient is 0 here
+    assert error(got[2][rest], want[2][rest]) < 1e-6
+
+
+def test_diversity_is_deterministic_over_orders(device):
+    noises, samples = draw(130, 10, 40, torch.bfloat16)
+    up, down = (device.diversity(noises, samples, "l1", "sqeuclidean", order) for order in ORDERS)
+    for a, b in zip(up, down, strict=True):
+        assert torch.equal(a, b)
