@@ -6,9 +6,10 @@ PYTHON := $(shell python3 -c "import importlib.util as u, sys; \
 STAMPS := build/stamps/$(subst /,-,$(PYTHON))
 SANITIZER := PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer
 BENCH_SECONDS := 200
+KEGFAST_FUZZ_SECONDS ?= 3600
 NATIVE := setup.py CMakeLists.txt $(wildcard cmake/*) $(shell find csrc -type f)
 
-.PHONY: missing venv build demo test test-cuda sanitize-cuda bench bench-diversity bench-tucker2 bench-cuda fmt lint clean
+.PHONY: missing venv build demo test fuzz test-cuda sanitize-cuda bench bench-diversity bench-tucker2 bench-cuda fmt lint clean
 .DEFAULT_GOAL := build
 
 venv: $(STAMPS)/venv
@@ -33,6 +34,9 @@ demo: build
 
 test: $(STAMPS)/dev
 	OMP_WAIT_POLICY=PASSIVE $(PYTHON) -m pytest -n auto
+
+fuzz: $(STAMPS)/dev
+	KEGFAST_FUZZ_SECONDS=$(KEGFAST_FUZZ_SECONDS) OMP_WAIT_POLICY=PASSIVE $(PYTHON) -m pytest tests/fuzz
 
 test-cuda: $(STAMPS)/dev
 	$(PYTHON) -m pytest tests/cuda/test_cuda.py
