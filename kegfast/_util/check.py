@@ -1,7 +1,7 @@
 """One voice for argument errors: the argument's name, what was expected, what came."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from numbers import Real
 from typing import Any
@@ -17,6 +17,9 @@ def describe(value: object) -> str:
         return f"a {dtype} tensor of shape {tuple(value.shape)} on {value.device}"
     if isinstance(value, tuple | list) and any(isinstance(part, torch.Tensor) for part in value):
         return f"a {type(value).__name__} of {', '.join(map(describe, value))}"
+    if isinstance(value, Mapping) and any(isinstance(part, torch.Tensor) for part in value.values()):
+        parts = ", ".join(f"{name!r}: {describe(part)}" for name, part in value.items())
+        return f"a {type(value).__name__} of {parts}"
     text = " ".join(repr(value).split())
     if len(text) > 80:
         text = text[:77] + "..."

@@ -1,0 +1,126 @@
+"""What a model is called with: a tensor, a tuple of positional or a mapping of keyword arguments.
+
+Tensors of one dimension or more hold one entry per sample in their first; anything else beside them, such as
+a flag, belongs to the whole batch.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kegfast._util.check import expected
+
+Inputs = Tensor | tuple[Any, ...] | dict[str, Any]
+"""One batch of inputs."""
+
+LABELS = ("labels", "label")
+"""Keys under which batches that are mappings keep the classes."""
+
+
+def as_inputs(argument: str, value: Any) -> Inputs:
+    """The value as inputs: a list as a tuple, any mapping as a dict.
+
+    Raises:
+        TypeError: it holds no tensor, or keys that are no names.
+        ValueError: its tensors hold different numbers of samples.
+    """
+    what = "a tensor, or a tuple or a dict of tensors"
+    if isinstance(value, Mapping):
+        value = dict(value)
+        if not all(isinstance(key, str) for key in value):
+            raise TypeError(expected(argument, f"{what} by the names of the model's arguments", value))
+    elif isinstance(value, list | tuple):
+        value = tuple(value)
+    elif not isinstance(value, Tensor):
+        raise TypeError(expected(argument, what, value))
+    if not tensors_in(value):
+        raise TypeError(expected(argument, what, value))
+    if len({len(tensor) for tensor in tensors_in(value) if tensor.dim()}) > 1:
+        raise ValueError(expected(argument, "tensors of as many samples each", value))
+    return value
+
+
+def call(model: nn.Module | Callable[..., Any], inputs: Inputs) -> Any:
+    """What the model answers."""
+    if isinstance(inputs, Mapping):
+        return model(**inputs)
+    return model(*inputs) if isinstance(inputs, tuple) else model(inputs)
+
+
+def tensors_in(inputs: Inputs) -> list[Tensor]:
+    """The tensors among the inputs, in their order."""
+    values = inputs.values() if isinstance(inputs, Mapping) else inputs
+    return [x for x in ([inputs] if isinstance(inputs, Tensor) else values) if isinstance(x, Tensor)]
+
+
+def count(inputs: Inputs) -> int:
+    """The number of samples."""
+    return next((len(tensor) for tensor in tensors_in(inputs) if tensor.dim()), 1)
+
+
+def each(function: Callable[[Tensor], Tensor], inputs: Inputs) -> Inputs:
+    """The same inputs with a function of every tensor in its place."""
+
+    def change(x: Any) -> Any:
+        return function(x) if isinstance(x, Tensor) else x
+
+    if isinstance(inputs, Mapping):
+        return {name: change(x) for name, x in inputs.items()}
+    return tuple(map(change, inputs)) if isinstance(inputs, tuple) else change(inputs)
+
+
+def move(inputs: Inputs, device: torch.device | str | None) -> Inputs:
+    """The inputs on a device, without waiting for it."""
+    return each(lambda x: x.to(device, non_blocking=True), inputs)
+
+
+def take(inputs: Inputs, index: slice | Tensor) -> Inputs:
+    """Some of the samples."""
+    return each(lambda x: x[index] if x.dim() else x, inputs)
+
+
+def split(inputs: Inputs, size: int) -> list[Inputs]:
+    """The samples in consecutive parts of at most `size`."""
+    total = count(inputs)
+    return [take(inputs, slice(start, start + size)) for start in range(0, total, size)]
+
+
+def concat(parts: Sequence[Inputs]) -> Inputs:
+    """The samples of several inputs of one structure, in their order.
+
+    Raises:
+        ValueError: the parts differ in structure or in the shape of a sample.
+    """
+    kinds = {_structure(part): part for part in parts}
+    if len(kinds) > 1:
+        raise ValueError(expected("inputs", "alike in every batch", tuple(kinds.values())[:2]))
+    flat = zip(*map(tensors_in, parts), strict=True)
+    joined = iter([torch.cat(xs) if xs[0].dim() else xs[0] for xs in flat])
+    return each(lambda _: next(joined), parts[0])
+
+
+def unpack(argument: str, batch: Any) -> tuple[Inputs, Any]:
+    """(inputs, labels) of what a data set or loader yields; None where there are no labels.
+
+    A lone tensor is the inputs, and so is a mapping, less what it keeps under one of `LABELS`. The first
+    entry of a tuple or list is the inputs, itself a tensor, tuple or mapping; the second is the labels.
+
+    Raises:
+        TypeError, ValueError: the batch is none of these.
+    """
+    if isinstance(batch, Tensor):
+        return batch, None
+    if isinstance(batch, Mapping):
+        rest = {name: x for name, x in batch.items() if name not in LABELS}
+        return as_inputs(argument, rest), next((batch[name] for name in LABELS if name in batch), None)
+    if isinstance(batch, tuple | list) and batch:
+        return as_inputs(argument, batch[0]), batch[1] if len(batch) > 1 else None
+    raise TypeError(expected(argument, "batches of inputs or (inputs, labels)", batch))
+
+
+def _structure(inputs: Inputs) -> tuple[Any, ...]:
+    names = tuple(inputs) if isinstance(inputs, Mapping) else ()
+    tensors = tensors_in(inputs)
+    return type(inputs), names, tuple((x.dim(), *x.shape[1:]) for x in tensors)
