@@ -3,7 +3,6 @@
 import warnings
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
 
 import tensorly
 import torch
@@ -11,6 +10,7 @@ from tensorly.decomposition import partial_tucker
 from torch import Tensor
 
 from kegfast.compression.ranks import Side, explicit_rank
+from kegfast.nn.factors import Factors, reconstruct
 
 DOUBLE_UNTIL = 1 << 20
 """Weights of at most this many entries are decomposed in float64."""
@@ -18,26 +18,6 @@ DOUBLE_UNTIL = 1 << 20
 
 TENSORLY_UNTIL = 1 << 18
 """Larger weights are decomposed by their Gram matrices."""
-
-
-class Factors(NamedTuple):
-    """weight = last core first; a side without a factor is None, and the core spans its channels."""
-
-    first: Tensor | None  # (R1, C)
-    core: Tensor  # (R2, R1, kh, kw), or (R2, R1) of a matrix
-    last: Tensor | None  # (K, R2)
-
-    @property
-    def rank(self) -> tuple[Side, Side]:
-        """(in_rank, out_rank), None for a side without a factor."""
-        return (
-            None if self.first is None else self.first.shape[0],
-            None if self.last is None else self.last.shape[1],
-        )
-
-    def to(self, like: Tensor) -> "Factors":
-        """The factors on the device and in the dtype of `like`."""
-        return Factors(*(None if part is None else part.to(like) for part in self))
 
 
 @dataclass(frozen=True)
@@ -191,16 +171,6 @@ def _unwhiten(factors: Factors, inputs: Tensor, output: Tensor) -> Factors:
     if last is None:
         core = torch.einsum("ki,kr...->ir...", output, core)
     return Factors(None if first is None else first @ inputs, core, None if last is None else output.T @ last)
-
-
-def reconstruct(factors: Factors) -> Tensor:  # (K, C, kh, kw) or (K, C)
-    """The weight that the factors stand for."""
-    weight = factors.core
-    if factors.first is not None:
-        weight = torch.einsum("kr...,rc->kc...", weight, factors.first)
-    if factors.last is not None:
-        weight = torch.einsum("kr,rc...->kc...", factors.last, weight)
-    return weight
 
 
 def relative_error(weight: Tensor, factors: Factors) -> float:

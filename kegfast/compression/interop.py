@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 
 from kegfast._util.check import expected
-from kegfast.compression.decompose import Factors
 from kegfast.compression.surgery import Site, build, replace
+from kegfast.nn.factors import Factors
 
 LAYOUTS = {
     "three convolutions": ("first", "core", "last"),

@@ -17,7 +17,7 @@ from kegfast.compression import costs, ranks
 from kegfast.compression.allocation import Plan, choose, plans
 from kegfast.compression.budget import Rank
 from kegfast.compression.choice import keep_fastest
-from kegfast.compression.decompose import Decomposition, Factors, Metric, relative_error
+from kegfast.compression.decompose import Decomposition, Metric, relative_error
 from kegfast.compression.evidence import Evidence, collect
 from kegfast.compression.norms import has_norms, reestimate_norms, transfer_norms
 from kegfast.compression.ranks import RankRules, Side
@@ -35,6 +35,7 @@ from kegfast.compression.surgery import (
 )
 from kegfast.compression.traffic import Traffic
 from kegfast.nn import TuckerConv2d, TuckerLinear
+from kegfast.nn.factors import Factors
 
 log = logging.getLogger(__name__)
 

@@ -145,24 +145,11 @@ CONTAINERS = {nn.Module, nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.Paramet
 
 
 def _tucker_arguments(layer: TuckerConv2d | TuckerLinear) -> dict[str, Plain]:
-    core, tail = layer.core, layer.core if layer.last is None else layer.last
-    bias = tail.bias is not None
-    if isinstance(layer, TuckerLinear):
-        return {
-            "in_features": (layer.first or core).in_features,
-            "out_features": tail.out_features,
-            "rank": encode((layer.first and layer.first.out_features, layer.last and layer.last.in_features)),
-            "bias": bias,
-        }
-    arguments = {name: getattr(core, name) for name in ("kernel_size", "stride", "padding", "dilation")}
-    arguments |= {
-        "in_channels": layer.first.in_channels,
-        "out_channels": tail.out_channels,
-        "rank": (core.in_channels, core.out_channels),
-        "bias": bias,
-        "activation": layer.activation,
-    }
-    return {name: encode(value) for name, value in arguments.items()}
+    names = ["in_features", "out_features", "rank"]
+    if isinstance(layer, TuckerConv2d):
+        names = ["in_channels", "out_channels", "kernel_size", "rank", "stride", "padding", "dilation"]
+        names.append("activation")
+    return {name: encode(getattr(layer, name)) for name in names} | {"bias": layer.bias is not None}
 
 
 def module_from(spec: Mapping[str, Plain]) -> nn.Module:

@@ -11,15 +11,18 @@ from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 
 from kegfast._util.check import expected
-from kegfast.compression.decompose import Factors, reconstruct
 from kegfast.nn import TuckerConv2d, TuckerLinear
+from kegfast.nn.factors import FactoredConv2d, Factors
 from kegfast.ops.conv_max_pool import conv_max_pool2d
 
 KINDS = (nn.Conv2d, nn.Linear)
 
 
-class FactorChain(nn.Sequential):
-    """The plain convolutions of a factored one, run one after the other: first, core, last."""
+class FactorChain(FactoredConv2d, nn.Sequential):
+    """The plain convolutions of a factored one, run one after the other: first, core, last.
+
+    It has the attributes of the dense one, as `kegfast.nn.TuckerConv2d` has.
+    """
 
 
 @dataclass
@@ -195,12 +198,7 @@ def _fill(layer: nn.Module, module: nn.Conv2d | nn.Linear, factors: Factors) -> 
 
 def factors_of(layer: nn.Module) -> Factors | None:
     """The factors that a layer made by `build` holds; None for any other module."""
-    if not is_factored(layer):
-        return None
-    core = layer.core.weight
-    sides = (getattr(layer, name, None) for name in ("first", "last"))
-    first, last = (None if side is None else side.weight.flatten(1) for side in sides)
-    return Factors(first, core, last)
+    return layer.factors if is_factored(layer) else None
 
 
 def tail_of(layer: nn.Module) -> nn.Module:
@@ -318,28 +316,24 @@ def _dense(layer: nn.Module) -> nn.Module:
     if isinstance(layer, TuckerConv2d):
         conv = layer.to_conv()
         return nn.Sequential(conv, nn.ReLU()) if layer.activation == "relu" else conv
-    factors = factors_of(layer)
-    weight: Tensor = reconstruct(factors)
-    tail = tail_of(layer)
+    weight = layer.weight
     if isinstance(layer, TuckerLinear):
-        dense: nn.Module = nn.Linear(weight.shape[1], weight.shape[0], tail.bias is not None)
+        dense: nn.Module = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None)
     else:
-        core = layer.core
-        first = getattr(layer, "first", None)
         dense = nn.Conv2d(
-            weight.shape[1],
-            weight.shape[0],
-            core.kernel_size,
-            core.stride if first is None or first.stride == (1, 1) else first.stride,
-            core.padding,
-            core.dilation,
-            bias=tail.bias is not None,
-            padding_mode=core.padding_mode,
+            layer.in_channels,
+            layer.out_channels,
+            layer.kernel_size,
+            layer.stride,
+            layer.padding,
+            layer.dilation,
+            bias=layer.bias is not None,
+            padding_mode=layer.padding_mode,
         )
     dense.to(weight.device, weight.dtype)
     dense.weight.copy_(weight)
-    if tail.bias is not None:
-        dense.bias.copy_(tail.bias)
+    if layer.bias is not None:
+        dense.bias.copy_(layer.bias)
     return dense.requires_grad_(layer.core.weight.requires_grad).train(layer.training)
 
 

@@ -13,6 +13,7 @@ from kegfast._util.check import expected
 from kegfast.dispatch import cpu, cuda
 from kegfast.dispatch.onednn import PackedConvolutions
 from kegfast.dispatch.packed import PackedFactors, PreparedCall, Weights, repeat
+from kegfast.nn.factors import FactoredConv2d, FactoredLinear
 from kegfast.ops._native import note_unfused
 from kegfast.ops.tucker2 import tucker2_training
 
@@ -20,10 +21,11 @@ if TYPE_CHECKING:
     from kegfast.compression.ranks import RankRule
 
 
-class TuckerConv2d(nn.Module):
+class TuckerConv2d(FactoredConv2d, nn.Module):
     """A Tucker-2 convolution: first 1x1, core kh x kw, last 1x1, run as one fused operator.
 
-    Its state dict is that of the three `nn.Conv2d` that it stands for.
+    Its state dict is that of the three `nn.Conv2d` that it stands for, and it has the attributes of the dense
+    one (`weight`, made on demand, `in_channels`, `stride`, ...), read-only.
 
     Args:
         in_channels, out_channels: C and K.
@@ -225,7 +227,7 @@ class TuckerConv2d(nn.Module):
         return conv.train(self.training)
 
 
-class TuckerLinear(nn.Module):
+class TuckerLinear(FactoredLinear, nn.Module):
     """A Linear as U core V, the form that the paper uses for its MLPs (Tucker-2 of a matrix).
 
     Args:

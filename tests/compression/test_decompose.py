@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from kegfast.compression.decompose import Metric, factorize, reconstruct, relative_error
+from kegfast.compression.decompose import Metric, factorize, relative_error
+from kegfast.nn.factors import reconstruct
 
 SHAPES = [(12, 8, 3, 3), (8, 12, 5, 1), (16, 6, 1, 1), (10, 14)]
 

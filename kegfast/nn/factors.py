@@ -1,0 +1,137 @@
+"""Three factors of one weight, and what a layer made of them tells of the dense layer that it stands for."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+Side = int | None
+
+
+class Factors(NamedTuple):
+    """weight = last core first; a side without a factor is None, and the core spans its channels."""
+
+    first: Tensor | None  # (R1, C)
+    core: Tensor  # (R2, R1, kh, kw), or (R2, R1) of a matrix
+    last: Tensor | None  # (K, R2)
+
+    @property
+    def rank(self) -> tuple[Side, Side]:
+        """(in_rank, out_rank), None for a side without a factor."""
+        return (
+            None if self.first is None else self.first.shape[0],
+            None if self.last is None else self.last.shape[1],
+        )
+
+    def to(self, like: Tensor) -> "Factors":
+        """The factors on the device and in the dtype of `like`."""
+        return Factors(*(None if part is None else part.to(like) for part in self))
+
+
+def reconstruct(factors: Factors) -> Tensor:  # (K, C, kh, kw) or (K, C)
+    """The weight that the factors stand for."""
+    weight = factors.core
+    if factors.first is not None:
+        weight = torch.einsum("kr...,rc->kc...", weight, factors.first)
+    if factors.last is not None:
+        weight = torch.einsum("kr,rc...->kc...", factors.last, weight)
+    return weight
+
+
+class Factored:
+    """Attributes of the dense layer that a layer of `first`, `core` and `last` stands for, all read-only.
+
+    Code that was written for the dense layer reads them: its dtype, its geometry, its weight to fold
+    something into. Whoever writes to one gets an error from `nn.Module`.
+    """
+
+    core: nn.Module
+
+    @property
+    def factors(self) -> Factors:
+        """The weights of the three parts, those of 1x1 convolutions as matrices."""
+        first, last = (None if part is None else part.weight.flatten(1) for part in self._sides)
+        return Factors(first, self.core.weight, last)
+
+    @property
+    def rank(self) -> tuple[Side, Side]:
+        """(in_rank, out_rank), None for a side without a factor."""
+        return self.factors.rank
+
+    @property
+    def weight(self) -> Tensor:
+        """The dense weight, computed from the factors on each access; gradients flow to them."""
+        return reconstruct(self.factors).contiguous()
+
+    @property
+    def bias(self) -> Tensor | None:
+        """That of the part that runs last."""
+        return self._tail.bias
+
+    @property
+    def _sides(self) -> tuple[nn.Module | None, nn.Module | None]:
+        return getattr(self, "first", None), getattr(self, "last", None)
+
+    @property
+    def _head(self) -> nn.Module:
+        return self.core if self._sides[0] is None else self._sides[0]
+
+    @property
+    def _tail(self) -> nn.Module:
+        return self.core if self._sides[1] is None else self._sides[1]
+
+
+class FactoredConv2d(Factored):
+    """Those of an `nn.Conv2d`; `weight` is (K, C, kh, kw)."""
+
+    groups, transposed, output_padding = 1, False, (0, 0)
+
+    @property
+    def in_channels(self) -> int:
+        """C."""
+        return self._head.in_channels
+
+    @property
+    def out_channels(self) -> int:
+        """K."""
+        return self._tail.out_channels
+
+    @property
+    def kernel_size(self) -> tuple[int, int]:
+        """Of the core."""
+        return self.core.kernel_size
+
+    @property
+    def stride(self) -> tuple[int, int]:
+        """Of the core, or of the first part where that leaves out pixels already."""
+        (top, left), (down, right) = self._head.stride, self.core.stride
+        return self.core.stride if self._head is self.core else (top * down, left * right)
+
+    @property
+    def padding(self) -> tuple[int, int] | str:
+        """Of the core."""
+        return self.core.padding
+
+    @property
+    def dilation(self) -> tuple[int, int]:
+        """Of the core."""
+        return self.core.dilation
+
+    @property
+    def padding_mode(self) -> str:
+        """Of the core."""
+        return self.core.padding_mode
+
+
+class FactoredLinear(Factored):
+    """Those of an `nn.Linear`; `weight` is (out_features, in_features)."""
+
+    @property
+    def in_features(self) -> int:
+        """Size of the last dimension of the inputs."""
+        return self._head.in_features
+
+    @property
+    def out_features(self) -> int:
+        """Size of the last dimension of the outputs."""
+        return self._tail.out_features
