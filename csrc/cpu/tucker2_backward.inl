@@ -260,9 +260,7 @@ void tucker2_gradient_plan(Tucker2GradParams& g, int64_t threads) {
 void tucker2_gradients(const Tucker2GradParams& g, int64_t begin, int64_t end, float* scratch) {
   const FlushDenormals flush;
   Backward(g, scratch).run(begin, end);
-#if defined(__x86_64__)
-  _mm_sfence();  // streamed stores become visible before the call ends
-#endif
+  fence_streams();
 }
 
 }  // namespace kegfast::KEGFAST_ISA

@@ -37,15 +37,8 @@ inline void from_float(Tucker2Type type, const float* from, uint16_t* to, int64_
     return;
   }
   int64_t i = 0;
-#if defined(__F16C__)
-  for (; i + 8 <= n; i += 8)
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(to + i),
-                     _mm256_cvtps_ph(_mm256_loadu_ps(from + i), _MM_FROUND_TO_NEAREST_INT));
-#endif
-  for (; i < n; ++i) {
-    const _Float16 half = static_cast<_Float16>(from[i]);
-    memcpy(to + i, &half, sizeof half);
-  }
+  for (; i + kLanes <= n; i += kLanes) store_f16(to + i, load_unaligned(from + i), kLanes);
+  if (i < n) store_f16(to + i, load_first(from + i, static_cast<int>(n - i)), static_cast<int>(n - i));
 }
 
 }  // namespace

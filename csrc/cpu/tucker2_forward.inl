@@ -60,6 +60,7 @@
 // the peak for 0.84, of rank 8 nothing: 2 % of a layer, for a packed form of its own).
 #pragma once
 
+#include "cpu/denormals.h"
 #include "cpu/tucker2_stages.inl"
 
 namespace kegfast::KEGFAST_ISA {
@@ -224,18 +225,6 @@ class Forward {
   int64_t origin_ = 0, have_end_ = 0;  // padded rows: at t1_[0], and behind the last that is present
 };
 
-// Denormals cost 150x in FMA and carry nothing here: flushed inside, the caller's mode restored.
-class FlushDenormals {
- public:
-#if defined(__x86_64__)
-  FlushDenormals() : saved_(_mm_getcsr()) { _mm_setcsr(saved_ | 0x8040); }
-  ~FlushDenormals() { _mm_setcsr(saved_); }
-
- private:
-  unsigned saved_;
-#endif
-};
-
 }  // namespace
 
 void tucker2_rows(const Tucker2Params& p, const Tucker2Plan& plan, int64_t begin, int64_t end,
@@ -255,9 +244,7 @@ void tucker2_rows(const Tucker2Params& p, const Tucker2Plan& plan, int64_t begin
       forward.run(image, 1, row, row + rows);
     begin += rows;
   }
-#if defined(__x86_64__)
-  _mm_sfence();  // streamed stores become visible before the call ends
-#endif
+  fence_streams();
 }
 
 }  // namespace kegfast::KEGFAST_ISA

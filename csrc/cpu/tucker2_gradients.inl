@@ -81,7 +81,7 @@ void three_taps(const float* dz2, const float* t1, const RowPairs& rows, Ahead* 
         w[j] = lanes == kLanes ? load_unaligned(window + j * R) : load_first(window + j * R, lanes);
       KEGFAST_UNROLL
       for (int o = 0; o < kOutputs; ++o) {
-        const Floats x = __builtin_shuffle(d, spread[o]);
+        const Floats x = permute(d, spread[o]);
         KEGFAST_UNROLL
         for (int j = 0; j < kTaps; ++j) sums[o][j] += x * w[j];
       }

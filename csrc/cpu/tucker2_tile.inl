@@ -127,10 +127,7 @@ KEGFAST_INLINE Floats splat_rest(const float* p, int n) {
 
 template <int Step>
 KEGFAST_INLINE Floats add_swapped(Floats v) {
-  Ints swap;
-  KEGFAST_UNROLL
-  for (int l = 0; l < kLanes; ++l) swap[l] = l ^ Step;
-  return v + __builtin_shuffle(v, swap);
+  return v + shuffle(v, [](int l) { return l ^ Step; });
 }
 
 template <int Group>
@@ -138,10 +135,7 @@ KEGFAST_INLINE Floats fold_groups(Floats v) {
   if constexpr (Group >= 2) v = add_swapped<1>(v);
   if constexpr (Group >= 4) v = add_swapped<2>(v);
   if constexpr (Group >= 8) v = add_swapped<4>(v);
-  Ints pick;
-  KEGFAST_UNROLL
-  for (int l = 0; l < kLanes; ++l) pick[l] = (l * Group) % kLanes;
-  return __builtin_shuffle(v, pick);
+  return shuffle(v, [](int l) { return (l * Group) % kLanes; });
 }
 
 // What happens to a sum on its way to memory. The common cases are compiled apart: choosing anew in every
@@ -202,11 +196,8 @@ KEGFAST_INLINE Floats fold_pixels(const Floats (*acc)[1]) {
   if constexpr (Group == 1) {
     return acc[0][0];
   } else {
-    Ints even, odd;
-    KEGFAST_UNROLL
-    for (int l = 0; l < kLanes; ++l) even[l] = 2 * l, odd[l] = 2 * l + 1;
     const Floats a = fold_pixels<Group / 2>(acc), b = fold_pixels<Group / 2>(acc + Group / 2);
-    return __builtin_shuffle(a, b, even) + __builtin_shuffle(a, b, odd);
+    return shuffle(a, b, [](int l) { return 2 * l; }) + shuffle(a, b, [](int l) { return 2 * l + 1; });
   }
 }
 

@@ -4,17 +4,8 @@
 
 #include "cpu/vec.h"
 
-#if defined(__GNUC__) && !defined(__clang__)
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC 12 says so of its own intrinsics (PR 105593)
-#endif
-
-#define KEGFAST_INLINE inline __attribute__((always_inline))
-#define KEGFAST_UNROLL _Pragma("GCC unroll 64")
-
 namespace kegfast::KEGFAST_ISA {
 
-using Floats = Vec<float>;
-using Ints = Vec<int32_t>;
 constexpr int kLanes = lanes<float>;
 constexpr int kRegisters = kLanes == 16 ? 32 : 16;
 
@@ -54,28 +45,29 @@ KEGFAST_INLINE void store_stream(float* p, Floats v) {
   _mm512_stream_ps(p, (__m512)v);
 #elif defined(__AVX2__)
   _mm256_stream_ps(p, (__m256)v);
-#elif defined(__x86_64__)
+#elif defined(__SSE2__)
   _mm_stream_ps(p, (__m128)v);
 #else
   store_unaligned(p, v);
 #endif
 }
 
+// Streamed stores become visible before the call ends.
+KEGFAST_INLINE void fence_streams() {
+#if defined(__SSE2__)
+  _mm_sfence();
+#endif
+}
+
 // rows[i][j] <-> rows[j][i], in registers: log2(kLanes) rounds that swap blocks of 1, 2, 4, ... lanes.
 template <int Block>
 KEGFAST_INLINE void transpose_round(Floats (&rows)[kLanes]) {
-  Ints low, high;
-  KEGFAST_UNROLL
-  for (int l = 0; l < kLanes; ++l) {
-    low[l] = l & Block ? kLanes + l - Block : l;
-    high[l] = l & Block ? kLanes + l : l + Block;
-  }
   KEGFAST_UNROLL
   for (int i = 0; i < kLanes; ++i) {
     if (i & Block) continue;
     const Floats a = rows[i], b = rows[i + Block];
-    rows[i] = __builtin_shuffle(a, b, low);
-    rows[i + Block] = __builtin_shuffle(a, b, high);
+    rows[i] = shuffle(a, b, [](int l) { return l & Block ? kLanes + l - Block : l; });
+    rows[i + Block] = shuffle(a, b, [](int l) { return l & Block ? kLanes + l : l + Block; });
   }
 }
 

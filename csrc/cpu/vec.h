@@ -1,9 +1,11 @@
-// Vectors of the instruction set that this object is compiled for, on GCC's vector extensions. Included by
-// .inl files only: everything lives in `namespace kegfast::KEGFAST_ISA` (see cmake/Isa.cmake).
+// Vectors of the instruction set that this object is compiled for, on the vector extensions of GCC and clang, and all
+// in which the two differ. Included by .inl files only: everything lives in `namespace kegfast::KEGFAST_ISA` (see
+// cmake/Isa.cmake).
 #pragma once
 
 #include <cstdint>
 #include <cstring>
+#include <utility>
 
 #include "cpu/half.h"
 
@@ -12,6 +14,13 @@
 #elif defined(__SSE2__)
 #include <emmintrin.h>
 #endif
+
+#if !defined(__clang__)
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC 12 says so of its own intrinsics (PR 105593)
+#endif
+
+#define KEGFAST_INLINE inline __attribute__((always_inline))
+#define KEGFAST_UNROLL _Pragma("GCC unroll 64")
 
 namespace kegfast::KEGFAST_ISA {
 
@@ -30,6 +39,8 @@ struct VecOf {
 };
 template <class T>
 using Vec = typename VecOf<T>::type;
+using Floats = Vec<float>;
+using Ints = Vec<int32_t>;
 template <class T>
 constexpr int lanes = kVectorBytes / static_cast<int>(sizeof(T));
 
@@ -60,6 +71,36 @@ inline V vmin(V a, V b) {
 template <class V>
 inline V vmax(V a, V b) {
   return a > b ? a : b;
+}
+
+template <int... l, class Rule>
+KEGFAST_INLINE Floats shuffle(Floats a, Floats b, std::integer_sequence<int, l...>, Rule rule) {
+#if defined(__clang__)
+  return __builtin_shufflevector(a, b, rule(l)...);
+#else
+  return __builtin_shuffle(a, b, Ints{rule(l)...});
+#endif
+}
+// Lane l is lane rule(l) of a and b, one behind the other; the rule is a lambda that captures nothing.
+template <class Rule>
+KEGFAST_INLINE Floats shuffle(Floats a, Floats b, Rule rule) {
+  return shuffle(a, b, std::make_integer_sequence<int, lanes<float>>{}, rule);
+}
+template <class Rule>
+KEGFAST_INLINE Floats shuffle(Floats v, Rule rule) {
+  return shuffle(v, v, rule);
+}
+// Lane l is lane from[l] of v.
+KEGFAST_INLINE Floats permute(Floats v, Ints from) {
+#if defined(__AVX512F__)
+  return (Floats)_mm512_permutexvar_ps((__m512i)from, (__m512)v);
+#elif defined(__AVX2__)
+  return (Floats)_mm256_permutevar8x32_ps((__m256)v, (__m256i)from);
+#else
+  Floats to;
+  for (int l = 0; l < lanes<float>; ++l) to[l] = v[from[l]];
+  return to;
+#endif
 }
 
 inline Vec<float> vabs(Vec<float> v) {
@@ -104,6 +145,18 @@ inline Vec<float> load_f16(const uint16_t* p) {
   for (int i = 0; i < lanes<float>; ++i) v[i] = half_to_float(p[i]);
   return v;
 #endif
+}
+// The first n lanes (1 <= n <= lanes<float>), rounded to IEEE half numbers.
+inline void store_f16(uint16_t* p, Vec<float> v, int n) {
+  uint16_t bits[lanes<float>];
+#if defined(__AVX512F__)
+  _mm256_storeu_si256((__m256i*)bits, _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__AVX2__)
+  _mm_storeu_si128((__m128i*)bits, _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT));
+#else
+  for (int i = 0; i < lanes<float>; ++i) bits[i] = float_to_half(v[i]);
+#endif
+  std::memcpy(p, bits, n * sizeof *bits);
 }
 
 }  // namespace kegfast::KEGFAST_ISA
