@@ -24,14 +24,14 @@ enum class Tucker2Form : int { automatic, direct, winograd };
 enum class Tucker2Type : int { float32, bfloat16, float16 };
 
 // The core of a strided convolution run backwards: output pixel u takes tap i of input pixel (u + padding - i) /
-// stride where that divides. Phases of the output are convolutions of their own, whose taps are the core's combs.
+// stride where that divides. Phases of the output are convolutions of their own, by every stride-th tap of the core.
 struct Tucker2Upsampling {
   bool on;
   int64_t stride_h, stride_w, padding_h, padding_w;  // of the forward pass
 };
 
-// What is read once a band is done: where the first image's is, or null, and the next so many bytes on.
-struct Tucker2Soon {
+// To prefetch, as it is read once a band is done: where the first image's is, or null, and the next so many bytes on.
+struct Tucker2Prefetch {
   const char* at;
   int64_t bytes;
 };
@@ -56,8 +56,8 @@ struct Tucker2Params {
   void* y;                                     // (N, K, P, Q) dense, or null: stop at t2
   float* t1;  // in words: (N, H + 2 ph, W + 2 pw, R1) with its zero border, or null: do not keep
   float* t2;  // (N, P, Q, R2), or null: do not keep
-  Tucker2Soon soon[3];
-  int64_t soon_steps;  // how often whoever reads it asks for lines, per row of y
+  Tucker2Prefetch prefetch[3];
+  int64_t prefetch_steps;  // how often whoever reads it prefetches, per row of y
 };
 
 // A factor as its kernel sees it: rows (outputs) x inputs x taps, any strides; a transposed factor is another

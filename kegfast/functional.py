@@ -220,7 +220,7 @@ def tucker_conv2d(
         ValueError: for shapes, devices or geometry that do not fit together.
     """
     given = x, first, core, last, bias
-    if has_torch_function((*given, addend)):  # torch.fx's proxies, and tensors with a mind of their own
+    if has_torch_function((*given, addend)):  # torch.fx's proxies, subclasses with a __torch_function__
         rest = stride, padding, dilation, activation, recompute, addend
         return handle_torch_function(tucker_conv2d, (*given, addend), *given, *rest)
     geometry = _check_tucker2(x, first, core, last, bias, stride, padding, dilation, activation)

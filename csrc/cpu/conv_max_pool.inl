@@ -82,7 +82,7 @@ class ConvMaxPool {
     tile.c_step = p_.features;
     tile.bias = p_.bias;
     const Grid grid{1, end - from, conv_width_, 0, p_.conv.stride_h * input_row(p_), 0, conv_row()};
-    sweep<A::row_major>(tile, grid, tile.a_step, p_.features);
+    sweep<ALayout::row_major>(tile, grid, tile.a_step, p_.features);
   }
 
   // `rows` rows of x from `row` on as pixels of contiguous channels, with their border of zeros.

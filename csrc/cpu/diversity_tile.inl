@@ -78,7 +78,7 @@ inline int64_t block_tiles(int64_t batch) {
   return fit < 1 ? 1 : fit > 8 ? 8 : fit;
 }
 
-// Rows that are asked for ahead of their loading: a page apart, no hardware prefetcher follows them.
+// Rows to prefetch: a page apart, no hardware prefetcher follows them.
 constexpr int64_t kRowsAhead = 8;
 
 template <class T>

@@ -138,7 +138,7 @@ void run_amx(const Tile& t) {
   const int64_t stride = t.a_step * static_cast<int64_t>(sizeof(float));
   const float* b = t.b;
   for (int64_t s = 0; s < t.segment_count; ++s, b += t.segment_length * kLanes) {
-    if (t.ahead) t.ahead->step();
+    if (t.prefetcher) t.prefetcher->step();
     const float* const a = t.a + t.segments[s];
     const float* const a1 = a + kSide * t.a_step;
     const float* const b1 = b + t.b_vector;

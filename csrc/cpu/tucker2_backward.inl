@@ -12,7 +12,7 @@
 //                                                                    -> 0.42
 //   x, t1 and t2 asked for from inside the core and the sums         128@28, rank 16: 0.79 -> 0.87 / 0.60 -> 0.74
 //   the core's sums row by row, not across the borders' zeros,       512@7, rank 128: 0.62 -> 0.80, rank 256:
-//     and those beyond 256 KB over 512 pixels, asked for ahead       0.57 -> 0.69
+//     and those beyond 256 KB over 512 pixels, prefetched             0.57 -> 0.69
 //   several chains where a tile has few sums, a core's segments      16@32, rank 2: 0.13 -> 0.32, 32@16, rank 4:
 //     in one tile, pixels in lanes at ranks 2, 4 and 8               0.39 -> 0.56, 16->32@32/2, ranks 2/4: 0.22 -> 0.33
 // What bounds it: x, t1 and t2 come from memory for these sums alone. At 45 GB/s that allows 0.33 at rank 2, 0.6 to
@@ -79,16 +79,16 @@ class Backward {
     back.x = grad_;
     float* const dx = widened ? scratch_ + g_.dx_at : static_cast<float*>(g_.dx) + n * x_image_;
     back.y = g_.dx ? dx : nullptr;
-    back.soon[0] = soon(t2_, t2_image_), back.soon[1] = soon(t1_, t1_image_),
-    back.soon[2] = soon(x_, x_image_);
+    back.prefetch[0] = prefetch(t2_, t2_image_), back.prefetch[1] = prefetch(t1_, t1_image_),
+    back.prefetch[2] = prefetch(x_, x_image_);
     const bool together = g_.group > g_.plan.group_images;
-    back.soon_steps = together ? 0 : sum_steps();
+    back.prefetch_steps = together ? 0 : sum_steps();
     if (together) back.t1 = scratch_ + g_.dz2_at, back.t2 = scratch_ + g_.dz1_at;
     Forward forward(back, g_.plan, scratch_);
     for (int64_t i = 0; i < count; i += g_.plan.group_images)
       forward.run(i, smaller(g_.plan.group_images, count - i), 0, back.out_height,
-                  [&](const Forward::Made& made) {
-                    if (!together) sums(made);
+                  [&](const Forward::FinishedBand& done) {
+                    if (!together) sums(done);
                   });
     if (together)
       sums({{0, count, 0, back.out_height},
@@ -105,14 +105,14 @@ class Backward {
   bool in_scratch(const float* at) const { return at >= scratch_ && at < scratch_ + g_.scratch_floats; }
 
   // Widened numbers are in the caches already.
-  Tucker2Soon soon(const float* at, int64_t floats) const {
+  Tucker2Prefetch prefetch(const float* at, int64_t floats) const {
     const bool far = at && !in_scratch(at);
-    return far ? Tucker2Soon{reinterpret_cast<const char*>(at), 4 * floats} : Tucker2Soon{};
+    return far ? Tucker2Prefetch{reinterpret_cast<const char*>(at), 4 * floats} : Tucker2Prefetch{};
   }
 
-  // How often the sums of a row of dz1 ask for lines, about.
+  // About how often the sums of a row of dz1 prefetch.
   int64_t sum_steps() const {
-    constexpr int64_t kStep = 16 * kLanes * kAheadSteps;  // multiply-adds
+    constexpr int64_t kStep = 16 * kLanes * kPrefetchSteps;  // multiply-adds
     const int64_t outputs = p_.out_height * p_.out_width;
     const int64_t image = (g_.first ? p_.height * p_.width * p_.channels * p_.rank_in : 0) +
                           (g_.core ? outputs * p_.rank_in * p_.rank_out * p_.kernel_h * p_.kernel_w : 0) +
@@ -120,38 +120,38 @@ class Backward {
     return image / (p_.height * kStep);
   }
 
-  void sums(const Forward::Made& made) {
-    const Band& band = made.band;
+  void sums(const Forward::FinishedBand& done) {
+    const Band& band = done.band;
     const bool whole = g_.back.up.on;  // the first band has made all of dz2: each sums a share of it
     const auto share = [&](int64_t row) { return p_.out_height * row / p_.height; };
-    const int64_t border = g_.back.padding_h, below = whole ? share(band.row) : made.begin - border,
-                  end = whole ? share(band.row + band.rows) : made.end - border,
+    const int64_t border = g_.back.padding_h, below = whole ? share(band.row) : done.begin - border,
+                  end = whole ? share(band.row + band.rows) : done.end - border,
                   first = clamp(below, 0, p_.out_height), last = clamp(end, first, p_.out_height);
     if (first < last) {
-      sums_of_g(band.image, band.count, first, last, made.ahead);
+      sums_of_g(band.image, band.count, first, last, done.prefetcher);
       const int64_t t1_row = padded_width(p_) * p_.rank_in, row = padded_width(g_.back) * p_.rank_out;
       const Rows t1{t1_ + band.image * t1_image_ + first * p_.stride_h * t1_row, t1_image_, t1_row};
-      const Rows dz2{made.t1 + (border + first - made.begin) * row + g_.back.padding_w * p_.rank_out,
-                     made.t1_image, row};
-      if (g_.core) core_gradient(p_, t1, dz2, band.count, last - first, made.ahead, g_.core);
+      const Rows dz2{done.t1 + (border + first - done.begin) * row + g_.back.padding_w * p_.rank_out,
+                     done.t1_image, row};
+      if (g_.core) core_gradient(p_, t1, dz2, band.count, last - first, done.prefetcher, g_.core);
     }
     if (!g_.first) return;
     const int64_t pixels = band.rows * p_.width;
     const Image x =
         image(x_ + band.image * x_image_, p_.channels_last, p_.channels, p_.height, p_.width, band.row);
-    factor_gradient(made.t2, p_.rank_in, pixels * p_.rank_in, x, p_.channels, band.count, pixels, made.ahead,
-                    g_.first);
+    factor_gradient(done.t2, p_.rank_in, pixels * p_.rank_in, x, p_.channels, band.count, pixels,
+                    done.prefetcher, g_.first);
   }
 
   // Rows first <= row < last of g and t2.
-  void sums_of_g(int64_t n, int64_t count, int64_t first, int64_t last, Ahead* ahead) {
+  void sums_of_g(int64_t n, int64_t count, int64_t first, int64_t last, Prefetcher* prefetcher) {
     const int64_t pixels = (last - first) * p_.out_width;
     const Image g = image(grad_ + n * grad_image_, g_.grad_channels_last, p_.features, p_.out_height,
                           p_.out_width, first);
     if (g_.bias) bias_gradient(g, p_.features, count, pixels, g_.bias);
     if (g_.last)
       factor_gradient(t2_ + n * t2_image_ + first * p_.out_width * p_.rank_out, p_.rank_out, t2_image_, g,
-                      p_.features, count, pixels, ahead, g_.last);
+                      p_.features, count, pixels, prefetcher, g_.last);
   }
 
   static Image image(const float* data, bool channels_last, int64_t channels, int64_t height, int64_t width,
@@ -191,7 +191,7 @@ template <class F>
 int64_t border_of(int64_t stride, int64_t size, const F& phase) {
   int64_t border = 0;
   for (int64_t a = 0; a < stride; ++a) {
-    const Comb c = phase(a);
+    const PhaseAxis c = phase(a);
     if (c.taps && c.count) border = larger(border, larger(c.taps - 1 - c.source, c.source + c.count - size));
   }
   return border;
@@ -222,8 +222,8 @@ void tucker2_gradient_plan(Tucker2GradParams& g, int64_t threads) {
   back.up = {p.stride_h * p.stride_w > 1 || back.padding_h < 0 || back.padding_w < 0, p.stride_h, p.stride_w,
              p.padding_h, p.padding_w};
   if (back.up.on) {
-    back.padding_h = border_of(p.stride_h, p.out_height, [&](int64_t a) { return comb_h(back, a); });
-    back.padding_w = border_of(p.stride_w, p.out_width, [&](int64_t a) { return comb_w(back, a); });
+    back.padding_h = border_of(p.stride_h, p.out_height, [&](int64_t a) { return phase_h(back, a); });
+    back.padding_w = border_of(p.stride_w, p.out_width, [&](int64_t a) { return phase_w(back, a); });
   }
   back.relu = false;
   back.winograd = smaller(p.winograd, 2);  // F(4x4, 3x3) is for forward passes

@@ -7,7 +7,7 @@
 //   accumulators of lane-packed tiles in registers       2.2 to 2.4x at rank 8: a fold that was not unrolled had
 //                                                        kept them on the stack
 //   Winograd F(2x2, 3x3) between the 1x1 factors         1.1x at rank 32, 1.35x at 64, 1.5x at 128, 1.35x at 256
-//   sums cut at 128                                      error 2.9e-7 instead of 6.7e-7 at rank 256
+//   sums by blocks of 128 k                                     error 2.9e-7 instead of 6.7e-7 at rank 256
 //   asking for the next band's memory during the core    best rival / ours on the ResNet shapes 1.08 -> 1.21
 //   what a store does chosen once a tile, not per store  a tile of 16 steps 190 -> 217 GFLOP/s, lane-packed ones
 //                                                        187 -> 222: 6 % over all shapes, 20 % at ranks to 16
@@ -30,7 +30,7 @@
 //                                                        32 and 27 -> 18 where torch's sums came in fresh pages
 //   tiles of up to 18 pixels x 1 vector, not 14: rows    32@16, rank 16, batch 64: 705 -> 600 us, 64->128@32/2, ranks
 //     of 16 in one tile                                    8/16, batch 8: 161 -> 135; others on 16 pixels 1.06x
-//   nothing asked for ahead where L2 holds x and y       16@32, batch 8, rank 8: 97 -> 93 us, rank 2: 61 -> 50
+//   no prefetch where L2 holds x and y                   16@32, batch 8, rank 8: 97 -> 93 us, rank 2: 61 -> 50
 //   the next part of a factor beyond 32 KB, of the next  out of cache, batch 1: 512@7, rank 256, by Winograd 476 ->
 //     factor and of Winograd's next point asked for      309 us, directly 450 -> 371; 256->512@14/2, ranks 128/256,
 //     every 8 steps, not in bursts between tiles         288 -> 256. In cache 0.93 of the peak (before 0.88); where
@@ -74,7 +74,7 @@ int64_t image_bytes(const Tucker2Params& p) {
          (p.height * p.width * p.channels + outputs * p.out_height * p.out_width * p.features);
 }
 
-// Whether to ask for x, y and the addend: L2 does not hold them, or asking in case that it does not costs nothing
+// Whether to prefetch x, y and the addend: L2 does not hold them, or prefetching in case costs nothing
 // beside the core's vectors of products, so many for each line.
 bool may_be_far(const Tucker2Params& p) {
   constexpr int64_t kFreeProducts = 32;
@@ -83,7 +83,7 @@ bool may_be_far(const Tucker2Params& p) {
 }
 
 // Ranks from which a row of x costs the first factor enough for the machine's own prefetches to fall behind.
-constexpr int64_t kLeastAskedRank = 32;
+constexpr int64_t kLeastPrefetchRank = 32;
 
 // The walk over bands: which rows of t1 exist, where, and what memory comes next.
 class Forward {
@@ -98,18 +98,18 @@ class Forward {
 
   // A band that is done: t2 of its pixels, and what it has added of t1, padded
   // rows begin <= row < end of images that are t1_image floats apart.
-  struct Made {
+  struct FinishedBand {
     Band band;
     const float *t1, *t2;
-    Ahead* ahead;  // or null: what is still to be asked for
+    Prefetcher* prefetcher;  // or null: what is still to be prefetched
     int64_t t1_image, begin, end;
   };
 
   // Output rows first <= row < last of `count` images from `image` on.
   void run(int64_t image, int64_t count, int64_t first, int64_t last) {
-    run(image, count, first, last, [](const Made&) {});
+    run(image, count, first, last, [](const FinishedBand&) {});
   }
-  // The same; then(made) after each band.
+  // The same; then(done) after each band.
   template <class F>
   void run(int64_t image, int64_t count, int64_t first, int64_t last, const F& then) {
     image_ = image, count_ = count;
@@ -126,13 +126,13 @@ class Forward {
         need_rows(from, from + windows);
       float* t2 = p_.t2 ? p_.t2 + (image * p_.out_height + row) * p_.out_width * words(p_.rank_out)
                         : scratch_ + plan_.t2_at;
-      look_ahead(row, band.rows, last);
-      ahead_.spread_over(stages_.core_steps(band) + band.count * band.rows * p_.soon_steps);
+      plan_prefetch(row, band.rows, last);
+      prefetcher_.spread_over(stages_.core_steps(band) + band.count * band.rows * p_.prefetch_steps);
       const float* const t1 = p_.up.on ? t1_ : t1_ + (from - origin_) * t1_row_;
-      Ahead* const ahead = far_ ? &ahead_ : nullptr;
-      stages_.core(band, t1, t1_image_, t2, ahead);
+      Prefetcher* const prefetcher = far_ ? &prefetcher_ : nullptr;
+      stages_.core(band, t1, t1_image_, t2, prefetcher);
       if (p_.y) stages_.last(band, t2);
-      then(Made{band, t1_ + (had - origin_) * t1_row_, t2, ahead, t1_image_, had, have_end_});
+      then(FinishedBand{band, t1_ + (had - origin_) * t1_row_, t2, prefetcher, t1_image_, had, have_end_});
     }
   }
 
@@ -170,13 +170,13 @@ class Forward {
       memset(t1 + row * t1_row_, 0, side * sizeof(float));
       memset(t1 + (row + 1) * t1_row_ - side, 0, side * sizeof(float));
     }
-    const bool far = far_ && !asked_ && p_.rank_in >= kLeastAskedRank;
+    const bool far = far_ && !asked_ && p_.rank_in >= kLeastPrefetchRank;
     stages_.first(image_ + n, top - p_.padding_h, bottom - top, t1 + top * t1_row_ + side, far);
   }
 
   // What the band's y and addend and the next band's t1 will touch, if the caches do not hold it anyway.
-  void look_ahead(int64_t row, int64_t rows, int64_t last) {
-    ahead_.clear();
+  void plan_prefetch(int64_t row, int64_t rows, int64_t last) {
+    prefetcher_.clear();
     if (!far_) return;
     const int64_t size = p_.type == Tucker2Type::float32 ? 4 : 2;
     const int64_t plane = p_.out_height * p_.out_width, band = rows * p_.out_width;
@@ -185,14 +185,15 @@ class Forward {
     const void* const outputs[] = {stages_.stream() ? nullptr : p_.y, p_.addend};
     for (const void* const output : outputs)
       if (output && p_.channels_last)
-        ahead_.add(static_cast<const char*>(output) + at, count_ * band * p_.features * size, 0, 1);
+        prefetcher_.add(static_cast<const char*>(output) + at, count_ * band * p_.features * size, 0, 1);
       else if (output)
-        ahead_.add(static_cast<const char*>(output) + at, band * size, plane * size, count_ * p_.features);
+        prefetcher_.add(static_cast<const char*>(output) + at, band * size, plane * size,
+                        count_ * p_.features);
 
-    for (const Tucker2Soon& soon : p_.soon) {
-      const int64_t bytes = count_ * soon.bytes, from = bytes / 64 * row / last * 64,
+    for (const Tucker2Prefetch& prefetch : p_.prefetch) {
+      const int64_t bytes = count_ * prefetch.bytes, from = bytes / 64 * row / last * 64,
                     to = bytes / 64 * (row + rows) / last * 64;
-      ahead_.add(soon.at + image_ * soon.bytes + from, to - from, 0, 1);
+      prefetcher_.add(prefetch.at + image_ * prefetch.bytes + from, to - from, 0, 1);
     }
     const bool next_image = row + rows >= last;
     const int64_t image = next_image ? image_ + count_ : image_;
@@ -206,9 +207,9 @@ class Forward {
     if (images <= 0) return;
     const char* x = static_cast<const char*>(p_.x) + (image * p_.x_image + begin * p_.x_row) * size;
     if (p_.channels_last)  // images follow each other in all but sliced tensors
-      ahead_.add(x, p_.width * p_.channels * size, p_.x_row * size, images * height);
+      prefetcher_.add(x, p_.width * p_.channels * size, p_.x_row * size, images * height);
     else
-      ahead_.add(x, height * p_.width * size, p_.x_channel * size, images * p_.channels);
+      prefetcher_.add(x, height * p_.width * size, p_.x_channel * size, images * p_.channels);
   }
 
   const Tucker2Params& p_;
@@ -218,7 +219,7 @@ class Forward {
   const int64_t t1_row_;
   const bool far_;
   bool asked_ = false;  // for what the band at hand reads of x, by the band before
-  Ahead ahead_;
+  Prefetcher prefetcher_;
   int64_t image_ = 0, count_ = 0;
   float* t1_ = nullptr;
   int64_t t1_image_ = 0;

@@ -41,15 +41,16 @@ struct Image {
 // channels (g, x): (ranks, channels) where channels are contiguous, else
 // (channels, ranks).
 void factor_gradient(const float* ranked, int64_t ranks, int64_t ranked_image, const Image& x,
-                     int64_t channels, int64_t images, int64_t pixels, Ahead* ahead, float* c) {
+                     int64_t channels, int64_t images, int64_t pixels, Prefetcher* prefetcher, float* c) {
   const int64_t chunk = chunk_pixels(ranks + channels);
   if (x.channels_last)
     for_chunks(images, pixels, ranked_image, ranks, x.image, x.pixel, chunk, [&](const RowPairs& rows) {
-      outer_products<A::k_major>(ranked, ranks, ranks, x.data, x.pixel, channels, rows, ahead, c);
+      outer_products<ALayout::k_major>(ranked, ranks, ranks, x.data, x.pixel, channels, rows, prefetcher, c);
     });
   else
     for_chunks(images, pixels, x.image, x.pixel, ranked_image, ranks, chunk, [&](const RowPairs& rows) {
-      outer_products<A::row_major>(x.data, x.channel, channels, ranked, ranks, ranks, rows, ahead, c);
+      outer_products<ALayout::row_major>(x.data, x.channel, channels, ranked, ranks, ranks, rows, prefetcher,
+                                         c);
     });
 }
 
@@ -64,7 +65,7 @@ constexpr int64_t kLanesChunk = 4096;  // floats of either tensor: in L1
 // Ranks of 2, 4 and 8, alike: a vector holds kLanes / R pixels of t1, and each of dz2's channels is spread over
 // theirs. c (R, 3 R) += the three taps of a window's row.
 template <int R>
-void three_taps(const float* dz2, const float* t1, const RowPairs& rows, Ahead* ahead, float* c) {
+void three_taps(const float* dz2, const float* t1, const RowPairs& rows, Prefetcher* prefetcher, float* c) {
   constexpr int kPixels = kLanes / R, kTaps = 3,
                 kOutputs = R < 4 ? R : 4;  // at a time
   constexpr int kChains = chains(kOutputs * kTaps);
@@ -90,12 +91,12 @@ void three_taps(const float* dz2, const float* t1, const RowPairs& rows, Ahead* 
       const float *d = dz2 + rows.a[r], *window = t1 + rows.b[r];
       int64_t left = rows.pixels;
       for (; left >= kChains * kPixels; left -= kChains * kPixels) {
-        if (ahead && left % kAheadSteps == 0) ahead->step();
+        if (prefetcher && left % kPrefetchSteps == 0) prefetcher->step();
         KEGFAST_UNROLL
         for (int i = 0; i < kChains; ++i, d += kLanes, window += kLanes)
           step(load_unaligned(d), window, kLanes, acc[i]);
       }
-      if (ahead) ahead->step();
+      if (prefetcher) prefetcher->step();
       for (; left > 0; left -= kPixels, d += kLanes, window += kLanes) {
         const int lanes = static_cast<int>(smaller(left, kPixels)) * R;
         step(load_first(d, lanes), window, lanes, acc[0]);
@@ -117,12 +118,13 @@ bool spreads(const Tucker2Params& p) {
          p.kernel_w == 3 && p.dilation_w == 1 && p.stride_w == 1;
 }
 
-void three_taps(int64_t r, const float* dz2, const float* t1, const RowPairs& rows, Ahead* ahead, float* c) {
+void three_taps(int64_t r, const float* dz2, const float* t1, const RowPairs& rows, Prefetcher* prefetcher,
+                float* c) {
   if constexpr (kLanes >= 16)
-    if (r == 8) return three_taps<8>(dz2, t1, rows, ahead, c);
+    if (r == 8) return three_taps<8>(dz2, t1, rows, prefetcher, c);
   if constexpr (kLanes >= 8) {
-    if (r == 4) return three_taps<4>(dz2, t1, rows, ahead, c);
-    if (r == 2) return three_taps<2>(dz2, t1, rows, ahead, c);
+    if (r == 4) return three_taps<4>(dz2, t1, rows, prefetcher, c);
+    if (r == 2) return three_taps<2>(dz2, t1, rows, prefetcher, c);
   }
 }
 
@@ -136,26 +138,26 @@ constexpr int64_t kQuickSums = 16 * kLanes;
 
 // `height` rows of dz2 against the windows of t1: per segment (R2, length of the segment).
 void core_gradient(const Tucker2Params& p, const Rows& t1, const Rows& dz2, int64_t images, int64_t height,
-                   Ahead* ahead, float* c) {
+                   Prefetcher* prefetcher, float* c) {
   const int64_t r1 = p.rank_in, r2 = p.rank_out, width = p.out_width;
   const Window window = core_window(p);
   const int64_t t1_step = p.stride_w * r1, block = r2 * window.length;
   const bool lanes = spreads(p), together = window.length <= kLanes && p.dilation_w == 1;
   const auto taps = [&](const RowPairs& rows) {
     if (together && !lanes) {
-      const Outer outer{dz2.data, r2, t1.data,       t1_step, p.dilation_h * t1.row,
-                        &rows,    c,  window.length, block,   static_cast<int>(window.length),
-                        ahead};
-      return outer_products<A::k_major, Lanes::segments>(outer, r2, window.segments);
+      const Outer outer{dz2.data,  r2, t1.data,       t1_step, p.dilation_h * t1.row,
+                        &rows,     c,  window.length, block,   static_cast<int>(window.length),
+                        prefetcher};
+      return outer_products<ALayout::k_major, Lanes::segments>(outer, r2, window.segments);
     }
     for (int64_t s = 0; s < window.segments; ++s) {
       const int64_t i = p.dilation_w == 1 ? s : s / p.kernel_w, j = p.dilation_w == 1 ? 0 : s % p.kernel_w;
       const float* const from = t1.data + i * p.dilation_h * t1.row + j * p.dilation_w * r1;
       if (lanes)
-        three_taps(r1, dz2.data, from, rows, ahead, c + s * block);
+        three_taps(r1, dz2.data, from, rows, prefetcher, c + s * block);
       else
-        outer_products<A::k_major>(dz2.data, r2, r2, from, t1_step, window.length, rows, ahead,
-                                   c + s * block);
+        outer_products<ALayout::k_major>(dz2.data, r2, r2, from, t1_step, window.length, rows, prefetcher,
+                                         c + s * block);
     }
   };
   // Where both have rows of one length and a pixel is quickly done, the border's zeros between dz2's rows are

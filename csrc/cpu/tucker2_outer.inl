@@ -30,8 +30,8 @@ struct Outer {
   const RowPairs* rows;
   float* c;
   int64_t c_step, c_vector;
-  int tail;      // lanes of the last vector, or of each
-  Ahead* ahead;  // or null
+  int tail;                // lanes of the last vector, or of each
+  Prefetcher* prefetcher;  // or null
 };
 
 enum class Lanes { whole, segments };  // all vectors but the last are whole; each has `tail` lanes
@@ -42,10 +42,10 @@ constexpr int chains(int sums) {
   return sums >= 8 ? 1 : sums >= 4 ? 2 : 4;
 }
 
-template <A kA, Lanes kKind, int M, int Vectors>
+template <ALayout kA, Lanes kKind, int M, int Vectors>
 void run_outer(const Outer& t) {
   constexpr int kChains = chains(M * Vectors);
-  constexpr int kBases = kA == A::row_major ? (M + 2) / 3 : 1;  // x86 addresses base + {0, 1, 2} * step
+  constexpr int kBases = kA == ALayout::row_major ? (M + 2) / 3 : 1;  // x86 addresses base + {0, 1, 2} * step
   const int64_t a_step = t.a_step, b_step = t.b_step, b_vector = t.b_vector;
   const int tail = t.tail;
   for (int m = 0; m < M; ++m)
@@ -64,22 +64,22 @@ void run_outer(const Outer& t) {
         w[v] = masked(v) ? load_first(b + v * b_vector, tail) : load_unaligned(b + v * b_vector);
       KEGFAST_UNROLL
       for (int m = 0; m < M; ++m) {
-        const Floats x = splat(*(kA == A::row_major ? base[m / 3] + (m % 3) * a_step : base[0] + m));
+        const Floats x = splat(*(kA == ALayout::row_major ? base[m / 3] + (m % 3) * a_step : base[0] + m));
         KEGFAST_UNROLL
         for (int v = 0; v < Vectors; ++v) sums[m][v] += x * w[v];
       }
       b += b_step;
       KEGFAST_UNROLL
       for (int i = 0; i < kBases; ++i) {
-        base[i] += kA == A::row_major ? 1 : a_step;
+        base[i] += kA == ALayout::row_major ? 1 : a_step;
         asm("" : "+r"(base[i]));  // keeps one pointer per three planes instead
                                   // of one each
       }
     };
     for (int64_t left = t.rows->pixels; left > 0;) {
-      int64_t part = smaller(left, kAheadSteps);
+      int64_t part = smaller(left, kPrefetchSteps);
       left -= part;
-      if (t.ahead) t.ahead->step();
+      if (t.prefetcher) t.prefetcher->step();
       for (; part >= kChains; part -= kChains) {
         KEGFAST_UNROLL
         for (int i = 0; i < kChains; ++i) pixel(acc[i]);
@@ -103,7 +103,7 @@ void run_outer(const Outer& t) {
 
 using OuterFunction = void (*)(const Outer&);
 
-template <A kA, Lanes kKind>
+template <ALayout kA, Lanes kKind>
 struct OuterTable {
   OuterFunction f[kMaxVectors + 1][kMaxPixels + 1] = {};
   template <int Vectors, int M>
@@ -119,23 +119,23 @@ struct OuterTable {
   }
   constexpr OuterTable() { fill<1, 1>(); }
 };
-template <A kA, Lanes kKind>
+template <ALayout kA, Lanes kKind>
 inline constexpr OuterTable<kA, kKind> kOuterTiles{};
 
 // The whole of C: m rows, `vectors` vectors; `tile` at the first of both.
-template <A kA, Lanes kKind>
+template <ALayout kA, Lanes kKind>
 void outer_products(const Outer& whole, int64_t m, int64_t vectors) {
-  const Cut cut = best_cut(vectors, m, whole.rows->count * whole.rows->pixels, kMaxVectors, 0);
+  const Tiling tiling = best_tiling(vectors, m, whole.rows->count * whole.rows->pixels, kMaxVectors, 0);
   const auto& tiles = kOuterTiles<kA, kKind>.f;
   Outer tile = whole;
-  for (int64_t v = 0; v < vectors; v += cut.vectors) {
-    const int width = static_cast<int>(smaller(cut.vectors, vectors - v));
+  for (int64_t v = 0; v < vectors; v += tiling.vectors) {
+    const int width = static_cast<int>(smaller(tiling.vectors, vectors - v));
     tile.b = whole.b + v * whole.b_vector;
     tile.tail = kKind == Lanes::segments || v + width == vectors ? whole.tail : kLanes;
     int64_t done = 0;
-    for (int i = 0; i < cut.tiles; ++i) {
-      const int64_t next = (i + 1) * m / cut.tiles;
-      tile.a = whole.a + (kA == A::k_major ? done : done * whole.a_step);
+    for (int i = 0; i < tiling.tiles; ++i) {
+      const int64_t next = (i + 1) * m / tiling.tiles;
+      tile.a = whole.a + (kA == ALayout::k_major ? done : done * whole.a_step);
       tile.c = whole.c + done * whole.c_step + v * whole.c_vector;
       tiles[width][next - done](tile);
       done = next;
@@ -144,12 +144,12 @@ void outer_products(const Outer& whole, int64_t m, int64_t vectors) {
 }
 
 // C (M, N) += A[pixel, :M]^T B[pixel, :N].
-template <A kA>
+template <ALayout kA>
 void outer_products(const float* a, int64_t a_step, int64_t m, const float* b, int64_t b_step, int64_t n,
-                    const RowPairs& rows, Ahead* ahead, float* c) {
+                    const RowPairs& rows, Prefetcher* prefetcher, float* c) {
   const int64_t vectors = ceil_div(n, kLanes);
   const int tail = static_cast<int>(n - (vectors - 1) * kLanes);
-  outer_products<kA, Lanes::whole>({a, a_step, b, b_step, kLanes, &rows, c, n, kLanes, tail, ahead}, m,
+  outer_products<kA, Lanes::whole>({a, a_step, b, b_step, kLanes, &rows, c, n, kLanes, tail, prefetcher}, m,
                                    vectors);
 }
 

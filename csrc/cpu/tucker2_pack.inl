@@ -15,7 +15,7 @@ void pack_phases(const Tucker2Params& p, const Tucker2Factor& core, float* out) 
   const int64_t bytes = core.type == Tucker2Type::float32 ? 4 : 2;
   for (int64_t a = 0; a < p.up.stride_h; ++a)
     for (int64_t b = 0; b < p.up.stride_w; ++b) {
-      const int64_t taps_h = comb_h(p, a).taps, taps_w = comb_w(p, b).taps;
+      const int64_t taps_h = phase_h(p, a).taps, taps_w = phase_w(p, b).taps;
       if (taps_h * taps_w == 0) continue;
       Tucker2Factor phase = core;
       phase.data = static_cast<const char*>(core.data) + (a * core.tap_h + b * core.tap_w) * bytes;

@@ -95,19 +95,19 @@ float packed_layout(const Tucker2Params& p) {
 
 // One axis of one phase of an upsampling core: taps phase, phase + stride, ... make the output pixels first, first
 // + stride, ... from input pixels source, source + 1, ..., the taps running against them.
-struct Comb {
+struct PhaseAxis {
   int64_t taps, first, count, source;
 };
-constexpr Comb comb(int64_t kernel, int64_t stride, int64_t padding, int64_t size, int64_t phase) {
+constexpr PhaseAxis phase_axis(int64_t kernel, int64_t stride, int64_t padding, int64_t size, int64_t phase) {
   const int64_t first = ((phase - padding) % stride + stride) % stride;
   return {phase < kernel ? ceil_div(kernel - phase, stride) : 0, first,
           first < size ? ceil_div(size - first, stride) : 0, (first + padding - phase) / stride};
 }
-constexpr Comb comb_h(const Tucker2Params& p, int64_t phase) {
-  return comb(p.kernel_h, p.up.stride_h, p.up.padding_h, p.out_height, phase);
+constexpr PhaseAxis phase_h(const Tucker2Params& p, int64_t phase) {
+  return phase_axis(p.kernel_h, p.up.stride_h, p.up.padding_h, p.out_height, phase);
 }
-constexpr Comb comb_w(const Tucker2Params& p, int64_t phase) {
-  return comb(p.kernel_w, p.up.stride_w, p.up.padding_w, p.out_width, phase);
+constexpr PhaseAxis phase_w(const Tucker2Params& p, int64_t phase) {
+  return phase_axis(p.kernel_w, p.up.stride_w, p.up.padding_w, p.out_width, phase);
 }
 
 int64_t core_floats(const Tucker2Params& p) {
@@ -115,7 +115,7 @@ int64_t core_floats(const Tucker2Params& p) {
   int64_t floats = 0;
   for (int64_t a = 0; a < p.up.stride_h; ++a)
     for (int64_t b = 0; b < p.up.stride_w; ++b)
-      floats += packed_floats(p.rank_out, {comb_h(p, a).taps * comb_w(p, b).taps, words(p.rank_in)});
+      floats += packed_floats(p.rank_out, {phase_h(p, a).taps * phase_w(p, b).taps, words(p.rank_in)});
   return floats;
 }
 

@@ -53,10 +53,11 @@ class Stages {
       tile.a = reinterpret_cast<const float*>(static_cast<const Number*>(p_.x) + at);
       tile.c = reinterpret_cast<Number*>(t1);
       const int64_t width = p_.width * kNumberBytes;
-      const Runs x_row = p_.channels_last ? Runs{tile.a, width * p_.channels, 0, 1}
-                                          : Runs{tile.a, width, p_.x_channel * kNumberBytes, p_.channels};
+      const PrefetchRange x_row =
+          p_.channels_last ? PrefetchRange{tile.a, width * p_.channels, 0, 1}
+                           : PrefetchRange{tile.a, width, p_.x_channel * kNumberBytes, p_.channels};
       return first_sweep(tile, grid, (p_.channels_last ? p_.x_pixel : p_.x_channel) / kPair,
-                         {far ? x_row : Runs{}, core_factor()});
+                         {far ? x_row : PrefetchRange{}, core_factor()});
     }
     const int64_t step = gathered_rows(p_);
     for (int64_t r = 0; r < rows; r += step) {
@@ -70,25 +71,25 @@ class Stages {
     }
   }
 
-  // How often the tiles of a band's core ask for lines, about.
+  // About how often the tiles of a band's core prefetch.
   int64_t core_steps(const Band& band) const {
     if (const int64_t edge = plan_.winograd) {
       const int64_t tiles = band.count * ceil_div(band.rows, edge) * ceil_div(p_.out_width, edge);
       const int64_t vectors = ceil_div(p_.rank_out, 2 * kLanes);
       return winograd_points(p_) * vectors * ceil_div(tiles, max_pixels(2)) *
-             ceil_div(p_.rank_in, kAheadSteps);
+             ceil_div(p_.rank_in, kPrefetchSteps);
     }
     const auto row = [&](Window window, int64_t width) {
       int64_t each = 0;
       for_parts(p_.rank_out, window, true, [&](const Part& part, int64_t) {
         if (sums_taps(window, taps(), part.outputs, part.group)) {
           each += ceil_div(width, kMaxPixels) * window.segments *
-                  ceil_div(words(p_.rank_in), kTapAheadSteps * part.group);
+                  ceil_div(words(p_.rank_in), kTapPrefetchSteps * part.group);
           return;
         }
         const int64_t lanes = part.outputs * part.group, vectors = lanes > kLanes ? 2 : 1;
         each += ceil_div(lanes, vectors * kLanes) * ceil_div(width, max_pixels(static_cast<int>(vectors))) *
-                window.segments * ceil_div(window.length, kAheadSteps * part.group);
+                window.segments * ceil_div(window.length, kPrefetchSteps * part.group);
       });
       return each;
     };
@@ -96,27 +97,27 @@ class Stages {
     int64_t phases = 0;
     for (int64_t a = 0; a < p_.up.stride_h; ++a)
       for (int64_t b = 0; b < p_.up.stride_w; ++b) {
-        const Comb w = comb_w(p_, b);
-        phases += row({comb_h(p_, a).taps * w.taps, words(p_.rank_in)}, w.count);
+        const PhaseAxis w = phase_w(p_, b);
+        phases += row({phase_h(p_, a).taps * w.taps, words(p_.rank_in)}, w.count);
       }
     return ceil_div(band.rows, p_.up.stride_h) * phases;
   }
 
   // t2 of a band from t1 at its first window, whose images are t1_image floats apart.
-  void core(const Band& band, const float* t1, int64_t t1_image, float* t2, Ahead* ahead) {
+  void core(const Band& band, const float* t1, int64_t t1_image, float* t2, Prefetcher* prefetcher) {
 #if !defined(KEGFAST_PAIRS)
     if (plan_.winograd) {
       const int64_t rows = (band.rows - 1) * p_.stride_h + 3;
       const WinogradBand tiled{band.count, band.rows, t1, t1_image, t1_row(), rows, t2};
       const float* const packed = p_.packed + plan_.winograd_at;
       float* const tiles = scratch_ + plan_.tiles_at;
-      const Runs then = last_factor();
-      if (p_.stride_h == 2) return Winograd<2, 2>(p_, packed, tiles, ahead, then).run(tiled);
-      if (plan_.winograd == 2) return Winograd<2, 1>(p_, packed, tiles, ahead, then).run(tiled);
-      return Winograd<4, 1>(p_, packed, tiles, ahead, then).run(tiled);
+      const PrefetchRange then = last_factor();
+      if (p_.stride_h == 2) return Winograd<2, 2>(p_, packed, tiles, prefetcher, then).run(tiled);
+      if (plan_.winograd == 2) return Winograd<2, 1>(p_, packed, tiles, prefetcher, then).run(tiled);
+      return Winograd<4, 1>(p_, packed, tiles, prefetcher, then).run(tiled);
     }
 #endif
-    if (p_.up.on) return core_phases(band, t1, t2, ahead);
+    if (p_.up.on) return core_phases(band, t1, t2, prefetcher);
     const Window window = core_window(p_);
     Tile tile{};
     tile.segments = window_;
@@ -127,12 +128,12 @@ class Stages {
     tile.b = p_.packed + plan_.core_at;
     tile.c = reinterpret_cast<Number*>(t2);
     tile.c_step = p_.rank_out;
-    tile.ahead = ahead;
+    tile.prefetcher = prefetcher;
     tile.taps = taps();
     const int64_t t2_row = p_.out_width * p_.rank_out;
     const Grid grid{band.count,         band.rows, p_.out_width, t1_image, p_.stride_h * t1_row(),
                     band.rows * t2_row, t2_row};
-    sweep<A::row_major>(tile, grid, tile.a_step, p_.rank_out, {{}, last_factor()});
+    sweep<ALayout::row_major>(tile, grid, tile.a_step, p_.rank_out, {{}, last_factor()});
   }
 
   // y of a band, from its t2.
@@ -181,30 +182,31 @@ class Stages {
   }
 
   // What the next stage reads first of its factor, if that is large.
-  Runs core_factor() const {
+  PrefetchRange core_factor() const {
     if (p_.up.on) return {};
     if (plan_.winograd) return first_of(p_.packed + plan_.winograd_at, p_.rank_out, {1, p_.rank_in});
     return first_if_far(p_.packed + plan_.core_at, p_.rank_out, core_window(p_));
   }
-  Runs last_factor() const {
+  PrefetchRange last_factor() const {
     if (!p_.channels_last) return {};
     return first_if_far(p_.packed + plan_.last_at, p_.features, {1, words(p_.rank_out)});
   }
-  static Runs first_if_far(const float* packed, int64_t outputs, Window window) {
-    return 4 * packed_floats(outputs, window) > kFarBytes ? first_of(packed, outputs, window) : Runs{};
+  static PrefetchRange first_if_far(const float* packed, int64_t outputs, Window window) {
+    return 4 * packed_floats(outputs, window) > kFarBytes ? first_of(packed, outputs, window)
+                                                          : PrefetchRange{};
   }
 
-  void first_sweep(Tile& tile, const Grid& grid, int64_t step, const Coming& coming) {
+  void first_sweep(Tile& tile, const Grid& grid, int64_t step, const SweepPrefetch& prefetch) {
     tile.a_step = step;
     if (p_.channels_last)
-      sweep<A::row_major>(tile, grid, step, p_.rank_in, coming);
+      sweep<ALayout::row_major>(tile, grid, step, p_.rank_in, prefetch);
     else
-      sweep<A::k_major>(tile, grid, 1, p_.rank_in, coming);
+      sweep<ALayout::k_major>(tile, grid, 1, p_.rank_in, prefetch);
   }
 
   // The upsampling core of one image's rows, from all of its t1: every phase
-  // fills its own comb of the output.
-  void core_phases(const Band& band, const float* t1, float* t2, Ahead* ahead) {
+  // fills its own phase of the output.
+  void core_phases(const Band& band, const float* t1, float* t2, Prefetcher* prefetcher) {
     Tile tile{};
     tile.segments = window_;
     tile.segment_length = words(p_.rank_in);
@@ -212,12 +214,12 @@ class Stages {
     tile.a_step = words(p_.rank_in);
     tile.b = p_.packed + plan_.core_at;
     tile.c_step = p_.up.stride_w * p_.rank_out;
-    tile.ahead = ahead;
+    tile.prefetcher = prefetcher;
     Number* const out = reinterpret_cast<Number*>(t2);
     const int64_t row = p_.out_width * p_.rank_out;
     for (int64_t a = 0; a < p_.up.stride_h; ++a)
       for (int64_t b = 0; b < p_.up.stride_w; ++b) {
-        const Comb h = comb_h(p_, a), w = comb_w(p_, b);
+        const PhaseAxis h = phase_h(p_, a), w = phase_w(p_, b);
         const int64_t skipped = ceil_div(larger(0, band.row - h.first), p_.up.stride_h),
                       end = ceil_div(larger(0, band.row + band.rows - h.first), p_.up.stride_h);
         tile.c = out + (h.first + skipped * p_.up.stride_h - band.row) * row + w.first * p_.rank_out;
@@ -230,7 +232,7 @@ class Stages {
         for (int64_t s = 0; s < tile.segment_count; ++s)
           window_[s] = (p_.padding_h + h.source + skipped - s / w.taps) * t1_row() +
                        (p_.padding_w + w.source - s % w.taps) * tile.a_step;
-        if (grid.rows && grid.pixels) sweep<A::row_major>(tile, grid, tile.a_step, p_.rank_out);
+        if (grid.rows && grid.pixels) sweep<ALayout::row_major>(tile, grid, tile.a_step, p_.rank_out);
         tile.b += packed_floats(p_.rank_out, {tile.segment_count, tile.segment_length});
       }
   }
@@ -273,7 +275,7 @@ class Stages {
     if (convert && p_.addend)
       to_float(p_.type, half_addend(at), reinterpret_cast<float*>(y), pixels * p_.features);
     const Grid grid{1, 1, pixels, 0, 0, 0, 0};
-    sweep<A::row_major>(tile, grid, words(p_.rank_out), p_.features);
+    sweep<ALayout::row_major>(tile, grid, words(p_.rank_out), p_.features);
     if (convert)
       from_float(p_.type, reinterpret_cast<const float*>(y), static_cast<uint16_t*>(p_.y) + at,
                  pixels * p_.features);
@@ -301,15 +303,15 @@ class Stages {
       to_float(p_.type, half_addend(at + k * plane), reinterpret_cast<float*>(y) + k * pixels, pixels);
     const float* weights = p_.packed + plan_.last_at;
     const int64_t vectors = ceil_div(pixels, kLanes);
-    const Cut cut = best_cut(vectors, p_.features, p_.rank_out, kMaxVectors);
-    const auto tiles = tiles_of<A::row_major, Bias::per_row>(1);
-    for (int64_t v = 0; v < vectors; v += cut.vectors) {
-      const int width = static_cast<int>(smaller(cut.vectors, vectors - v));
+    const Tiling tiling = best_tiling(vectors, p_.features, p_.rank_out, kMaxVectors);
+    const auto tiles = tiles_of<ALayout::row_major, Bias::per_row>(1);
+    for (int64_t v = 0; v < vectors; v += tiling.vectors) {
+      const int width = static_cast<int>(smaller(tiling.vectors, vectors - v));
       tile.b = planes + v * tile.b_vector;
       tile.tail = static_cast<int>(smaller(kLanes, pixels - (v + width - 1) * kLanes));
       int64_t done = 0;
-      for (int i = 0; i < cut.tiles; ++i) {
-        const int64_t next = (i + 1) * p_.features / cut.tiles;
+      for (int i = 0; i < tiling.tiles; ++i) {
+        const int64_t next = (i + 1) * p_.features / tiling.tiles;
         tile.a = weights + done * words(p_.rank_out);
         tile.c = y + done * tile.c_step + v * kLanes;
         tile.bias = p_.bias ? p_.bias + done : nullptr;

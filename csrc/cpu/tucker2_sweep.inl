@@ -1,4 +1,4 @@
-// GEMMs over grids of pixels: how rows are cut into tiles and long sums into chains.
+// GEMMs over grids of pixels: how rows are split into tiles and long sums into blocks of K.
 #pragma once
 
 #include "cpu/tucker2_plan.inl"
@@ -15,18 +15,18 @@ struct Grid {
   int64_t a_image, a_row, c_image, c_row;
 };
 
-// What a sweep asks for beside the parts of its factor; no runs: nothing.
-struct Coming {
-  Runs row;   // A's first: each is asked for one row early
-  Runs then;  // what is read after the sweep, during its last part
+// What a sweep prefetches beside the panels of its factor; a range of count 0: nothing.
+struct SweepPrefetch {
+  PrefetchRange row;   // A's first: each is prefetched one row early
+  PrefetchRange then;  // what is read after the sweep, during its last part
 };
 
-// Longer sums are cut, so that their rounding errors stay those of a blocked sum and a cut of B stays in L1.
-constexpr int64_t kChain = 128;
-constexpr int64_t kWholeChain = 300;  // not worth cutting
+// Longer sums are split into blocks of K: rounding stays that of a blocked sum, a block of B in L1.
+constexpr int64_t kBlockK = 128;
+constexpr int64_t kWholeK = 300;  // not worth splitting
 
-// How a row of pixels is cut into tiles.
-struct Cut {
+// How a row of pixels is split into tiles.
+struct Tiling {
   int vectors, tiles;
 };
 
@@ -37,11 +37,11 @@ constexpr int64_t kLatency = 8;  // half cycles of an FMA
 // Fewest half cycles for sums of `length`: the larger of FMA count, load count
 // and FMA latency in the loop, what storing a pixel costs beside its vectors,
 // and B's way from L2.
-inline Cut best_cut(int64_t vectors, int64_t pixels, int64_t length, int max_vectors,
-                    int64_t latency = kLatency) {
+inline Tiling best_tiling(int64_t vectors, int64_t pixels, int64_t length, int max_vectors,
+                          int64_t latency = kLatency) {
   constexpr int64_t kPixelCost = 7;
   const bool far = length * vectors > kNearVectors;
-  Cut best{1, 1};
+  Tiling best{1, 1};
   int64_t least = INT64_MAX;
   for (int v = 1; v <= max_vectors && v <= vectors; ++v) {
     const int tiles = static_cast<int>(ceil_div(pixels, max_pixels(v)));
@@ -59,12 +59,12 @@ inline Cut best_cut(int64_t vectors, int64_t pixels, int64_t length, int max_vec
   return best;
 }
 
-template <A kA, Bias kBias, int Group>
+template <ALayout kA, Bias kBias, int Group>
 inline constexpr TileTable<kA, Group, kBias> kTiles{};
 
-template <A kA, Bias kBias>
+template <ALayout kA, Bias kBias>
 inline const TileFunction (*tiles_of(int group)) [kMaxPixels + 1] {
-  if constexpr (kA == A::row_major && kLanes == 16) {
+  if constexpr (kA == ALayout::row_major && kLanes == 16) {
     if (group == 2) return kTiles<kA, kBias, 2>.f;
     if (group == 4) return kTiles<kA, kBias, 4>.f;
     if (group == 8) return kTiles<kA, kBias, 8>.f;
@@ -73,30 +73,30 @@ inline const TileFunction (*tiles_of(int group)) [kMaxPixels + 1] {
 }
 
 // Segments, and steps of k in each, that one call of a tile sums.
-struct Chain {
+struct KBlock {
   int64_t segments, length;
 };
-constexpr Chain chain_of(Window window, int group) {
+constexpr KBlock k_block_of(Window window, int group) {
   const auto [segments, length] = window;
-  if (kPair > 1 || segments * length <= kWholeChain) return {segments, length};
-  return {clamp(kChain / length, 1, segments), round_up(ceil_div(length, ceil_div(length, kChain)), group)};
+  if (kPair > 1 || segments * length <= kWholeK) return {segments, length};
+  return {clamp(kBlockK / length, 1, segments), round_up(ceil_div(length, ceil_div(length, kBlockK)), group)};
 }
 
 constexpr int kMostTapGroup = 4;
 
-// Whether tiles may take a row's taps together: one vector of outputs, sums that are not cut.
+// Whether tiles may take a row's taps together: one vector of outputs, sums of one block of K.
 constexpr bool sums_taps(Window window, int64_t taps, int64_t outputs, int group) {
   return taps && group <= kMostTapGroup && window.length / taps % group == 0 && outputs * group <= kLanes &&
-         chain_of(window, group).length >= window.length &&
-         chain_of(window, group).segments == window.segments;
+         k_block_of(window, group).length >= window.length &&
+         k_block_of(window, group).segments == window.segments;
 }
 
 // The calls of one tile that make up its whole sum: f(tile, offset in A, offset in B), bias and ReLU with the
 // last.
-template <A kA, class F>
-void for_chains(const Tile& whole, int group, const F& f) {
+template <ALayout kA, class F>
+void for_k_blocks(const Tile& whole, int group, const F& f) {
   const int64_t length = whole.segment_length, segments = whole.segment_count;
-  const auto [together, piece] = chain_of({segments, length}, group);
+  const auto [together, piece] = k_block_of({segments, length}, group);
   for (int64_t s = 0; s < segments; s += together)
     for (int64_t k = 0; k < length; k += piece) {
       const bool ends = s + together >= segments && k + piece >= length;
@@ -107,26 +107,27 @@ void for_chains(const Tile& whole, int group, const F& f) {
       if (s + k > 0) part.accumulate = true, part.addend = 0;
       part.relu = ends && whole.relu;
       if (!ends) part.bias = nullptr;
-      f(part, kA == A::row_major ? k : k * whole.a_step, (s * ceil_div(length, group) + k / group) * kLanes);
+      f(part, kA == ALayout::row_major ? k : k * whole.a_step,
+        (s * ceil_div(length, group) + k / group) * kLanes);
     }
 }
 
 constexpr int64_t kFarBytes = 32 << 10;  // of a factor: beyond it, its next part is asked for early
 
 // The pixels of a row that wider units than vectors take; how many they were.
-template <A kA>
+template <ALayout kA>
 KEGFAST_INLINE int64_t run_wide(const Tile& tile, int vectors, int64_t pixels, int group) {
 #if defined(KEGFAST_AMX)
-  if (kA == A::row_major && group == 1) return run_amx_row(tile, vectors, pixels);
+  if (kA == ALayout::row_major && group == 1) return run_amx_row(tile, vectors, pixels);
 #endif
   (void)tile, (void)vectors, (void)pixels, (void)group;
   return 0;
 }
 
 // What a sweep over a packed factor reads first.
-inline Runs first_of(const float* packed, int64_t outputs, Window window) {
-  const Chain chain = chain_of(window, 1);
-  return {packed, chain.segments * chain.length * kLanes * 4, window.segments * window.length * kLanes * 4,
+inline PrefetchRange first_of(const float* packed, int64_t outputs, Window window) {
+  const KBlock block = k_block_of(window, 1);
+  return {packed, block.segments * block.length * kLanes * 4, window.segments * window.length * kLanes * 4,
           smaller(kMaxVectors, ceil_div(outputs, kLanes))};
 }
 
@@ -142,46 +143,46 @@ inline const TileFunction* taps_of(int group) {
   return kTaps<Taps, 1>.f;
 }
 
-// How often a tile asks for what lies ahead.
+// How often a tile prefetches.
 inline int64_t steps_of(const Tile& tile, int group) {
-  if (tile.taps) return tile.segment_count * ceil_div(tile.a_step, kTapAheadSteps * group);
-  return tile.segment_count * ceil_div(tile.segment_length, kAheadSteps * group);
+  if (tile.taps) return tile.segment_count * ceil_div(tile.a_step, kTapPrefetchSteps * group);
+  return tile.segment_count * ceil_div(tile.segment_length, kPrefetchSteps * group);
 }
 
 // C = A * packed factor over the grid, of outputs that are held alike; `whole` carries everything that is the same
 // for all tiles.
-template <A kA>
+template <ALayout kA>
 void sweep_part(const Tile& whole, const Grid& grid, int64_t a_pixel, int64_t outputs, int group,
-                const Coming& coming) {
+                const SweepPrefetch& prefetch) {
   const int channels = kLanes / group;
   const int64_t vectors = ceil_div(outputs, channels);
   const int64_t vector_floats = whole.segment_count * ceil_div(whole.segment_length, group) * kLanes;
-  const int64_t length = smaller(whole.segment_count * whole.segment_length, kChain);
-  const Cut cut = best_cut(vectors, grid.pixels, length, group > 1 ? 1 : kMaxVectors);
+  const int64_t length = smaller(whole.segment_count * whole.segment_length, kBlockK);
+  const Tiling tiling = best_tiling(vectors, grid.pixels, length, group > 1 ? 1 : kMaxVectors);
   const auto all = tiles_of<kA, Bias::per_lane>(group);
   const bool far = vectors * vector_floats * 4 > kFarBytes;
-  for (int64_t v = 0; v < vectors; v += cut.vectors) {
-    const int width = static_cast<int>(smaller(cut.vectors, vectors - v));
+  for (int64_t v = 0; v < vectors; v += tiling.vectors) {
+    const int width = static_cast<int>(smaller(tiling.vectors, vectors - v));
     const TileFunction* const tiles = whole.taps == 3   ? taps_of<3>(group)
                                       : whole.taps == 5 ? taps_of<5>(group)
                                                         : all[width];
-    for_chains<kA>(whole, group, [&](Tile tile, int64_t a_offset, int64_t b_offset) {
+    for_k_blocks<kA>(whole, group, [&](Tile tile, int64_t a_offset, int64_t b_offset) {
       tile.b = whole.b + v * vector_floats + b_offset;
       tile.b_vector = vector_floats;
       if (tile.bias) tile.bias += v * channels;
       tile.tail = static_cast<int>(smaller(channels, outputs - (v + width - 1) * channels));
       const int64_t run = tile.segment_count * ceil_div(tile.segment_length, group) * kLanes;
       const bool ends = b_offset + run >= vector_floats;
-      Ahead next_part(whole.ahead);
-      if (ends && v + cut.vectors >= vectors)
-        next_part.add(coming.then);
+      Prefetcher next_part(whole.prefetcher);
+      if (ends && v + tiling.vectors >= vectors)
+        next_part.add(prefetch.then);
       else if (far)
-        next_part.add(ends ? whole.b + (v + cut.vectors) * vector_floats : tile.b + run, run * 4,
+        next_part.add(ends ? whole.b + (v + tiling.vectors) * vector_floats : tile.b + run, run * 4,
                       vector_floats * 4, width);
-      next_part.spread_over(grid.images * grid.rows * cut.tiles * steps_of(tile, group));
-      if (next_part.asks()) tile.ahead = &next_part;
-      Ahead next_row(tile.ahead);
-      const bool asks_rows = coming.row.count > 0 && v == 0 && a_offset == 0;
+      next_part.spread_over(grid.images * grid.rows * tiling.tiles * steps_of(tile, group));
+      if (next_part.pending()) tile.prefetcher = &next_part;
+      Prefetcher next_row(tile.prefetcher);
+      const bool asks_rows = prefetch.row.count > 0 && v == 0 && a_offset == 0;
       for (int64_t n = 0; n < grid.images; ++n)
         for (int64_t r = 0; r < grid.rows; ++r) {
           const float* const a = whole.a + a_offset + n * grid.a_image + r * grid.a_row;
@@ -189,12 +190,12 @@ void sweep_part(const Tile& whole, const Grid& grid, int64_t a_pixel, int64_t ou
           tile.a = a, tile.c = c;
           if (asks_rows) {
             next_row.clear();
-            if (r + 1 < grid.rows) next_row.add(moved(coming.row, (r + 1) * grid.a_row * 4));
-            next_row.spread_over(cut.tiles * steps_of(tile, group));
-            tile.ahead = &next_row;
+            if (r + 1 < grid.rows) next_row.add(moved(prefetch.row, (r + 1) * grid.a_row * 4));
+            next_row.spread_over(tiling.tiles * steps_of(tile, group));
+            tile.prefetcher = &next_row;
           }
           const int64_t start = run_wide<kA>(tile, width, grid.pixels, group), rest = grid.pixels - start;
-          const int64_t count = start ? ceil_div(rest, max_pixels(cut.vectors)) : cut.tiles;
+          const int64_t count = start ? ceil_div(rest, max_pixels(tiling.vectors)) : tiling.tiles;
           int64_t done = start;
           for (int64_t i = 0; i < count; ++i) {
             const int64_t next = start + (i + 1) * rest / count;
@@ -209,10 +210,11 @@ void sweep_part(const Tile& whole, const Grid& grid, int64_t a_pixel, int64_t ou
 }
 
 // The same of all outputs.
-template <A kA>
-void sweep(const Tile& whole, const Grid& grid, int64_t a_pixel, int64_t outputs, const Coming& coming = {}) {
+template <ALayout kA>
+void sweep(const Tile& whole, const Grid& grid, int64_t a_pixel, int64_t outputs,
+           const SweepPrefetch& prefetch = {}) {
   const Window window{whole.segment_count, whole.segment_length};
-  for_parts(outputs, window, kA == A::row_major, [&](const Part& part, int64_t at) {
+  for_parts(outputs, window, kA == ALayout::row_major, [&](const Part& part, int64_t at) {
     Tile tile = whole;
     if (!sums_taps(window, tile.taps, part.outputs, part.group)) tile.taps = 0;
     tile.b += at;
@@ -220,7 +222,7 @@ void sweep(const Tile& whole, const Grid& grid, int64_t a_pixel, int64_t outputs
     if (tile.bias) tile.bias += part.first;
     const bool ends = part.first + part.outputs == outputs;
     sweep_part<kA>(tile, grid, a_pixel, part.outputs, part.group,
-                   {part.first ? Runs{} : coming.row, ends ? coming.then : Runs{}});
+                   {part.first ? PrefetchRange{} : prefetch.row, ends ? prefetch.then : PrefetchRange{}});
   });
 }
 

@@ -13,40 +13,40 @@
 namespace kegfast::KEGFAST_ISA {
 namespace {
 
-// Steps of k between two requests of Ahead: a burst of them would hold up the loads behind it.
-constexpr int64_t kAheadSteps = 8;
-constexpr int64_t kTapAheadSteps = 4;  // of several products each
+// Steps of k between two prefetches: a burst of them would hold up the loads behind it.
+constexpr int64_t kPrefetchSteps = 8;
+constexpr int64_t kTapPrefetchSteps = 4;  // of several products each
 
-// `count` runs of `bytes`, `step` bytes apart.
-struct Runs {
+// `count` stretches of `bytes`, `step` bytes apart.
+struct PrefetchRange {
   const void* at;
   int64_t bytes, step, count;
 };
-inline Runs moved(Runs runs, int64_t bytes) {
-  runs.at = static_cast<const char*>(runs.at) + bytes;
-  return runs;
+inline PrefetchRange moved(PrefetchRange range, int64_t bytes) {
+  range.at = static_cast<const char*>(range.at) + bytes;
+  return range;
 }
 
-// Memory that is needed later, asked for while tiles compute: a few cache lines every kAheadSteps of each.
-class Ahead {
+// Memory that is needed later, prefetched while tiles compute: a few cache lines every kPrefetchSteps of each.
+class Prefetcher {
  public:
-  Ahead() = default;
-  explicit Ahead(Ahead* then) : then_(then) {}
+  Prefetcher() = default;
+  explicit Prefetcher(Prefetcher* then) : then_(then) {}
   void clear() { count_ = current_ = 0, offset_ = lines_ = 0; }
   void add(const void* at, int64_t run_bytes, int64_t stride_bytes, int64_t runs) {
     if (runs <= 0 || run_bytes <= 0) return;
     blocks_[count_++] = {static_cast<const char*>(at), run_bytes, stride_bytes, runs};
     lines_ += runs * ((run_bytes + 63) / 64);
   }
-  void add(const Runs& runs) { add(runs.at, runs.bytes, runs.step, runs.count); }
-  bool asks() const { return count_ > 0; }
+  void add(const PrefetchRange& range) { add(range.at, range.bytes, range.step, range.count); }
+  bool pending() const { return count_ > 0; }
   void spread_over(int64_t steps) { per_step_ = (lines_ + steps - 1) / (steps > 0 ? steps : 1); }
   void step() {
-    for (Ahead* a = this; a; a = a->then_) a->ask();
+    for (Prefetcher* a = this; a; a = a->then_) a->prefetch_lines();
   }
 
  private:
-  KEGFAST_INLINE void ask() {
+  KEGFAST_INLINE void prefetch_lines() {
     for (int64_t left = per_step_; left > 0 && current_ < count_;) {
       Block& block = blocks_[current_];
       const char* at = block.at + offset_;
@@ -65,7 +65,7 @@ class Ahead {
   Block blocks_[6];
   int count_ = 0, current_ = 0;
   int64_t offset_ = 0, lines_ = 0, per_step_ = 0;
-  Ahead* then_ = nullptr;  // what else each step asks for
+  Prefetcher* then_ = nullptr;  // what else each step prefetches
 };
 
 struct Tile {
@@ -81,11 +81,11 @@ struct Tile {
   int tail;           // lanes of the last vector that exist
   bool accumulate, relu, stream;
   int64_t addend;  // where to accumulate: numbers from c to those that the sums are added to, 0: c's own
-  Ahead* ahead;    // or null
-  int64_t taps;    // 3 or 5: a segment is so many runs of a_step words; else 0
+  Prefetcher* prefetcher;  // or null
+  int64_t taps;            // 3 or 5: a segment is so many runs of a_step words; else 0
 };
 
-enum class A { row_major, k_major };  // k_major: A(s, k, j) at a + segment + k * a_step + j
+enum class ALayout { row_major, k_major };  // k_major: A(s, k, j) at a + segment + k * a_step + j
 enum class Bias { per_lane, per_row };
 
 // Register budget: Pixels * Vectors accumulators, one B vector per column, one broadcast.
@@ -221,10 +221,11 @@ KEGFAST_INLINE void finish(const Tile& t, Floats (&acc)[Pixels][Vectors]) {
   store_tile<Pixels, Vectors, Group, kBias>(t, acc);
 }
 
-template <int Pixels, int Vectors, A kA, int Group, Bias kBias>
+template <int Pixels, int Vectors, ALayout kA, int Group, Bias kBias>
 void run_tile(const Tile& t) {
-  static_assert(Group == 1 || (Vectors == 1 && kA == A::row_major));
-  constexpr int kBases = kA == A::row_major ? (Pixels + 2) / 3 : 1;  // x86 addresses base + {0, 1, 2} * step
+  static_assert(Group == 1 || (Vectors == 1 && kA == ALayout::row_major));
+  constexpr int kBases =
+      kA == ALayout::row_major ? (Pixels + 2) / 3 : 1;  // x86 addresses base + {0, 1, 2} * step
   Floats acc[Pixels][Vectors] = {};
   const int64_t a_step = t.a_step, b_vector = t.b_vector;
   const float* b = t.b;
@@ -233,8 +234,8 @@ void run_tile(const Tile& t) {
     KEGFAST_UNROLL
     for (int i = 0; i < kBases; ++i) base[i] = t.a + t.segments[s] + 3 * i * a_step;
     for (int64_t left = t.segment_length; left >= Group;) {
-      const int64_t part = t.ahead && left > kAheadSteps * Group ? kAheadSteps * Group : left;
-      if (t.ahead) t.ahead->step();
+      const int64_t part = t.prefetcher && left > kPrefetchSteps * Group ? kPrefetchSteps * Group : left;
+      if (t.prefetcher) t.prefetcher->step();
       left -= part;
       for (int64_t k = part; k >= Group; k -= Group) {
         Floats w[Vectors];
@@ -243,26 +244,27 @@ void run_tile(const Tile& t) {
         KEGFAST_UNROLL
         for (int j = 0; j < Pixels; ++j) {
           const Floats x =
-              splat_group<Group>(kA == A::row_major ? base[j / 3] + (j % 3) * a_step : base[0] + j);
+              splat_group<Group>(kA == ALayout::row_major ? base[j / 3] + (j % 3) * a_step : base[0] + j);
           KEGFAST_UNROLL
           for (int v = 0; v < Vectors; ++v) acc[j][v] = multiply_add(x, w[v], acc[j][v]);
         }
         b += kLanes;
         KEGFAST_UNROLL
         for (int i = 0; i < kBases; ++i) {
-          base[i] += kA == A::row_major ? Group : a_step;
+          base[i] += kA == ALayout::row_major ? Group : a_step;
           asm("" : "+r"(base[i]));  // keeps one pointer per three pixels instead of one each
         }
       }
     }
     const int rest = Group > 1 ? static_cast<int>(t.segment_length % Group) : 0;
     if (Group > 1 && rest) {
-      if (t.ahead && t.segment_length < Group) t.ahead->step();
+      if (t.prefetcher && t.segment_length < Group) t.prefetcher->step();
       const Floats w = load_unaligned(b);
       KEGFAST_UNROLL
       for (int j = 0; j < Pixels; ++j)
         acc[j][0] = multiply_add(
-            splat_rest<Group>(base[kA == A::row_major ? j / 3 : 0] + (j % 3) * a_step, rest), w, acc[j][0]);
+            splat_rest<Group>(base[kA == ALayout::row_major ? j / 3 : 0] + (j % 3) * a_step, rest), w,
+            acc[j][0]);
       b += kLanes;
     }
   }
@@ -283,8 +285,9 @@ void run_taps(const Tile& t) {
     KEGFAST_UNROLL
     for (int i = 0; i < kBases; ++i) base[i] = t.a + t.segments[s] + 3 * i * a_step;
     for (int64_t left = a_step; left > 0;) {
-      const int64_t part = t.ahead && left > kTapAheadSteps * Group ? kTapAheadSteps * Group : left;
-      if (t.ahead) t.ahead->step();
+      const int64_t part =
+          t.prefetcher && left > kTapPrefetchSteps * Group ? kTapPrefetchSteps * Group : left;
+      if (t.prefetcher) t.prefetcher->step();
       left -= part;
       for (int64_t k = part; k > 0; k -= Group, b += kLanes) {
         Floats w[Taps];
@@ -310,7 +313,7 @@ void run_taps(const Tile& t) {
 
 using TileFunction = void (*)(const Tile&);
 
-template <A kA, int Group, Bias kBias>
+template <ALayout kA, int Group, Bias kBias>
 struct TileTable {
   TileFunction f[kMaxVectors + 1][kMaxPixels + 1] = {};
   template <int Vectors, int Pixels>

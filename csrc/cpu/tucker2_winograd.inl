@@ -157,8 +157,9 @@ struct WinogradBand {
 template <int Edge, int Stride>
 class Winograd {
  public:
-  Winograd(const Tucker2Params& p, const float* packed, float* scratch, Ahead* ahead, const Runs& then)
-      : p_(p), packed_(packed), scratch_(scratch), ahead_(ahead), then_(then) {}
+  Winograd(const Tucker2Params& p, const float* packed, float* scratch, Prefetcher* prefetcher,
+           const PrefetchRange& then)
+      : p_(p), packed_(packed), scratch_(scratch), prefetcher_(prefetcher), then_(then) {}
 
   void run(const WinogradBand& band) {
     const int64_t tile_rows = ceil_div(band.rows, Edge), tile_columns = ceil_div(p_.out_width, Edge);
@@ -211,7 +212,7 @@ class Winograd {
     tile.segment_length = p_.rank_in;
     tile.a_step = p_.rank_in;
     tile.c_step = outputs;
-    tile.ahead = ahead_;
+    tile.prefetcher = prefetcher_;
     const Window window{1, p_.rank_in};
     const int64_t point = packed_floats(p_.rank_out, window), begin = packed_floats(first, window);
     const bool ends = first + outputs >= p_.rank_out;
@@ -222,8 +223,8 @@ class Winograd {
       const float* const next =
           x + 1 < kPoints ? tile.b + point : packed_ + begin + packed_floats(outputs, window);
       const bool last = x + 1 == kPoints && ends;
-      sweep<A::row_major>(tile, grid, p_.rank_in, outputs,
-                          {{}, last ? then_ : first_of(next, outputs, window)});
+      sweep<ALayout::row_major>(tile, grid, p_.rank_in, outputs,
+                                {{}, last ? then_ : first_of(next, outputs, window)});
     }
   }
 
@@ -244,8 +245,8 @@ class Winograd {
   const Tucker2Params& p_;
   const float* const packed_;
   float* const scratch_;
-  Ahead* const ahead_;
-  const Runs then_;  // what is read after the last point's factor
+  Prefetcher* const prefetcher_;
+  const PrefetchRange then_;  // what is read after the last point's factor
 };
 
 }  // namespace

@@ -52,7 +52,7 @@ def conv_max_pool2d(
         ValueError: for shapes, devices or geometry that do not fit together.
     """
     tensors = x, weight, bias
-    if has_torch_function(tensors):  # torch.fx's proxies, and tensors with a mind of their own
+    if has_torch_function(tensors):  # torch.fx's proxies, subclasses with a __torch_function__
         rest = stride, padding, pool, pool_stride, pool_padding, activation
         return handle_torch_function(conv_max_pool2d, tensors, *tensors, *rest)
     shapes = stride, padding, pool, pool if pool_stride is None else pool_stride, pool_padding
