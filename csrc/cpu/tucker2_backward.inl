@@ -1,23 +1,12 @@
-// The backward pass of tucker2, a few images at a time: their gradient is read from memory once, and what the
-// stages hand on (dz2, dz1, masked or widened numbers) stays in caches and in memory that the thread keeps.
+// The backward pass of tucker2, a few images at a time:
 //
-// A training step's profile before, 64@56 at rank 16, batch 8, of 7.9 ms: forward 1.3, dx 1.2, weight gradients
-// 2.4, torch's sum of the bias 0.6, the rest page faults of fresh intermediates. Best autograd layout / ours, the
-// CIFAR and ResNet layers at C/4, batch 8:
-//   image by image, bias and ReLU inside, wide tensors in vectors    1.40
-//   the core of a stride by phases instead of torch's backward       64->128@56/2: 8.3 -> 4.3 ms
-//   factors packed row by row, sums reduced in blocks                512@7: 0.83 -> 1.08
-// Weight gradients, share of the FMA peak as in benchmarks/bench_tucker2.py, batch 8 / 64:
-//   sums after each band instead of each image, at a stride too      64->128@56/2, ranks 16/32: 0.48 -> 0.67 / 0.36
-//                                                                    -> 0.42
-//   x, t1 and t2 asked for from inside the core and the sums         128@28, rank 16: 0.79 -> 0.87 / 0.60 -> 0.74
-//   the core's sums row by row, not across the borders' zeros,       512@7, rank 128: 0.62 -> 0.80, rank 256:
-//     and those beyond 256 KB over 512 pixels, prefetched             0.57 -> 0.69
-//   several chains where a tile has few sums, a core's segments      16@32, rank 2: 0.13 -> 0.32, 32@16, rank 4:
-//     in one tile, pixels in lanes at ranks 2, 4 and 8               0.39 -> 0.56, 16->32@32/2, ranks 2/4: 0.22 -> 0.33
-// What bounds it: x, t1 and t2 come from memory for these sums alone. At 45 GB/s that allows 0.33 at rank 2, 0.6 to
-// 0.75 at rank 4 of 16 and 32 channels, 0.93 over all shapes; a call's 2 us allow 0.3 to 0.7 on LeNet's at batch 8.
-// Tried without gain: bands so short that L2 holds all that the sums read (the prefetches do that).
+//   dy --mask of ReLU--> g --last^T--> dz2 --core^T--> dz1 --first^T--> dx      (Forward with transposed factors)
+//   d last += g (x) t2      d core += dz2 (x) t1      d first += dz1 (x) x      d bias += g
+//
+// dy is read from memory once; dz2, dz1 and masked or widened numbers stay in caches and in memory that the thread
+// keeps. Sums of outer products follow each band, over data that it prefetched. Bound by memory: x, t1 and t2 come for
+// these sums alone, which at 45 GB/s allows 0.33 of the multiply-add peak at rank 2, 0.93 over all shapes.
+// Versions, what each bought and what did not: docs/kernels/log.md.
 #pragma once
 
 #include "cpu/tucker2_forward.inl"

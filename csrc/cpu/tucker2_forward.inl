@@ -1,63 +1,13 @@
-// The forward pass of tucker2, band by band: t1 rows into a zero-bordered channels-last scratch that stays in
-// L2, the core over it into a t2 band that stays in L1, the last factor from there into y. With transposed
-// factors it is also the gradient of x.
+// The forward pass of tucker2; with transposed factors also the gradient of x. Band by band of output rows:
 //
-// What each version bought: fp32, batch 8, one core of Zen 5, on which the tile itself reaches 265 GFLOP/s.
-//   tiles of 14 pixels x 2 vectors over that banding     92 to 99 % of that from rank 16 up, buffers in cache
-//   accumulators of lane-packed tiles in registers       2.2 to 2.4x at rank 8: a fold that was not unrolled had
-//                                                        kept them on the stack
-//   Winograd F(2x2, 3x3) between the 1x1 factors         1.1x at rank 32, 1.35x at 64, 1.5x at 128, 1.35x at 256
-//   sums by blocks of 128 k                                     error 2.9e-7 instead of 6.7e-7 at rank 256
-//   asking for the next band's memory during the core    best rival / ours on the ResNet shapes 1.08 -> 1.21
-//   what a store does chosen once a tile, not per store  a tile of 16 steps 190 -> 217 GFLOP/s, lane-packed ones
-//                                                        187 -> 222: 6 % over all shapes, 20 % at ranks to 16
-//   tiles of 4 vectors where a sum is short              (with the former)
-//   a line between the points of Winograd's tiles        5 to 12 % where they lay a power of two apart
-//   memory of large outputs kept between calls           128->128@28, ranks 16, batch 64: 15.1 -> 4.5 ms; page
-//                                                        faults had been two thirds of it, as malloc gave its heap back
-//   asking for the next part of a factor beyond 256 KB   512@7, batch 1, factors out of cache: 550 -> 458 us at
-//                                                        rank 256; in cache they lose up to 8 % by it
-//   a few lines every 8 steps instead of 40 at once,     64->128@56/2, ranks 16/32: core 285 -> 218 us, others 1 to 6 %;
-//   bands of one height and a next image's whole first   with x out of cache: 128->256@28/2, ranks 32/64,
-//   band, not only what the last band had of rows        794 -> 660, 256@14, rank 64, 795 -> 685 to 774
-//   non-temporal stores for outputs from 8 MB on         0 to 15 %
-//   tails of up to 8 outputs with several lanes each     1.33x at rank 17 or 18, 1.26 at 20, 1.14 at 24, 1.17 at
-//     (lane packing) instead of a padded vector          40, 1.06 to 1.1 at 72 and 104; planes of x, whose first
-//                                                        factor has no part in it, two thirds of that
-//   ranks 10 and 12 as 8 and a tail                      1.05 to 1.19x
-//   a residual network's shortcut added in the last    ResNet-18, ranks C/4, batch 8, folded: 41.2 -> 39.5 ms, on
-//     store, before the ReLU                             two threads 20.2 -> 19.4, half of what was predicted; 42 ->
-//                                                        32 and 27 -> 18 where torch's sums came in fresh pages
-//   tiles of up to 18 pixels x 1 vector, not 14: rows    32@16, rank 16, batch 64: 705 -> 600 us, 64->128@32/2, ranks
-//     of 16 in one tile                                    8/16, batch 8: 161 -> 135; others on 16 pixels 1.06x
-//   no prefetch where L2 holds x and y                   16@32, batch 8, rank 8: 97 -> 93 us, rank 2: 61 -> 50
-//   the next part of a factor beyond 32 KB, of the next  out of cache, batch 1: 512@7, rank 256, by Winograd 476 ->
-//     factor and of Winograd's next point asked for      309 us, directly 450 -> 371; 256->512@14/2, ranks 128/256,
-//     every 8 steps, not in bursts between tiles         288 -> 256. In cache 0.93 of the peak (before 0.88); where
-//                                                        L2 holds all of Winograd's points, they lose 2 to 4 %
-//   x row by row in a call's first band; y of any size   out of cache, batch 1: 128->256@28/2, ranks 64/128, 282 ->
-//     where the core's products outweigh the asking      231 us, 256->512@14/2, ranks 64/128, 116 -> 96
-//   several taps from each word of t1 (run_taps) where   the core at rank 16: 0.76 -> 0.95 of the peak; 64@56, batch
-//     the core has one vector of outputs                 1: 141 -> 126 us, 32@16, batch 64: 585 -> 498, 20->50, ranks
-//                                                        5/12, batch 64: 266 -> 232
-//   the same of packed lanes; the packed sums of several batch 8: 16@32, rank 8 89 -> 77 us, rank 4 54 -> 39, rank
-//     pixels folded into one vector of t1 or t2            2 44 -> 31; 32@16, rank 4 18 -> 14; 64@56, rank 8 584 -> 496
-//   calls of any size past the dispatcher, whose code    after other work, batch 8: 256@14, rank 32, 560 -> 450 us,
-//     comes from memory too (tucker2_repeat.cpp)           128@28, rank 16, 640 -> 500; bfloat16 1.1 to 1.6x
-// What remains, direct sums in cache: 0.93 of the peak from rank 64 up, 0.85 at rank 16, whose 1x1 factors are bound
-// by loads, one for each product; out of cache 50 to 80 us of a call are code on its way from memory, two thirds of
-// it Python's and torch's.
-// Tried without gain: asking for a factor's next part into L1; asking for every second, fourth or eighth line and
-// leaving the rest to the machine (0.6 to 1.0 of the speed; nothing asked for at all: 64@56, rank 8, batch 8,
-// 642 -> 1268 us); huge pages for outputs and scratch below 2 MB; asking for a call's scratch and factors in its
-// first band (what they cost 512@7 at rank 128 after other work, 280 of 960 us, only moved there); vectors of half
-// the width for tails (they reach half the rate, 139 of 277 GFLOP/s, and so take as long as whole ones); 9 to 12
-// outputs beside whole vectors as two tails (0.95 to 0.98x at ranks 25 and 28); half-width stores instead of masked
-// ones; a pixel's tiles for all outputs before the next pixel's; 14 x 2 tiles whose sums are finished in place (GCC
-// then spills a weight in the loop: 252 -> 185); asking for y and the next band of x during the 1x1 factors too (0.9
-// to 0.96x at rank 16, whose loads are taken, nothing from 32 up); a line of each page two bands ahead; x by whole
-// vectors whose quarters are shuffled, in place of a broadcast for each product (a first factor of rank 16 at 0.90 of
-// the peak for 0.84, of rank 8 nothing: 2 % of a layer, for a packed form of its own).
+//   x --first 1x1--> t1 rows --core k x k--> t2 band --last 1x1 + bias (+ addend, ReLU)--> y
+//     channels-last    zero-bordered, in L2    in L1
+//
+// t1 grows by the rows that the next band adds, so no row is computed twice; the core reads it as kh segments of
+// kw * R1 contiguous floats: a plain GEMM, no im2col. Rows of x, of y and panels of the factors that L2 does not hold
+// are prefetched from inside the core, whose products outweigh its loads.
+// Bound by multiply-adds from rank 64 up (0.93 of the peak), by one broadcast a product in the 1x1 factors below (0.85
+// at rank 16). Versions, what each bought and what did not: docs/kernels/log.md.
 #pragma once
 
 #include "cpu/denormals.h"

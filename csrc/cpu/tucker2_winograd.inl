@@ -4,20 +4,9 @@
 // axis the even inputs meet two taps, which is F(2, 2) by 3 products, the odd ones the third, by 2.
 //
 // Rounding: the products' errors grow by a = mean over outputs o of sum_i (A_oi |B_i| |G_i|)^2 / 3 along each axis,
-// for data and filters of independent elements, and the sum of both axes by a too. F(2x2): a = 1.7, the same as the
-// direct sum in practice, whose chains are longer, and the same at stride 2. F(4x4) from the paper's points 0, 1, -1,
-// 2, -2: 10.8; from those used here, 0, s/2, -s/2, s, -s with s = sqrt(2), whose squares multiply to 1: 5.0.
-//
-// Stride 2, 128->256@28 at ranks 64/128, batch 1 and 8: 1.12 and 1.1 times as fast as the direct sum with factors in
-// cache. After other work a single image takes 355 us by it, 298 directly: its factors are 0.8 MB, not 0.3. At ranks
-// 32/64 it gains nothing, on 7 x 7 outputs, whose tiles are 64 pixels, less than 1.05; so none of these runs by it.
-//
-// Products are held for 64 outputs at a time: of 128 and more the band's inputs and products would not stay in L2
-// together. 512@7, ranks 256, batch 8, after other work 2356 -> 2216 us, 256@14, rank 128, 2110 -> 1993, in cache 3 %.
-//
-// F(4x4), the CIFAR and ResNet layers of stride 1, ranks 16 to 256, channels_last, one core of Zen 5, batch 1, 8 and
-// 64, geometric means: 1.10, 1.16 and 1.16 times as fast as F(2x2) or, at rank 16, the direct sum; 0.94 to 1.33. Its
-// error in the whole operator is 2.1 to 2.6 times that of F(2x2), which is why it only runs where it is asked for.
+// for data and filters of independent elements. F(2x2): a = 1.7, that of the direct sum in practice, whose sums are
+// longer; F(4x4) from the points 0, s/2, -s/2, s, -s, s = sqrt(2): 5.0 (10.8 from the paper's), so it is only run where
+// asked for. 64 outputs at a time, so that a band's inputs and products stay in L2. Log: docs/kernels/log.md.
 #pragma once
 
 #include "cpu/tucker2_sweep.inl"
