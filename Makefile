@@ -9,7 +9,7 @@ BENCH_SECONDS := 200
 KEGFAST_FUZZ_SECONDS ?= 3600
 NATIVE := setup.py CMakeLists.txt $(wildcard cmake/*) $(shell find csrc -type f)
 
-.PHONY: missing venv build demo test fuzz test-cuda sanitize-cuda bench bench-diversity bench-tucker2 bench-cuda fmt lint clean
+.PHONY: missing venv build demo test fuzz test-cuda sanitize-cuda bench bench-diversity bench-tucker2 bench-cuda fmt lint docs clean
 .DEFAULT_GOAL := build
 
 venv: $(STAMPS)/venv
@@ -27,6 +27,10 @@ $(STAMPS)/build: $(STAMPS)/venv $(NATIVE)
 
 $(STAMPS)/dev: $(STAMPS)/build
 	$(PYTHON) -m pip install --no-build-isolation -e ".[dev,onnx]"
+	touch $@
+
+$(STAMPS)/docs: $(STAMPS)/build
+	$(PYTHON) -m pip install --no-build-isolation -e ".[docs]"
 	touch $@
 
 demo: build
@@ -66,6 +70,9 @@ fmt: $(STAMPS)/dev
 lint: $(STAMPS)/dev
 	$(PYTHON) -m ruff check . && $(PYTHON) -m ruff format --check .
 	git ls-files csrc tests | grep -E '\.(cpp|h|inl|cu|cuh)$$' | xargs $(dir $(PYTHON))clang-format --dry-run -Werror
+
+docs: $(STAMPS)/docs
+	NO_MKDOCS_2_WARNING=1 $(PYTHON) -m mkdocs build --strict
 
 clean:
 	rm -rf build dist .pytest_cache .ruff_cache kegfast/*.so

@@ -5,12 +5,12 @@
 
 eager: the authors' form, B x B x D. cdist: torch.cdist for both distances. compile: eager, compiled.
 low rank: the closed form in plain torch. keops: symbolic pairs, where pykeops is installed. Every result is
-compared with float64 before it is timed. Results of earlier cases are kept in results/diversity.json.
+compared with float64 before it is timed. Results of earlier cases on such a machine stay in
+results/diversity.json; `python -m benchmarks.tables` makes the table.
 Shares of the machine's peaks are those of the operator alone, warm, one thread.
 """
 
 import argparse
-import json
 import re
 import subprocess
 import sys
@@ -258,7 +258,7 @@ def has_rival(results: dict[str, dict], name: str) -> bool:
 
 
 def table(results: dict[str, dict]) -> str:
-    """The README's table."""
+    """The table of the documents."""
     columns = [n for n in ("eager", "compile", "cdist", "low rank", "keops") if has_rival(results, n)]
     rows = []
     for name, r in results.items():
@@ -305,8 +305,7 @@ def main() -> None:
     if args.peak:
         print(peak_growth(by_name[args.peak]))
         return
-    path = common.RESULTS / "diversity.json"
-    known = json.loads(path.read_text())["cases"] if path.exists() else {}
+    known = common.earlier_results("diversity").get("cases", {})
     for name in args.case:
         case = by_name[name]
         rounds = args.rounds or max(3, min(31, 2**23 // (case.batch * case.batch * case.features // 64)))
@@ -315,7 +314,6 @@ def main() -> None:
     common.write_results("diversity", {"noise_width": WIDTH, "threads": 1, "cases": results})
     print(table(results))
     print(goals(results))
-    common.update_readme("diversity", table(results))
 
 
 @pytest.mark.parametrize("case", CASES[:4] + CASES[5:8], ids=lambda case: case.name)

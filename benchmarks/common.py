@@ -1,5 +1,6 @@
-"""What benchmarks share: the machine's facts and limits, results, README tables."""
+"""What benchmarks share: the machine's facts and limits, results, the tables made of them."""
 
+import json
 import platform
 import re
 import statistics
@@ -89,17 +90,50 @@ def write_results(name: str, results: Mapping[str, Any]) -> Path:
     return path
 
 
+def earlier_results(name: str) -> dict[str, Any]:
+    """What benchmarks/results/<name>.json has from a machine like this one; nothing from any other."""
+    path = RESULTS / f"{name}.json"
+    found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    here, there = machine(), found.get("machine", {})
+    alike = all(here[key] == there.get(key) for key in ("processor", "isa_active"))
+    return found if alike else {}
+
+
 def markdown_table(headers: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     """A Markdown table."""
     lines = [headers, ["---"] * len(headers), *rows]
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
 
-def update_readme(name: str, table: str, path: Path = ROOT / "README.md") -> bool:
-    """Put a table between `<!-- benchmark: name -->` and `<!-- end -->`; False without such a place."""
+def pages() -> list[Path]:
+    """Where tables of results may stand: the README and the documents."""
+    return [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+
+
+def update_tables(name: str, table: str) -> bool:
+    """Puts a table between `<!-- benchmark: name -->` and `<!-- end -->`; False without such a place."""
     pattern = re.compile(rf"(<!-- benchmark: {re.escape(name)} -->\n).*?(<!-- end -->)", re.DOTALL)
-    text, found = pattern.subn(lambda m: f"{m[1]}{table}\n{m[2]}", path.read_text(encoding="utf-8"))
-    if found:
-        with atomic_write(path) as temporary:
-            temporary.write_text(text, encoding="utf-8")
-    return bool(found)
+    places = 0
+    for page in pages():
+        text, found = pattern.subn(lambda m: f"{m[1]}\n{table}\n\n{m[2]}", page.read_text(encoding="utf-8"))
+        places += found
+        if found:
+            with atomic_write(page) as temporary:
+                temporary.write_text(text, encoding="utf-8")
+    return places > 0
+
+
+def caption(results: Mapping[str, Any]) -> str:
+    """One line under a table: where and when it was measured, as far as the file says."""
+    facts = results.get("machine") or {}
+    build = results.get("build") or {}
+    known = {**build, **facts}
+    date = str(known.get("date") or results.get("date") or "")[:10]
+    torch_version = known.get("torch")
+    parts = [
+        date,
+        known.get("processor"),
+        known.get("isa_active"),
+        f"torch {torch_version}" if torch_version else None,
+    ]
+    return ", ".join(str(part) for part in parts if part)

@@ -1,4 +1,4 @@
-"""Random cases: few and always the same in the ordinary suite, as many as a budget of seconds holds otherwise.
+"""Random cases: few and always the same in the ordinary suite, else as many as a budget of seconds holds.
 
 `KEGFAST_FUZZ_SECONDS` is the budget of the whole run. What is left of it when a test starts is shared evenly
 among the tests still to come. A test here is either a hypothesis test, which is run again and again with new

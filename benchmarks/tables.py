@@ -1,11 +1,12 @@
-"""Write the README's tables anew from benchmarks/results/*.json:  python -m benchmarks.readme"""
+"""Writes the tables of the README and the documents anew: python -m benchmarks.tables"""
 
 import json
 from collections.abc import Callable
 from statistics import mean
 from typing import Any
 
-from benchmarks.common import RESULTS, markdown_table, update_readme
+from benchmarks import bench_diversity
+from benchmarks.common import RESULTS, caption, markdown_table, update_tables
 from kegfast.experiments.boundary import COMPARED, MEASURES
 from kegfast.experiments.demo import SOURCES, TITLES
 from kegfast.experiments.lenets import TEACHERS
@@ -238,6 +239,7 @@ def training(results: dict[str, Any]) -> str:
 
 TABLES: dict[str, tuple[str, str, Callable[[Any], str]]] = {
     "demo": ("demo", "runs", demo),
+    "diversity": ("diversity", "cases", bench_diversity.table),
     "tucker2": ("tucker2_float32_1threads", "summary", tucker2),
     "tucker2-2-threads": ("tucker2_float32_2threads", "summary", tucker2),
     "tucker2-training": ("tucker2_training_1threads", "summary", tucker2),
@@ -261,8 +263,13 @@ TABLES: dict[str, tuple[str, str, Callable[[Any], str]]] = {
     "hinton": ("hinton", "results", hinton),
     "boundary": ("boundary", "results", boundary),
 }
-"""Marker in the README -> results file, its key (empty for all of it), and what makes a table of it; the
-diversity benchmark writes its own."""
+"""Marker in a page -> results file, its key (empty for all of it), and what makes a table of it."""
+
+
+def captioned(table: str, results: Any) -> str:
+    """The table, and under it where and when it was measured."""
+    line = caption(results)
+    return f"{table}\n\n*{line}*" if line else table
 
 
 def main() -> None:
@@ -271,8 +278,8 @@ def main() -> None:
             print(f"{file}.json is missing: the table '{name}' stays as it is")
             continue
         results = json.loads((RESULTS / f"{file}.json").read_text(encoding="utf-8"))
-        if not update_readme(name, make(results[key] if key else results)):
-            raise ValueError(f"README.md has no place '<!-- benchmark: {name} -->'")
+        if not update_tables(name, captioned(make(results[key] if key else results), results)):
+            raise ValueError(f"no page has a place '<!-- benchmark: {name} -->'")
 
 
 def _mean(cell: dict[str, float], digits: int) -> str:

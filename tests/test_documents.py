@@ -1,0 +1,98 @@
+"""What README and documents show is true: code runs, commands parse, links lead somewhere."""
+
+import re
+import runpy
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import kegfast
+from kegfast.cli.app import make_parser
+from kegfast.models import LeNet5
+
+ROOT = Path(__file__).parents[1]
+PAGES = {str(p.relative_to(ROOT)): p for p in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]}
+TEXTS = {name: page.read_text(encoding="utf-8") for name, page in PAGES.items()}
+README = TEXTS["README.md"]
+GUIDES = [name for name in PAGES if name.startswith("docs/guides") and "```python" in TEXTS[name]]
+
+
+def code_of(text: str) -> list[str]:
+    return re.findall(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+
+
+def commands_of(text: str) -> list[str]:
+    indented = re.findall(r"^    (kegfast (?:.*\\\n)*.*)", text, re.MULTILINE)
+    return [*indented, *re.findall(r"`(kegfast [^`]+)`", text)]
+
+
+COMMANDS = sorted({c for text in TEXTS.values() for c in commands_of(text) if "..." not in c})
+
+
+def shortened(code: str, **changes: str) -> str:
+    for call, options in changes.items():
+        code, found = re.subn(rf"({call}\(.*)\)", rf"\1, {options})", code)
+        assert found == 1, f"the README calls {call} no longer"
+    return code
+
+
+def test_a_model_that_one_already_has():
+    names = {"model": LeNet5()}
+    few = "steps=2, batch_size=4"
+    exec(shortened(code_of(README)[0], extract=f"generators=1, {few}", distill=few), names)
+    assert names["report"].ratio > 1
+    assert names["generators"].sample(3)[0].shape == (3, 1, 32, 32)
+
+
+def test_one_layer_and_the_loss_alone():
+    names = {"conv": nn.Conv2d(32, 32, 3), "noises": torch.randn(8, 10), "samples": torch.randn(8, 3, 4, 4)}
+    exec(code_of(README)[1], names | {"kegfast": kegfast}, names)
+    assert names["layer"].core.weight.shape == (16, 16, 3, 3)
+    assert 0 < names["loss"].item() < 1
+
+
+@pytest.mark.parametrize("name", GUIDES)
+def test_guides_run_from_top_to_bottom(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    names: dict[str, object] = {"__name__": name}
+    for code in code_of(TEXTS[name]):
+        exec(compile(code, name, "exec"), names)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_commands_have_the_options_that_they_show(command):
+    words = shlex.split(command.replace("\\\n", " "))[1:]
+    args = make_parser().parse_args(words)
+    assert args.command == words[0]
+
+
+def test_the_readme_is_short():
+    assert len(README.splitlines()) <= 150
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_links_lead_to_files(name):
+    links = re.findall(r"\]\(([^)\s]+)\)|(?:src|srcset)=\"([^\"]+)\"", TEXTS[name])
+    for link in filter(None, (a or b for a, b in links)):
+        if re.match(r"https?:|mailto:|#", link):
+            continue
+        target, _, anchor = link.partition("#")
+        path = (PAGES[name].parent / target).resolve()
+        assert path.exists(), f"{name}: {link}"
+        if anchor:
+            headings = re.findall(r"^#+ (.*)$", path.read_text(encoding="utf-8"), re.MULTILINE)
+            assert anchor in {re.sub(r"[^\w]+", "-", h.lower()).strip("-") for h in headings}, (
+                f"{name}: {link}"
+            )
+
+
+@pytest.mark.parametrize("name", [path.name for path in sorted((ROOT / "examples").glob("*.py"))])
+def test_examples_run(name):
+    names = runpy.run_path(str(ROOT / "examples" / name))
+    options = {"steps": 20} if "steps" in names["main"].__code__.co_varnames else {}
+    result = names["main"](**options)
+    assert all(value > 0 for value in (result if isinstance(result, tuple) else (result,)))
