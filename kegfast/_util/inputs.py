@@ -4,7 +4,8 @@ Tensors of one dimension or more hold one entry per sample in their first; anyth
 a flag, belongs to the whole batch.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 import torch
@@ -19,8 +20,13 @@ LABELS = ("labels", "label")
 """Keys under which batches that are mappings keep the classes."""
 
 
-def as_inputs(argument: str, value: Any) -> Inputs:
+def as_inputs(argument: str, value: Any, *, alike: bool = True) -> Inputs:
     """The value as inputs: a list as a tuple, any mapping as a dict.
+
+    Args:
+        argument: the name of the caller's argument, for errors.
+        value: what the caller gave.
+        alike: whether all tensors must hold as many samples each, as to be cut and joined they must.
 
     Raises:
         TypeError: it holds no tensor, or keys that are no names.
@@ -37,7 +43,7 @@ def as_inputs(argument: str, value: Any) -> Inputs:
         raise TypeError(expected(argument, what, value))
     if not tensors_in(value):
         raise TypeError(expected(argument, what, value))
-    if len({len(tensor) for tensor in tensors_in(value) if tensor.dim()}) > 1:
+    if alike and len({len(tensor) for tensor in tensors_in(value) if tensor.dim()}) > 1:
         raise ValueError(expected(argument, "tensors of as many samples each", value))
     return value
 
@@ -118,6 +124,25 @@ def unpack(argument: str, batch: Any) -> tuple[Inputs, Any]:
     if isinstance(batch, tuple | list) and batch:
         return as_inputs(argument, batch[0]), batch[1] if len(batch) > 1 else None
     raise TypeError(expected(argument, "batches of inputs or (inputs, labels)", batch))
+
+
+def named_tensors(output: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
+    """Every tensor in what a model returns, however nested, named by its keys, fields and places."""
+    if isinstance(output, Tensor):
+        yield name, output
+        return
+    if isinstance(output, Mapping):
+        parts = [(str(key), part) for key, part in output.items()]
+    elif is_dataclass(output) and not isinstance(output, type):
+        parts = [(part.name, getattr(output, part.name)) for part in fields(output)]
+    elif isinstance(output, tuple) and hasattr(output, "_fields"):
+        parts = list(zip(output._fields, output, strict=True))
+    elif isinstance(output, tuple | list):
+        parts = [(str(place), part) for place, part in enumerate(output)]
+    else:
+        return
+    for key, part in parts:
+        yield from named_tensors(part, f"{name}.{key}" if name else key)
 
 
 def _structure(inputs: Inputs) -> tuple[Any, ...]:

@@ -1,266 +1,266 @@
-"""Folding what follows a layer into it: BatchNorm into the weights, ReLU into the fused operator."""
+"""fuse: BatchNorm into the weights of the layers before it, ReLU and additions into the fused operator."""
 
 import logging
-import operator
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from kegfast._util.check import expected
-from kegfast.compression.structure import trace_graph
-from kegfast.compression.surgery import FactorChain, clone, explicit_padding, tail_of
-from kegfast.functional import Pair
+from kegfast._util.check import accepts, expected
+from kegfast._util.inputs import Inputs, as_inputs, call, named_tensors
+from kegfast.compression import rewriting
+from kegfast.compression.normalizers import Normalizer, normalizer, reads_matrices
+from kegfast.compression.rewriting import LAYERS, count_calls, is_a, only_user
+from kegfast.compression.structure import LayerTracer, trace_graph
+from kegfast.compression.surgery import HOOKS, clone, has_own_weights, is_plain, owners_of, tail_of, unwrap
+from kegfast.compression.traffic import evaluation
 from kegfast.nn import TuckerConv2d, TuckerLinear
-from kegfast.ops.conv_max_pool import conv_max_pool2d
 
 log = logging.getLogger(__name__)
 
-LAYERS = (nn.Conv2d, nn.Linear, TuckerConv2d, TuckerLinear, FactorChain)
-RELU = (torch.relu, nn.functional.relu, torch.relu_)
-ADD = (operator.add, operator.iadd, torch.add, "add", "add_")
-ADD_IN_PLACE = (operator.iadd, "add_")
-MAX_POOL = (nn.functional.max_pool2d, torch.max_pool2d)
-MOST_POOLED = 1 << 16  # weights of a convolution that is pooled at once: L2 keeps them beside its rows
+METADATA = ("dtype", "device", "shape", "ndim")
+"""Of a weight, what folding leaves as it is."""
 
 
-def fuse(model: nn.Module) -> nn.Module:
+def fuse(model: nn.Module, example_input: Any = None) -> nn.Module:
     """Folds BatchNorm and ReLU into the layers before them, for inference.
 
     A BatchNorm (by its running statistics) goes into the weights and bias of the convolution or Linear
-    before it, factored or dense; an addition that follows a TuckerConv2d (a residual network's shortcut) and
+    before it, factored or dense; of a subclass that does more, such as an activation, the rest stays. An
+    addition that follows a TuckerConv2d (a residual network's shortcut) and
     a ReLU behind it or the layer go into its operator, which applies them in its last store, at next to no
     cost; any other ReLU before a max pooling moves behind it, where less is left to rectify, and one of a
     layer's output, of a sum or of a maximum overwrites it, as fresh memory costs more than the ReLU; a small
-    convolution before a max pooling (a residual network's stem) becomes one operator with it. All only
-    where nothing else reads the value between.
+    convolution before a max pooling (a residual network's stem) becomes one operator with it.
+
+    All only where nothing else reads the value between, and where the layer's weights are plain parameters
+    of its own: none that are shared, pruned, parametrised or read elsewhere, no hooks, no BatchNorm without
+    running statistics. A BatchNorm1d is folded where its input is known to be a matrix, by what comes before
+    or by the example. What stays, and why, is logged (level INFO of "kegfast").
 
     Args:
-        model: any module; it stays as it is.
+        model: any module; it stays as it is. Wrappers such as DataParallel are taken off.
+        example_input: what the model is called with (a tensor, a tuple of tensors, or a mapping by keyword),
+            or None. With it the folded model's outputs are compared with the model's. In a model that cannot
+            be traced by torch.fx, nothing is folded without it; with it, neighbours inside an
+            `nn.Sequential` are, where its call shows each run once, one right after the other, so give
+            it only where other inputs take the same way through the model.
 
     Returns:
-        The folded model in eval mode: a torch.fx GraphModule with the same names. Where the forward
-        pass cannot be traced, a copy in which only neighbours inside an `nn.Sequential` are folded.
+        The folded model in eval mode: a torch.fx GraphModule with the same names, or a copy of the model
+        where it cannot be traced. Where the folded outputs differ from the model's by more than rounding,
+        a copy of the model as it is, with a warning in the log.
+
+    Raises:
+        TypeError, ValueError: no module, or an example that it does not take.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(expected("model", "a torch.nn.Module", model))
+    model, kind = unwrap(model), type(unwrap(model)).__name__
+    inputs = None if example_input is None else as_inputs("example_input", example_input, alike=False)
     folded = clone(model).eval()
-    graph = trace_graph(folded)
-    if graph is None:
-        log.info("%s cannot be traced: only neighbours in Sequentials are folded", type(model).__name__)
-        for module in list(folded.modules()):
-            if type(module) is nn.Sequential:
-                _fuse_sequential(module)
-        return folded
-    _fuse_graph(graph)
-    return graph.eval()
+    wanted = None if inputs is None else _answers(folded, inputs)
+    graph = trace_graph(folded, _Tracer())
+    if graph is not None:
+        _fuse_graph(graph, inputs)
+        folded = graph.eval()
+    elif inputs is not None:
+        _fuse_observed(folded, inputs)
+    else:
+        log.info("%s cannot be traced: without example_input nothing is folded", kind)
+    if wanted is not None and (difference := _difference(wanted, _answers(folded, inputs))):
+        log.warning("%s stays as it is: folded it answered otherwise (%s)", kind, difference)
+        return clone(model).eval()
+    return folded
 
 
-def _fuse_graph(model: fx.GraphModule) -> None:
-    modules = dict(model.named_modules(remove_duplicate=False))
-    for node in list(model.graph.nodes):
-        if node.op == "call_module" and type(modules[node.target]) is nn.Identity:
-            _skip(model, node)
-    calls: dict[int, int] = {}
-    for node in model.graph.nodes:
-        if node.op == "call_module":
-            calls[id(modules[node.target])] = calls.get(id(modules[node.target]), 0) + 1
-    for node in list(model.graph.nodes):
-        if node.op != "call_module" or not isinstance(modules[node.target], LAYERS):
+class _Tracer(LayerTracer):
+    """Leaves whole what a graph of its parts would lose: hooks, and BatchNorm with more than BatchNorm."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        whole = isinstance(m, _BatchNorm) or any(getattr(m, hooks) for hooks in HOOKS)
+        return whole or super().is_leaf_module(m, module_qualified_name)
+
+
+@torch.no_grad()
+def _answers(model: nn.Module, inputs: Inputs) -> list[tuple[str, Tensor]]:
+    with evaluation(model), accepts("example_input", inputs):
+        return [(name, tensor.clone()) for name, tensor in named_tensors(call(model, inputs))]
+
+
+def _difference(wanted: list[tuple[str, Tensor]], found: list[tuple[str, Tensor]]) -> str:
+    """What of the outputs differs, beyond the rounding of as many digits as half of those that they have."""
+    if not wanted:
+        return "it returns no tensors to compare"
+    if [name for name, _ in wanted] != [name for name, _ in found]:
+        return "other outputs"
+    for (name, a), (_, b) in zip(wanted, found, strict=True):
+        if a.shape != b.shape or a.dtype != b.dtype:
+            return f"output {name} of another shape or dtype"
+        if not a.is_floating_point():
+            if not torch.equal(a, b):
+                return f"output {name}"
             continue
-        layer = modules[node.target]
-        # What follows differs from call to call; a layer with an addend has been fused.
-        if calls[id(layer)] > 1 or len(node.args) + len(node.kwargs) > 1:
-            continue
-        follower = _only_user(node)
-        if follower is not None and follower.op == "call_module":
-            norm = modules[follower.target]
-            if _folds(layer, norm) and calls[id(norm)] == 1:
-                _fold(layer, norm)
-                model.set_submodule(follower.target, nn.Identity())
-                _skip(model, follower)
-                follower = _only_user(node)
-        if not isinstance(layer, TuckerConv2d) or follower is None:
-            continue
-        addend = _addend(node, follower, modules) if layer.activation is None else None
-        if addend is not None:
-            follower = _only_user(_take_addend(model, node, follower, addend))
-        if follower is not None and _is_relu(follower, modules):
-            layer.activation = "relu"
-            _skip(model, follower)
-    for node in list(model.graph.nodes):
-        if _is_relu(node, modules) and _only_user(node.all_input_nodes[0]) is node:
-            pool = _only_user(node)
-            if pool is not None and _is_max_pool(pool, modules):
-                _move_behind(model, node, pool)
-    for node in list(model.graph.nodes):
-        if _is_max_pool(node, modules):
-            conv = node.all_input_nodes[0]
-            once = conv.op == "call_module" and calls[id(modules[conv.target])] == 1
-            if once and _only_user(conv) is node and type(modules[conv.target]) is nn.Conv2d:
-                _pool_at_once(model, conv, node, modules)
-    for node in list(model.graph.nodes):
-        if _is_relu(node, modules) and _is_fresh(node.all_input_nodes[0], modules):
-            _overwrite(model, node)
+        known = a.isfinite()
+        size = float(a[known].abs().max()) if bool(known.any()) else 0.0
+        bound = max(size, 1e-6) * torch.finfo(a.dtype).eps ** 0.5
+        if not torch.allclose(a, b, rtol=0, atol=bound, equal_nan=True):
+            return f"output {name} by {float((a - b)[known].abs().max()):.3g} of {size:.3g}"
+    return ""
+
+
+def _fuse_graph(model: fx.GraphModule, inputs: Inputs | None) -> None:
+    rewriting.skip_identities(model)
+    _fold_norms(model, inputs)
+    rewriting.fuse_epilogues(model)
+    rewriting.fuse_pools(model)
+    rewriting.overwrite_with_relus(model)
     model.graph.lint()
     model.recompile()
 
 
-def _only_user(node: fx.Node) -> fx.Node | None:
-    return next(iter(node.users)) if len(node.users) == 1 else None
+def _fold_norms(model: fx.GraphModule, inputs: Inputs | None) -> None:
+    modules, calls = dict(model.named_modules(remove_duplicate=False)), count_calls(model)
+    owners, read = owners_of(model), _read_elsewhere(model)
+    dims = {} if inputs is None else _dims_of_norm_inputs(model, inputs)
+    for node in list(model.graph.nodes):
+        norm = modules[node.target] if node.op == "call_module" else None
+        if not isinstance(norm, _BatchNorm):
+            continue
+        before = node.all_input_nodes[0]
+        layer = modules[before.target] if before.op == "call_module" else None
+        if not isinstance(layer, LAYERS):
+            continue
+        parts = normalizer(norm)
+        reason = _why_not(layer, norm, parts, owners)
+        if calls[id(layer)] > 1 or calls[id(norm)] > 1:
+            reason = "it or the layer before it runs several times"
+        elif only_user(before) is not node or len(before.args) + len(before.kwargs) > 1:
+            reason = "something else reads or adds to what it normalises"
+        elif read & {id(tensor) for tensor in (*_tail(layer).parameters(False), *_tensors(norm))}:
+            reason = "its weights, or the layer's, are read elsewhere"
+        elif isinstance(layer, nn.Linear | TuckerLinear) and not (
+            dims.get(id(norm)) == 2 or reads_matrices(before, modules)
+        ):
+            reason = "its input is not known to be a matrix"
+        if reason is None and not _fold(layer, norm):
+            reason = "the folded weights would not be finite"
+        if reason is not None:
+            log.info("%s stays: %s", node.target, reason)
+            continue
+        log.debug("%s is folded into %s", node.target, before.target)
+        model.set_submodule(node.target, parts.rest)
+        parts.inline(model, node, before)
+        modules.update(dict(model.named_modules(remove_duplicate=False)))
 
 
-def _is_relu(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
-    if node.op == "call_module":
-        return type(modules[node.target]) is nn.ReLU
-    return node.target in RELU if node.op == "call_function" else node.target in ("relu", "relu_")
+def _read_elsewhere(model: fx.GraphModule) -> set[int]:
+    """Parameters and buffers that the graph itself reads, or modules that it calls whole, by id."""
+    found = set()
+    for node in model.graph.nodes:
+        if node.op == "get_attr":
+            owner, _, name = node.target.rpartition(".")
+            if any(user.target is not getattr or user.args[1] not in METADATA for user in node.users):
+                found.add(id(getattr(model.get_submodule(owner), name)))
+        elif node.op == "call_module" and type(whole := model.get_submodule(node.target)) not in LAYERS:
+            found |= {id(tensor) for part in whole.children() for tensor in _tensors(part)}
+    return found
 
 
-def _addend(call: fx.Node, addition: fx.Node, modules: dict[str, nn.Module]) -> fx.Node | None:
-    """What a layer's output is added to, where the layer may run as late as that."""
-    if addition.op == "call_module" or addition.target not in ADD:
-        return None
-    if len(addition.args) != 2 or addition.kwargs:
-        return None
-    left, right = addition.args
-    other = right if left is call else left
-    if not isinstance(other, fx.Node) or other is call:
-        return None
-    if addition.target in ADD_IN_PLACE and left is other and not _is_fresh(other, modules):
-        return None
-    between = call.next
-    while between is not addition:
-        if _may_write(between, modules):
-            return None
-        between = between.next
-    return other
+def _tensors(module: nn.Module) -> list[Tensor]:
+    return [*module.parameters(), *module.buffers()]
 
 
-def _may_write(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
-    """Whether it may change a tensor that others read."""
-    if node.op == "call_module":
-        return bool(getattr(modules[node.target], "inplace", False))
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "unknown_")
-    in_place = getattr(operator, name, None) is node.target and name.startswith(("i", "set"))
-    in_place |= name.partition(".")[0].endswith("_")
-    return in_place or "out" in node.kwargs or any(v is True for v in (*node.args, *node.kwargs.values()))
+def _dims_of_norm_inputs(model: fx.GraphModule, inputs: Inputs) -> dict[int, int]:
+    """How many dimensions each BatchNorm's input has, by the module's id."""
+    dims: dict[int, int] = {}
+
+    def note(norm: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        dims[id(norm)] = next(x.dim() for x in (*args, *kwargs.values()) if isinstance(x, Tensor))
+
+    norms = [norm for norm in model.modules() if isinstance(norm, _BatchNorm)]
+    handles = [norm.register_forward_pre_hook(note, with_kwargs=True) for norm in norms]
+    model.recompile()
+    try:
+        _answers(model, inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return dims
 
 
-def _take_addend(model: fx.GraphModule, call: fx.Node, addition: fx.Node, addend: fx.Node) -> fx.Node:
-    with model.graph.inserting_before(addition):
-        fused = model.graph.call_module(call.target, (call.all_input_nodes[0], addend))
-    addition.replace_all_uses_with(fused)
-    model.graph.erase_node(addition)
-    model.graph.erase_node(call)
-    return fused
-
-
-def _is_fresh(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
-    """Whether it makes memory of its own that only one other node reads."""
-    if len(node.users) != 1:
-        return False
-    if node.op == "call_module" and type(modules[node.target]) in LAYERS:
-        return True
-    if _is_max_pool(node, modules):
-        return True
-    is_sum = node.op == "call_function" and node.target in (operator.add, torch.add)
-    return is_sum and "out" not in node.kwargs
-
-
-def _overwrite(model: fx.GraphModule, relu: fx.Node) -> None:
-    with model.graph.inserting_before(relu):
-        args = (relu.all_input_nodes[0],)
-        in_place = model.graph.call_function(nn.functional.relu, args, {"inplace": True})
-    relu.replace_all_uses_with(in_place)
-    model.graph.erase_node(relu)
-
-
-def _is_max_pool(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
-    if node.op == "call_module":
-        module = modules[node.target]
-        return type(module) is nn.MaxPool2d and not module.return_indices
-    indices = len(node.args) > 6 or node.kwargs.get("return_indices", False)
-    return node.op == "call_function" and node.target in MAX_POOL and not indices
-
-
-def _move_behind(model: fx.GraphModule, relu: fx.Node, pool: fx.Node) -> None:
-    pool.replace_input_with(relu, relu.all_input_nodes[0])
-    with model.graph.inserting_after(pool):
-        late = model.graph.call_function(nn.functional.relu, (pool,))
-    pool.replace_all_uses_with(late, delete_user_cb=lambda user: user is not late)
-    model.graph.erase_node(relu)
-
-
-def _pool_at_once(model: fx.GraphModule, conv: fx.Node, pool: fx.Node, modules: dict[str, nn.Module]) -> None:
-    """One operator for a convolution of few weights, the max pooling behind it and a ReLU behind that."""
-    layer, padding = modules[conv.target], explicit_padding(modules[conv.target])
-    options = _pool_options(pool, modules)
-    plain = layer.groups == 1 and layer.dilation == (1, 1) and layer.padding_mode == "zeros"
-    if options is None or padding is None or not plain or layer.weight.numel() > MOST_POOLED:
-        return
-    follower = _only_user(pool)
-    last = follower if follower is not None and _is_relu(follower, modules) else pool
-    with model.graph.inserting_before(pool):
-        weight = model.graph.get_attr(f"{conv.target}.weight")
-        bias = None if layer.bias is None else model.graph.get_attr(f"{conv.target}.bias")
-        activation = None if last is pool else "relu"
-        args = conv.args[0], weight, bias, layer.stride, padding, *options, activation
-        fused = model.graph.call_function(conv_max_pool2d, args)
-    last.replace_all_uses_with(fused)
-    for node in dict.fromkeys((last, pool, conv)):
-        model.graph.erase_node(node)
-
-
-def _pool_options(pool: fx.Node, modules: dict[str, nn.Module]) -> tuple[Pair, Pair, Pair] | None:
-    """Window, stride and padding of a max pooling; None for one that has more to it."""
-    names = "kernel_size", "stride", "padding", "dilation", "ceil_mode"
-    if pool.op == "call_module":
-        given = {name: getattr(modules[pool.target], name) for name in names}
-    else:
-        given = dict(zip(names, pool.args[1:], strict=False)) | dict(pool.kwargs)
-    size, padding = given.get("kernel_size"), given.get("padding", 0)
-    options = size, given.get("stride") or size, padding
-    if given.get("dilation", 1) not in (1, (1, 1), [1, 1]) or given.get("ceil_mode", False) is not False:
-        return None
-    parts = [n for option in options for n in (option if isinstance(option, tuple | list) else (option,))]
-    return options if all(isinstance(n, int) for n in parts) else None
-
-
-def _skip(model: fx.GraphModule, node: fx.Node) -> None:
-    node.replace_all_uses_with(node.all_input_nodes[0])
-    model.graph.erase_node(node)
-
-
-def _fuse_sequential(parts: nn.Sequential) -> None:
-    layer: nn.Module | None = None
-    for name, follower in list(parts._modules.items()):
-        if layer is not None and _folds(layer, follower):
-            _fold(layer, follower)
-            parts._modules[name] = nn.Identity()
-        elif isinstance(layer, TuckerConv2d) and type(follower) is nn.ReLU:
-            layer.activation = "relu"
-            parts._modules[name] = nn.Identity()
-            layer = None
-        elif not isinstance(follower, nn.Identity):
-            layer = follower if isinstance(follower, LAYERS) else None
-
-
-def _folds(layer: nn.Module, norm: nn.Module) -> bool:
-    if not isinstance(norm, nn.BatchNorm2d | nn.BatchNorm1d) or norm.running_mean is None:
-        return False
+def _why_not(
+    layer: nn.Module, norm: nn.Module, parts: Normalizer | None, owners: dict[int, set[str]]
+) -> str | None:
+    """What about the two modules themselves keeps a BatchNorm from being folded into the layer before it."""
+    if type(layer) not in LAYERS or not is_plain(layer) or not has_own_weights(_tail(layer), owners):
+        return "the layer before it has hooks, or weights that are not plain parameters of its own"
+    if not is_plain(norm) or norm.training:
+        return "it has hooks, or another mode"
+    if norm.running_mean is None:
+        return "it has no running statistics"
+    if parts is None:
+        return f"{type(norm).__name__} does other things than a BatchNorm with something behind it"
     if isinstance(layer, TuckerConv2d) and layer.activation is not None:
-        return False
-    # BatchNorm1d behind a Linear normalises features only on 2-d input; behind a convolution it cannot be.
+        return "the layer before it has an activation"
     linear = isinstance(layer, nn.Linear | TuckerLinear)
-    return linear == isinstance(norm, nn.BatchNorm1d) and norm.num_features == len(_tail(layer).weight)
+    if linear != (parts.dimensions == 1) or norm.num_features != len(_tail(layer).weight):
+        return "it normalises something else than the layer's outputs"
+    return None
 
 
 def _tail(layer: nn.Module) -> nn.Module:
     return layer if isinstance(layer, nn.Conv2d | nn.Linear) else tail_of(layer)
 
 
+def _fuse_observed(model: nn.Module, inputs: Inputs) -> None:
+    """Folds neighbours inside Sequentials, as one call of the model ran them: once, one after the other."""
+    events: dict[int, list[tuple[Any, Any]]] = {}
+
+    def note(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        events.setdefault(id(module), []).append((args[0] if len(args) == 1 else None, output))
+
+    handles = [module.register_forward_hook(note) for module in model.modules()]
+    try:
+        _answers(model, inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    owners = owners_of(model)
+    places: dict[int, int] = {}
+    for _, module in model.named_modules(remove_duplicate=False):
+        places[id(module)] = places.get(id(module), 0) + 1
+    once = {key for key, calls in events.items() if len(calls) == 1 and places[key] == 1}
+    for parts in [module for module in model.modules() if is_a(module, nn.Sequential)]:
+        if id(parts) in once:
+            _fuse_sequential(parts, owners, {key: events[key][0] for key in once})
+
+
+def _fuse_sequential(
+    parts: nn.Sequential, owners: dict[int, set[str]], ran: dict[int, tuple[Tensor, Tensor]]
+) -> None:
+    layer, output = None, None
+    for name, follower in list(parts._modules.items()):
+        reads = id(follower) in ran and ran[id(follower)][0] is output
+        if isinstance(layer, LAYERS) and isinstance(follower, _BatchNorm) and reads:
+            behind = normalizer(follower)
+            flat = not isinstance(layer, nn.Linear | TuckerLinear) or output.dim() == 2
+            if _why_not(layer, follower, behind, owners) is None and flat and _fold(layer, follower):
+                parts._modules[name] = behind.as_module()
+                output = ran[id(follower)][1] if isinstance(parts._modules[name], nn.Identity) else None
+                continue
+        if is_a(layer, TuckerConv2d) and layer.activation is None and is_a(follower, nn.ReLU) and reads:
+            layer.activation = "relu"
+            parts._modules[name] = nn.Identity()
+        elif is_a(follower, nn.Identity) and reads:
+            continue
+        layer, output = (follower, ran[id(follower)][1]) if id(follower) in ran else (None, None)
+
+
 @torch.no_grad()
-def _fold(layer: nn.Module, norm: _BatchNorm) -> None:
+def _fold(layer: nn.Module, norm: _BatchNorm) -> bool:
+    """Scales and shifts the layer's outputs as the norm does; False where that would overflow."""
     tail = _tail(layer)
     scale = (norm.running_var.double() + norm.eps).rsqrt()
     if norm.weight is not None:
@@ -269,6 +269,11 @@ def _fold(layer: nn.Module, norm: _BatchNorm) -> None:
     shift = (bias - norm.running_mean.double()) * scale
     if norm.bias is not None:
         shift = shift + norm.bias.double()
-    weight: Tensor = tail.weight
-    weight.copy_(weight.double() * scale.reshape(-1, *[1] * (weight.dim() - 1)))
-    tail.bias = nn.Parameter(shift.to(weight), requires_grad=weight.requires_grad)
+    old: Tensor = tail.weight
+    weight = (old.double() * scale.reshape(-1, *[1] * (old.dim() - 1))).to(old.dtype)
+    shift = shift.to(old.dtype)
+    if not bool(weight.isfinite().all() and shift.isfinite().all()):
+        return False
+    tail.weight = nn.Parameter(weight, requires_grad=old.requires_grad)
+    tail.bias = nn.Parameter(shift, requires_grad=old.requires_grad)
+    return True

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from kegfast._util.check import expected
-from kegfast.compression.surgery import FactorChain
+from kegfast.compression.surgery import HOOKS, FactorChain
 from kegfast.nn import TuckerConv2d, TuckerLinear
 from kegfast.ops.conv_max_pool import conv_max_pool2d
 
@@ -60,17 +60,24 @@ FUNCTIONS["kegfast.conv_max_pool2d"] = conv_max_pool2d
 TARGETS = {function: name for name, function in reversed(FUNCTIONS.items())}
 
 
-class _Tracer(fx.Tracer):
+class LayerTracer(fx.Tracer):
+    """Keeps kegfast's layers whole."""
+
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return type(m) in OWN.values() or super().is_leaf_module(m, module_qualified_name)
 
 
-def trace_graph(model: nn.Module) -> fx.GraphModule | None:
-    """The model as a torch.fx graph with kegfast's layers as leaves; None where it has no such graph."""
+def trace_graph(model: nn.Module, tracer: LayerTracer | None = None) -> fx.GraphModule | None:
+    """The model as a torch.fx graph with kegfast's layers as leaves; None where it has no such graph.
+
+    Hooks of the model itself go with it.
+    """
     try:
-        graph = fx.GraphModule(model, _Tracer().trace(model), type(model).__name__)
+        graph = fx.GraphModule(model, (tracer or LayerTracer()).trace(model), type(model).__name__)
     except Exception:  # whatever the model's own forward raises when values are not there
         return None
+    for hooks in HOOKS:
+        getattr(graph, hooks).update(getattr(model, hooks))
     return _complete(graph, model)
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
+from torch.optim.swa_utils import AveragedModel
 
 from kegfast._util.check import expected
 from kegfast.nn import TuckerConv2d, TuckerLinear
@@ -16,6 +17,10 @@ from kegfast.nn.factors import FactoredConv2d, Factors
 from kegfast.ops.conv_max_pool import conv_max_pool2d
 
 KINDS = (nn.Conv2d, nn.Linear)
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel, AveragedModel)
 
 
 class FactorChain(FactoredConv2d, nn.Sequential):
@@ -51,7 +56,7 @@ def survey(model: nn.Module) -> list[Site]:
 
     Layers that are left alone carry the reason in `refusal`.
     """
-    owners = _owners(model)
+    owners = owners_of(model)
     sites: dict[int, Site] = {}
     opaque: dict[str, str] = {}  # prefix of modules whose forward reaches into their children
     for name, module in model.named_modules(remove_duplicate=False):
@@ -72,13 +77,37 @@ def _is_layer(module: nn.Module) -> bool:
     return isinstance(module, (nn.modules.conv._ConvNd, nn.Linear, nn.Bilinear))
 
 
-def _owners(model: nn.Module) -> dict[int, set[str]]:
+def owners_of(model: nn.Module) -> dict[int, set[str]]:
     """The modules that hold each parameter, by the parameter's id."""
     owners: dict[int, set[str]] = {}
     for name, module in model.named_modules():
         for parameter in module.parameters(recurse=False):
             owners.setdefault(id(parameter), set()).add(name)
     return owners
+
+
+def is_plain(module: nn.Module) -> bool:
+    """Whether its call runs the forward of its class, and no hooks."""
+    return "forward" not in vars(module) and not any(getattr(module, hooks) for hooks in HOOKS)
+
+
+def has_own_weights(layer: nn.Module, owners: dict[int, set[str]]) -> bool:
+    """Whether a plain layer's weight and bias are parameters, as built, that no other module holds."""
+    given = [layer._parameters.get(name, layer) for name in ("weight", "bias")]
+    return is_plain(layer) and all(
+        p is None or (isinstance(p, nn.Parameter) and len(owners[id(p)]) == 1) for p in given
+    )
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The model itself, out of DataParallel, DistributedDataParallel, AveragedModel and torch.compile."""
+    while True:
+        if isinstance(model, WRAPPERS):
+            model = model.module
+        elif isinstance(model, torch._dynamo.OptimizedModule):
+            model = model._orig_mod
+        else:
+            return model
 
 
 def _opaque(module: nn.Module) -> str | None:
@@ -106,8 +135,8 @@ def _refusal(name: str, module: nn.Module, owners: dict[int, set[str]]) -> str |
     if isinstance(module, nn.Conv2d) and module.groups > 1:
         depthwise = module.groups == module.in_channels
         return "depthwise convolution" if depthwise else f"grouped convolution ({module.groups})"
-    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks:
-        return "has hooks, which would be lost"
+    if not is_plain(module):
+        return "has hooks or a forward of its own, which would be lost"
     for parameter in module.parameters(recurse=False):
         others = sorted(owners[id(parameter)] - {name})
         if others:

@@ -252,7 +252,7 @@ def test_sequentials_of_models_that_cannot_be_traced(rank):
     model = Branching()
     randomise_norms(model)
     student, _ = compress(model.eval(), {"body.0": rank})
-    folded = fuse(student)
+    folded = fuse(student, X)
     assert isinstance(folded, Branching)
     assert norms(folded) == 0
     torch.testing.assert_close(folded(X), student(X), rtol=1e-4, atol=1e-5)
