@@ -1,6 +1,7 @@
 """The diversity loss over the joined batch of all ranks of a torch.distributed group (torchrun)."""
 
 from functools import partial
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -44,22 +45,27 @@ def diversity_loss(
     Raises:
         TypeError, ValueError: as there.
     """
-    options = {"metric": metric, "noise_metric": noise_metric, "reduction": reduction, "log": log}
+    options: dict[str, Any] = {
+        "metric": metric,
+        "noise_metric": noise_metric,
+        "reduction": reduction,
+        "log": log,
+    }
     if not dist.is_initialized() or dist.get_world_size(group) == 1:
         return functional.diversity_loss(noises, samples, **options)
-    metric = functional.check_diversity(noises, samples, metric, noise_metric, reduction, log)
+    kind = functional.check_diversity(noises, samples, metric, noise_metric, reduction, log)
     z, x = (t.reshape(len(t), -1).to(_wide(t.dtype)) for t in (noises, samples))
-    if metric == "euclidean":
+    if kind == "euclidean":
         evaluate = partial(_round_a_ring, noise_metric=noise_metric, group=group)
         return _finish(z, x, evaluate, reduction, log, averaged, group)
     factor = 1.0
     alone = torch.zeros_like(x[:, :1])
-    if metric == "cosine":  # half the squared distance of rows of norm 1
+    if kind == "cosine":  # half the squared distance of rows of norm 1
         alone = (x.norm(dim=1, keepdim=True) == 0).to(x.dtype)
         x = torch.where(alone == 1, 0, x / x.masked_fill(alone == 1, 1).norm(dim=1, keepdim=True))
-        factor, metric = x.shape[1] / 2, "sqeuclidean"
+        factor, kind = x.shape[1] / 2, "sqeuclidean"
     evaluate = partial(
-        _by_features, alone=alone, metric=metric, noise_metric=noise_metric, factor=factor, group=group
+        _by_features, alone=alone, metric=kind, noise_metric=noise_metric, factor=factor, group=group
     )
     return _finish(z, x, evaluate, reduction, log, averaged, group)
 
@@ -107,15 +113,16 @@ def _by_features(noises, samples, wanted, *, alone, metric, noise_metric, factor
     shares = [features * (r + 1) // ranks - features * r // ranks for r in range(ranks)]
     joined = _gather_rows(torch.cat((noises, alone.to(noises.dtype)), 1), sizes, group)
     noises, alone = joined[:, :-1], joined[:, -1].double()
-    share = _swap(samples.split(shares, 1), [(size, shares[rank]) for size in sizes], group)
-    share = torch.cat(share)  # (B, D / ranks)
+    share = torch.cat(  # (B, D / ranks)
+        _swap(samples.split(shares, 1), [(size, shares[rank]) for size in sizes], group)
+    )
 
     with torch.enable_grad():
         z = noises.detach().requires_grad_(wanted[0])
         x = share.requires_grad_(wanted[1])
         exponent = z.new_zeros((), dtype=torch.float64)
         if x.shape[1]:
-            options = {"metric": metric, "noise_metric": noise_metric, "log": True}
+            options: dict[str, Any] = {"metric": metric, "noise_metric": noise_metric, "log": True}
             weight = factor * x.shape[1] / features
             exponent = exponent + functional.diversity_loss(z, x, **options).double() * weight
         if rank == 0 and alone.any():  # rows of norm 0 are at distance 1, not 1/2, of the others
@@ -123,7 +130,7 @@ def _by_features(noises, samples, wanted, *, alone, metric, noise_metric, factor
             exponent = exponent - (weights @ alone).sum() / len(z) ** 2
     leaves = [leaf for leaf, want in zip((z, x), wanted, strict=True) if want]
     found = iter(_gradients(exponent, leaves))
-    gradients = [None, None]
+    gradients: list[Tensor | None] = [None, None]
     if wanted[0]:
         gradient = next(found)
         dist.all_reduce(gradient, group=group)

@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from numbers import Real
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -90,6 +90,7 @@ def number(
         what += f" of at least {least:g}"
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(expected(argument, what, value))
+    value = cast(float, value)
     if not (math.isfinite(value) and value > above and least <= value <= most):
         raise ValueError(expected(argument, what, value))
     return value

@@ -4,7 +4,7 @@ import random
 import statistics
 import time
 from collections.abc import Callable, Mapping
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -15,7 +15,7 @@ CLOCKS: dict[Clock, Callable[[], float]] = {"wall": time.perf_counter, "cpu": ti
 
 
 def interleaved(
-    calls: Mapping[str, Callable[[], object]], rounds: int = 5, **options: object
+    calls: Mapping[str, Callable[[], object]], rounds: int = 5, **options: Any
 ) -> dict[str, float]:
     """Median seconds of one call each; arguments as of `take_turns`."""
     times = take_turns(calls, rounds, **options)

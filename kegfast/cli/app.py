@@ -92,7 +92,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"kegfast {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
     for name, module in COMMANDS.items():
-        summary = module.__doc__.splitlines()[0]
+        summary = (module.__doc__ or name).splitlines()[0]
         command = commands.add_parser(name, help=summary, description=module.__doc__)
         command.add_argument("-v", "--verbose", action="count", default=0, help="log what is done (-vv: all)")
         command.add_argument("--config", metavar="FILE", help="TOML file with values for these options")

@@ -57,11 +57,12 @@ def run(args: argparse.Namespace) -> None:
     info = options.sample_info(args)
     teacher = options.load_model(args.model, args.weights, info).to(device)
     student = options.load_model(args.model, args.student, info).to(device)
-    student.to(memory_format=torch.channels_last)  # the faster one in training
+    # The faster one in training; torch's stubs lack it.
+    student.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     for model in (teacher, student):
         options.check_fit(model, info)
     test = options.test_set(args) if args.evaluate else None
-    before = training.evaluate(student, test) if args.evaluate else None
+    before = None if test is None else training.evaluate(student, test)
     source = sources.make_source(args.source, info, args, device)
     if args.pool is not None:
         with seeded(args.seed):
@@ -80,7 +81,8 @@ def run(args: argparse.Namespace) -> None:
             return  # rank 0 writes
         options.save_model(student, folder.folder / "student.safetensors", args.model)
         results = dict(history[-1])
-        if args.evaluate:
-            results |= {"before": before, "after": training.evaluate(student, test)}
-            print(f"test accuracy {results['before']:.2f} % before, {results['after']:.2f} % after")
+        if test is not None and before is not None:
+            after = training.evaluate(student, test)
+            results |= {"before": before, "after": after}
+            print(f"test accuracy {before:.2f} % before, {after:.2f} % after")
         folder.finish(results)

@@ -46,6 +46,7 @@ class Ensemble(nn.Module):
         self.average, self.temperature = average, temperature
         shares = torch.tensor(check.shares("weights", weights, len(models)))
         device = next((p.device for p in self.parameters()), None)
+        self.weights: Tensor
         self.register_buffer("weights", shares.to(device))
 
     def forward(self, x: Tensor) -> Tensor:  # -> (B, C)

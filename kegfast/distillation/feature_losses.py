@@ -57,7 +57,7 @@ def make_regressor(
         raise ValueError(expected("kernel_size", "1, 3 or None", kernel_size))
     inputs, outputs = student.shape[1], teacher.shape[1]
     if student.ndim == 2:
-        regressor = nn.Linear(inputs, outputs)
+        regressor: nn.Module = nn.Linear(inputs, outputs)
     else:
         excess = [s - t for s, t in zip(student.shape[2:], teacher.shape[2:], strict=True)]
         if min(excess) < 0:
@@ -67,7 +67,7 @@ def make_regressor(
             size = kernel_size or 1
             regressor = nn.Conv2d(inputs, outputs, size, padding=size // 2)
         else:
-            regressor = nn.Conv2d(inputs, outputs, tuple(e + 1 for e in excess))
+            regressor = nn.Conv2d(inputs, outputs, (excess[0] + 1, excess[1] + 1))
     return regressor.to(student.device)
 
 

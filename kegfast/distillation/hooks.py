@@ -19,7 +19,7 @@ def unwrap(model: nn.Module) -> nn.Module:
         if isinstance(model, DataParallel | DistributedDataParallel):
             model = model.module
         elif "_orig_mod" in model._modules:
-            model = model._orig_mod
+            model = model.get_submodule("_orig_mod")
         else:
             return model
 

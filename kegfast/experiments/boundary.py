@@ -6,11 +6,13 @@ soft targets and with boundary samples, are compared by how alike their boundari
 is a LeNet5 once without and once with BatchNorm.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from kegfast import data
 from kegfast.distillation import Term, boundary
@@ -82,7 +84,7 @@ def run(
     teachers = {name: lenets.teacher(shared, config.comparison, splits, name) for name in lenets.TEACHERS}
     results = {}
     for name, teacher in teachers.items():
-        accuracy = shared.cell(name, lambda teacher=teacher: evaluate(teacher(), splits.test))
+        accuracy = shared.cell(name, partial(_accuracy, teacher, splits))
         results[f"{name}: accuracy"] = spread([accuracy])
         results |= spreads([_Run(trial, config.comparison, splits, teacher).all(name) for trial in runs])
     if (few := config.few) is not None:
@@ -91,7 +93,11 @@ def run(
     return results
 
 
-class _Run(Learning):
+def _accuracy(teacher: Callable[[], nn.Module], splits: data.Splits) -> float:
+    return evaluate(teacher(), splits.test)
+
+
+class _Run(Learning[Comparison]):
     """The cell of one seed and teacher."""
 
     def all(self, teacher: str) -> dict[str, float]:

@@ -1,5 +1,6 @@
 """Five networks and the one student that learns from all of them: a part of Hinton's experiment."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 
@@ -35,7 +36,7 @@ class Config(Budget):
     student_steps: int = 8000
 
 
-class Run(Learning):
+class Run(Learning[Config]):
     """All cells of one seed."""
 
     def all(self) -> dict[str, float]:
@@ -56,7 +57,10 @@ class Run(Learning):
             source = InMemory(torch.cat([samples.tensors[0] for samples in parts.values()]))
             return self.taught(name, self.beginning(config.units), together(), config.student_steps, source)
 
-        errors = [self.errors(f"member {number}", lambda name, n=number: member(n)) for number in numbers]
+        def one(number: int) -> Callable[[str], nn.Module]:
+            return lambda name: member(number)
+
+        errors = [self.errors(f"member {number}", one(number)) for number in numbers]
         return {
             "one network": sum(errors) / len(errors),
             "ensemble": self.errors("ensemble", lambda name: together()),

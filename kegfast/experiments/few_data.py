@@ -1,6 +1,8 @@
 """Each loss with little data: a part of boundary's experiment."""
 
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 from kegfast.experiments.lenets import PAPER, Budget, Learning, Loss
 from kegfast.experiments.trial import part
@@ -37,22 +39,22 @@ class Config(Budget):
     methods: tuple[str, ...] = tuple(LOSSES)
 
 
-class Run(Learning):
+class Run(Learning[Config]):
     """All cells of one seed."""
 
     def all(self) -> dict[str, float]:
         """Test accuracies in percent of every share and method."""
-        found = {}
+        found: dict[str, float] = {}
         for share in self.config.shares:
             for method in self.config.methods:
                 name = f"{100 * share:g} %, {method}"
-                found[name] = self.trial.cell(name, lambda n=name, m=method, s=share: self._accuracy(n, m, s))
+                found[name] = self.trial.cell(name, partial(self._accuracy, name, method, share))
         return found
 
     def _accuracy(self, name: str, method: str, share: float) -> float:
         config, first = self.config, self.config.steps // 3
         samples = part(self.splits.train, share, self.trial.seed)
-        options = {"steps": config.steps}
+        options: dict[str, Any] = {"steps": config.steps}
         if method == "hint":
             options = {"layers": HINT_LAYERS, "hint_steps": first, "steps": config.steps - first}
         return evaluate(self.student(name, LOSSES[method], samples, **options), self.splits.test)

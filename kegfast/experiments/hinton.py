@@ -108,7 +108,7 @@ def run(
     return results
 
 
-class _Run(Learning):
+class _Run(Learning[Students]):
     """All cells of one seed; its students begin alike."""
 
     def __init__(self, trial: Trial, config: Students, splits: Splits, teacher: Callable[[], nn.Module]):

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from torch import nn
 from torch.utils.data import TensorDataset
@@ -81,16 +81,19 @@ def teacher(trial: Trial, config: Budget, splits: Splits, name: str) -> Callable
     return make
 
 
-class Learning:
+Config = TypeVar("Config", bound=Budget)
+
+
+class Learning(Generic[Config]):
     """The students of one trial; all begin alike."""
 
-    def __init__(self, trial: Trial, config: Budget, splits: Splits, teacher: Callable[[], nn.Module]):
+    def __init__(self, trial: Trial, config: Config, splits: Splits, teacher: Callable[[], nn.Module]):
         self.trial, self.config, self.splits, self.teacher = trial, config, splits, teacher
 
     def student(self, name: str, loss: Loss, samples: TensorDataset, **options: Any) -> nn.Module:
         """A student of some samples; with `layers` it learns hints from these first."""
         student = beginning(HalfLeNet5, mix(self.trial.seed, 1))
-        teach = fitnets if "layers" in options else kegfast.distill
+        teach: Callable[..., object] = fitnets if "layers" in options else kegfast.distill
         teach(
             student,
             self.teacher(),

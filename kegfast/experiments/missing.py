@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +30,7 @@ class Config(Budget):
     epochs: int = 15
 
 
-class Run(Learning):
+class Run(Learning[Config]):
     """All cells of one seed."""
 
     def __init__(self, trial: Trial, config: Config, splits: Splits, teacher: Callable[[], nn.Module]):
@@ -38,9 +39,9 @@ class Run(Learning):
 
     def all(self) -> dict[str, float]:
         """Test errors and shares of the missing classes."""
-        found = {}
+        found: dict[str, float] = {}
         for name, kept in KEPT.items():
-            part = self.trial.cell(name, lambda name=name, kept=kept: self._errors(name, kept))
+            part = self.trial.cell(name, partial(self._errors, name, kept))
             found |= {f"{name}: {key}": value for key, value in part.items()}
         return found
 

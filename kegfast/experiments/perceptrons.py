@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -39,10 +40,13 @@ class Budget:
     amp: bool = True
 
 
-class Learning:
+Config = TypeVar("Config", bound=Budget)
+
+
+class Learning(Generic[Config]):
     """The networks of one trial; those of one width and number begin alike."""
 
-    def __init__(self, trial: Trial, config: Budget, splits: Splits):
+    def __init__(self, trial: Trial, config: Config, splits: Splits):
         self.trial, self.config, self.splits = trial, config, splits
 
     def errors(self, name: str, make: Callable[[str], nn.Module]) -> int:

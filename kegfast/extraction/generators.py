@@ -149,9 +149,15 @@ class Generators:
             raise ValueError(f"{path}: expected finite parameters, got NaN or infinite ones")
         try:
             config = json.loads(metadata["config"])
-            sizes = (config[name] for name in ("copies", "num_classes", "noise_size", "sample_shape"))
             with torch.device("meta"):  # sizes that are not the file's take no memory
-                make_generator(*sizes, None).load_state_dict(tensors, assign=True)
+                empty = make_generator(
+                    config["copies"],
+                    config["num_classes"],
+                    config["noise_size"],
+                    config["sample_shape"],
+                    None,
+                )
+                empty.load_state_dict(tensors, assign=True)
             loaded = cls(**config)
             loaded.network.load_state_dict(tensors)
         except (KeyError, TypeError, RuntimeError, ValueError) as error:

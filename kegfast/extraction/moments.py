@@ -4,8 +4,11 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from kegfast._util.check import expected
 
 _EPS = 1e-5  # inside torch's inverse deviation; taken out again
 
@@ -13,7 +16,7 @@ _EPS = 1e-5  # inside torch's inverse deviation; taken out again
 class NormMoments(NamedTuple):
     """A BatchNorm layer, and per generator the mean and biased variance of each channel of its input."""
 
-    layer: nn.Module
+    layer: _BatchNorm
     mean: Tensor  # (G, C)
     variance: Tensor  # (G, C)
 
@@ -59,9 +62,17 @@ class _WatchedNorm(torch.autograd.Function):
         return total, None, None, None
 
 
+def running_statistics(layer: _BatchNorm) -> tuple[Tensor, Tensor]:  # (C,), (C,)
+    """The mean and the variance that a BatchNorm layer remembers."""
+    mean, variance = layer.running_mean, layer.running_var
+    if mean is None or variance is None:
+        raise ValueError(expected("layer", "a BatchNorm with running statistics", layer))
+    return mean, variance
+
+
 def watched_norm(
     x: Tensor,  # (G * N, C, ...)
-    layer: nn.Module,
+    layer: _BatchNorm,  # with running statistics
     copies: int,
 ) -> tuple[Tensor, NormMoments]:
     """What a BatchNorm layer in eval mode makes of x, and the moments of x, in float32 for narrower x.
@@ -69,9 +80,10 @@ def watched_norm(
     No gradient goes to the layer's own parameters.
     """
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    mean, variance = running_statistics(layer)
     with torch.no_grad():
-        scale = torch.rsqrt(layer.running_var + layer.eps)
-        shift = -layer.running_mean * scale
+        scale = torch.rsqrt(variance + layer.eps)
+        shift = -mean * scale
         if layer.affine:
             scale, shift = scale * layer.weight, shift * layer.weight + layer.bias
     y, mean, variance = _WatchedNorm.apply(x, scale.to(dtype), shift.to(dtype), copies)

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +11,7 @@ from kegfast.extraction.stacked import StackedNorm, StackedStart, stacked_mlp, u
 
 Range = tuple[float | Sequence[float], float | Sequence[float]]
 
-_DOUBLE = {"kernel_size": 4, "stride": 2, "padding": 1}  # doubles a map's height and width
+_DOUBLE: dict[str, Any] = {"kernel_size": 4, "stride": 2, "padding": 1}  # doubles a map's height and width
 NORM_EPS = 1e-5  # keeps a constant image finite; far below any real image's variance
 
 
@@ -36,6 +37,8 @@ class RangeOutput(nn.Module):
     def __init__(self, low: float | Sequence[float], high: float | Sequence[float], channels: int):
         super().__init__()
         bounds = [torch.as_tensor(v, dtype=torch.float32).expand(channels) for v in (low, high)]
+        self.low: Tensor
+        self.span: Tensor
         self.register_buffer("low", bounds[0].reshape(-1, 1, 1).clone(), persistent=False)
         self.register_buffer("span", (bounds[1] - bounds[0]).reshape(-1, 1, 1), persistent=False)
 
@@ -73,7 +76,7 @@ class ImageGenerator(nn.Module):
         last = [StackedNorm(copies, 128), nn.ELU()]
         self.dense = nn.Sequential(*stacked_mlp(copies, sizes, nn.ELU), *last)
         start = StackedStart(copies, 128, 64, [math.ceil(n / 8) for n in self.size])
-        layers = [start, nn.BatchNorm2d(copies * 64), nn.ELU()]
+        layers: list[nn.Module] = [start, nn.BatchNorm2d(copies * 64), nn.ELU()]
         for n_in, n_out in ((64, 16), (16, 4)):
             layers += [
                 nn.ConvTranspose2d(copies * n_in, copies * n_out, groups=copies, bias=False, **_DOUBLE),

@@ -45,7 +45,7 @@ def mean_history(history: list[dict[str, float]], size: int, world: int) -> list
     """The history of all generators: each rank's values weighted by how many it trained."""
     parts: list[tuple[int, list[dict[str, float]]] | None] = [None] * world
     dist.all_gather_object(parts, (size, history))
-    trained = [(n, entries) for n, entries in parts if n]
+    trained = [part for part in parts if part is not None and part[0]]
     total = sum(n for n, _ in trained)
     return [
         _mean([n / total for n, _ in trained], entries)

@@ -106,7 +106,7 @@ def extract(
         made = Generators(copies, num_classes, sample_shape, noise_size, bounds, recipe.labels)
         decoder = Decoder(copies, sample_shape, noise_size)
         networks = nn.ModuleDict({"generator": made.network, "decoder": decoder}).to(device)
-        made.network.to(memory_format=torch.channels_last)
+        made.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stubs lack it
         return made, networks.train()
 
     rank, world = processes.place()

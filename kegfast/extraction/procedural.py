@@ -154,7 +154,7 @@ def bent(
     offsets *= 2 * REACH * torch.rand(n, 1, 1, 1, device=images.device)  # an image's side is 2 in a grid
     offsets = F.interpolate(offsets, size=images.shape[2:], mode="bicubic").permute(0, 2, 3, 1)
     still = torch.eye(2, 3, device=images.device).expand(n, 2, 3)
-    grid = F.affine_grid(still, images.shape, align_corners=False) + offsets
+    grid = F.affine_grid(still, list(images.shape), align_corners=False) + offsets
     return F.grid_sample(images, grid, padding_mode="border", align_corners=False)
 
 

@@ -1,7 +1,7 @@
 """How generators are trained: the published recipe, the default one, and any other."""
 
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 from kegfast._util import check
 from kegfast._util.check import expected
@@ -62,7 +62,7 @@ class Recipe:
         ]
         return [term for term in terms if term.weight != 0]
 
-    def but(self, **changes: float | None) -> "Recipe":
+    def but(self, **changes: Any) -> "Recipe":
         """The same recipe with other values, those that are None left out of account."""
         return replace(self, **{name: v for name, v in changes.items() if v is not None})
 
@@ -81,7 +81,7 @@ RECIPES = {
 }
 
 
-def resolve(recipe: str | Recipe, **overrides: float | None) -> Recipe:
+def resolve(recipe: str | Recipe, **overrides: Any) -> Recipe:
     """The recipe of that name, or the one given, with the overrides that are not None; checked."""
     if isinstance(recipe, str):
         if recipe not in RECIPES:

@@ -35,7 +35,7 @@ class Objective:
         shares = labels / labels.sum(-1, keepdim=True)
         batch = Batch(shares, noise, samples, logits, self.decoder, norms)
         values = {term.name: term(batch) for term in self.terms}
-        loss = sum(term.weight * values[term.name] for term in self.terms)
+        loss = torch.stack([term.weight * values[term.name] for term in self.terms]).sum(0)
         log = {"loss": loss, **values}
         log["agreement"] = (logits.argmax(-1) == labels.argmax(-1)).float()
         return loss.sum(), {name: value.detach().mean() for name, value in log.items()}

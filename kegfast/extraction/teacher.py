@@ -6,6 +6,7 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from kegfast._util.check import expected
 from kegfast.extraction.moments import NormMoments, watched_norm
@@ -33,15 +34,15 @@ class FrozenTeacher:
         if watch and faithful:
             raise ValueError(expected("faithful", "False with a term on BatchNorm statistics", faithful))
         self.model = copy.deepcopy(teacher).train(faithful).requires_grad_(False)
-        self.model.to(memory_format=torch.channels_last)
+        self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stubs lack it
         self.faithful = faithful
         self._copies = 1
         self._moments: list[NormMoments] = []
         for layer in self.model.modules():
             if watch and isinstance(layer, _BATCH_NORMS) and layer.running_mean is not None:
-                layer.forward = partial(self._watch, layer)
+                setattr(layer, "forward", partial(self._watch, layer))  # noqa: B010
 
-    def _watch(self, layer: nn.Module, x: Tensor) -> Tensor:
+    def _watch(self, layer: _BatchNorm, x: Tensor) -> Tensor:
         y, moments = watched_norm(x, layer, self._copies)
         self._moments.append(moments)
         return y

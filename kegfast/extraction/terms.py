@@ -12,7 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from kegfast.extraction.moments import NormMoments
+from kegfast.extraction.moments import NormMoments, running_statistics
 from kegfast.extraction.teacher import FrozenTeacher
 from kegfast.functional import diversity_loss
 
@@ -88,9 +88,10 @@ class BatchNormStatistics:
     def __call__(self, batch: Batch) -> Tensor:  # (G,)
         total = batch.noise.new_zeros(batch.noise.shape[0])
         for layer, mean, variance in batch.norms:
-            unit = layer.running_var + layer.eps
-            total = total + _norm((mean - layer.running_mean) / unit.sqrt())
-            total = total + _norm((variance - layer.running_var) / unit)
+            known_mean, known_variance = running_statistics(layer)
+            unit = known_variance + layer.eps
+            total = total + _norm((mean - known_mean) / unit.sqrt())
+            total = total + _norm((variance - known_variance) / unit)
         return total
 
 

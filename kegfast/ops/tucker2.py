@@ -20,7 +20,8 @@ def tucker2_output_size(
 ) -> tuple[int, int]:
     """(H', W') of a convolution with `core` (R2, R1, kh, kw)."""
     sizes = zip((height, width), core.shape[2:], stride, padding, dilation, strict=True)
-    return tuple((n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in sizes)
+    rows, columns = ((n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in sizes)
+    return rows, columns
 
 
 def _empty_image(x: Tensor, size: tuple[int, ...]) -> Tensor:

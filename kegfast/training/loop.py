@@ -189,6 +189,7 @@ class _Run:
         self.saved = time.monotonic()
 
     def load(self) -> None:
+        assert self.path is not None  # a run without a checkpoint loads none
         content = read_checkpoint(self.path)
         found = {key: content.get(key) for key in self.identity} if isinstance(content, dict) else content
         if found != self.identity:
