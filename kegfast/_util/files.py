@@ -20,6 +20,9 @@ from kegfast._util.check import expected
 WRAPPERS = ("model_state", "state_dict", "model")
 """Keys under which training scripts keep the state dict inside a larger checkpoint."""
 
+UNTRACKED = "num_batches_tracked"
+"""BatchNorm's counter of batches, which weights from before torch 0.4.1 do not have; torch then sets it."""
+
 
 def as_path(argument: str, path: str | Path) -> Path:
     """The path of a file; a number, which `open` would take for an open file, is a TypeError."""
@@ -207,7 +210,7 @@ def load_weights(model: nn.Module, path: str | Path) -> nn.Module:
         if name in own and tensor.shape != own[name].shape
     ]
     problems = [
-        _listing("missing", sorted(own.keys() - weights.keys())),
+        _listing("missing", sorted(n for n in own.keys() - weights.keys() if not n.endswith(UNTRACKED))),
         _listing("unexpected", sorted(weights.keys() - own.keys())),
         _listing("wrong shape", shapes),
         _listing("not finite", [name for name, t in weights.items() if not bool(t.isfinite().all())]),

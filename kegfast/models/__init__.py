@@ -2,6 +2,6 @@
 
 from kegfast.models.lenet import LeNet5
 from kegfast.models.mlp import MLP
-from kegfast.models.resnet import ResNet14
+from kegfast.models.resnet import CifarResNet, ResNet14
 
-__all__ = ["MLP", "LeNet5", "ResNet14"]
+__all__ = ["MLP", "CifarResNet", "LeNet5", "ResNet14"]

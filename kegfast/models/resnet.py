@@ -1,4 +1,4 @@
-"""ResNet14: a residual network for 32x32 images (He et al. 2016, section 4.2, n = 2)."""
+"""Residual networks for 32x32 images (He et al. 2016, section 4.2): ResNet14, and those of 6 n + 2 layers."""
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -13,16 +13,21 @@ class BasicBlock(nn.Module):
         in_channels: channels that come in.
         out_channels: channels that go out; the shortcut appends zeros for the missing ones.
         stride: stride of the first convolution; the shortcut subsamples by it.
+        bias: whether the convolutions have biases.
+        centered: whether half of the appended zeros come before the channels, half behind; all behind if not.
     """
 
-    def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
+    def __init__(
+        self, in_channels: int, out_channels: int, stride: int, bias: bool = True, centered: bool = False
+    ) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, stride, padding=1)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, stride, padding=1, bias=bias)
         self.bn1 = nn.BatchNorm2d(out_channels)
-        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=bias)
         self.bn2 = nn.BatchNorm2d(out_channels)
         self.stride = stride
-        self.extra = out_channels - in_channels
+        extra = out_channels - in_channels
+        self.extra = (extra // 2, extra - extra // 2) if centered else (0, extra)
 
     def forward(
         self,
@@ -35,9 +40,9 @@ class BasicBlock(nn.Module):
 
     def shortcut(self, x: Tensor) -> Tensor:
         """The input, subsampled and padded to the block's output."""
-        if self.stride == 1 and self.extra == 0:
+        if self.stride == 1 and not any(self.extra):
             return x
-        return F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, 0, self.extra))
+        return F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, *self.extra))
 
 
 class ResNet14(nn.Module):
@@ -75,3 +80,39 @@ def _stage(in_channels: int, out_channels: int, stride: int) -> nn.Sequential:
     return nn.Sequential(
         BasicBlock(in_channels, out_channels, stride), BasicBlock(out_channels, out_channels, 1)
     )
+
+
+class CifarResNet(nn.Module):
+    """He et al.'s residual network for CIFAR, with the state-dict keys of the published ResNet-20 to -1202.
+
+    Args:
+        depth: 6 n + 2 layers, n blocks in each of three stages: 20, 32, 44, 56, ...
+        num_classes: number of logits.
+
+    Raises:
+        TypeError, ValueError: `depth` is no such number, or `num_classes` no positive int.
+    """
+
+    def __init__(self, depth: int = 20, num_classes: int = 10) -> None:
+        super().__init__()
+        blocks, rest = divmod(check.count("depth", depth, least=8) - 2, 6)
+        if rest:
+            raise ValueError(check.expected("depth", "6 n + 2", depth))
+        check.count("num_classes", num_classes)
+        self.conv1 = nn.Conv2d(3, 16, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(16)
+        for number, (before, channels) in enumerate(((16, 16), (16, 32), (32, 64)), start=1):
+            first = BasicBlock(before, channels, min(number, 2), bias=False, centered=True)
+            others = (BasicBlock(channels, channels, 1, bias=False, centered=True) for _ in range(blocks - 1))
+            self.add_module(f"layer{number}", nn.Sequential(first, *others))
+        self.linear = nn.Linear(64, num_classes)
+
+    def forward(
+        self,
+        x: Tensor,  # (N, 3, H, W), 32x32 in the paper
+    ) -> Tensor:
+        """Logits (N, num_classes)."""
+        x = F.relu(self.bn1(self.conv1(x)))
+        for stage in (self.layer1, self.layer2, self.layer3):
+            x = stage(x)
+        return self.linear(x.mean((2, 3)))
