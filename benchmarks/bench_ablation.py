@@ -19,12 +19,14 @@ from torch import Tensor, nn
 from benchmarks.common import write_results
 from kegfast import compress, data, load_weights
 from kegfast.distillation import InMemory, Pool
+from kegfast.distillation.sources import Source
 from kegfast.experiments.ledger import spread
-from kegfast.experiments.paper import paper
+from kegfast.experiments.paper import paper, schedule
 from kegfast.experiments.study import Lesson, Study
+from kegfast.recovery.samples import image_kinds
 from kegfast.training.loop import seeded
 
-STUDENT = 3
+STUDENT, CALIBRATION = 3, 512
 HINTED, SOLVED = "all kinds, the last convolution's output taught too", "all kinds, factors solved first"
 
 
@@ -53,7 +55,7 @@ def rows(measure: Callable[[int], Iterable[tuple[str, float]]], seeds: Iterable[
 
 def measure(study: Study, seed: int) -> Iterator[tuple[str, float]]:
     """Each variant's name and accuracy."""
-    kinds = list(study.sources(seed).kinds())
+    kinds = list(kinds_of(study, seed))
     variants = {"all kinds": kinds}
     variants |= {f"without {left}": [kind for kind in kinds if kind != left] for left in kinds}
     variants |= dict.fromkeys((HINTED, SOLVED), kinds)
@@ -69,9 +71,15 @@ def measure(study: Study, seed: int) -> Iterator[tuple[str, float]]:
         yield name, study.ledger.cell(f"{name}/{seed}", cell)
 
 
+def kinds_of(study: Study, seed: int) -> dict[str, Source]:
+    """The kinds of images that the default recipe mixes."""
+    made = study.sources(seed).artificial
+    return image_kinds(made.subject, made.pixels)
+
+
 def draw(study: Study, seed: int) -> dict[str, Tensor]:
     """Of every kind as many images as a mixture of all but one needs."""
-    kinds = study.sources(seed).kinds()
+    kinds = kinds_of(study, seed)
     with seeded(seed):
         size = study.config.pool // (len(kinds) - 1)
         return {name: Pool(source, size).samples for name, source in kinds.items()}
@@ -81,13 +89,13 @@ def taught(study: Study, variant: str, samples: Tensor, seed: int) -> float:
     """Accuracy of a student of these samples."""
     student: nn.Module = study.starts(STUDENT, "paper", "kegfast", seed)[0]
     if variant == SOLVED:
-        few = samples[:: len(samples) // study.config.calibration]
+        few = samples[:: len(samples) // CALIBRATION]
         ranks = dict(study.paper.students[STUDENT].ranks)
         student = compress(study.teacher, ranks, calibration=few, samples=len(few))[0]
-    schedule = study.paper.schedule("kegfast")
+    plan = schedule(study.sources(seed).subject, "kegfast")
     if variant == HINTED:
-        schedule = replace(schedule, loss=f"{schedule.loss} + hint@conv3:0.1")
-    lesson = Lesson(InMemory(samples), (), schedule, seed)
+        plan = replace(plan, loss=f"{plan.loss} + hint@conv3:0.1")
+    lesson = Lesson(InMemory(samples), samples, (), plan, seed)
     accuracy = study.accuracy(study.teach(f"{variant} {seed}", student, lesson)[-1])
     for leg in study.output.glob("*-leg*.pt"):
         leg.unlink()

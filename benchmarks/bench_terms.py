@@ -19,8 +19,9 @@ from kegfast import data, load_weights
 from kegfast.distillation import InMemory, Mixture, Pool
 from kegfast.distillation.sources import Source
 from kegfast.experiments.paper import HINTED, NOISE, STRUCTURED, Config, Schedule, paper
-from kegfast.experiments.study import Study, choice
+from kegfast.experiments.study import Study
 from kegfast.extraction import RECIPES, Disagreement, extract
+from kegfast.recovery.judge import choice
 from kegfast.training.loop import seeded
 
 STUDENT, GENERATORS = 3, 2

@@ -8,12 +8,14 @@ from kegfast.distillation import distill
 from kegfast.extraction import Generators, extract
 from kegfast.ops import reference
 from kegfast.ops._native import backend, build_info, cpu_isa, last_kernel
+from kegfast.recovery import ShrinkReport, shrink
 from kegfast.training import evaluate, train
 from kegfast.version import __version__
 
 __all__ = [
     "CompressionReport",
     "Generators",
+    "ShrinkReport",
     "__version__",
     "autotune",
     "backend",
@@ -37,6 +39,7 @@ __all__ = [
     "nn",
     "reference",
     "save",
+    "shrink",
     "train",
     "tuning",
 ]

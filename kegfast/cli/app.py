@@ -10,13 +10,14 @@ from collections.abc import Sequence
 from contextlib import ExitStack, redirect_stdout
 from typing import NoReturn
 
-from kegfast.cli import bench, compress, demo, distill, evaluate, extract, info, reproduce, train
+from kegfast.cli import bench, compress, demo, distill, evaluate, extract, info, reproduce, shrink, train
 from kegfast.cli.config import with_defaults
 from kegfast.cli.memory import keep_freed_memory
 from kegfast.version import __version__
 
 COMMANDS = {
     "info": info,
+    "shrink": shrink,
     "train": train,
     "extract": extract,
     "compress": compress,

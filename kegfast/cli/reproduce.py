@@ -1,6 +1,7 @@
 """Run a published experiment and print its table beside what was published."""
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,14 +9,22 @@ from kegfast.cli import options
 
 DATASETS = ("mnist", "fashion-mnist", "svhn", "pendigits", "letter", "shuttle")
 DISTILLATION = ("hinton", "boundary")
+FRONT_DOOR = ("shrink",)
+PAPERS_OWN = (
+    "students", "recipe", "ranks", "teacher", "pool", "steps", "generator_steps", "generator_batch",
+    "protocol", "amp",
+)  # fmt: skip
+SHRINKS_OWN = ("networks", "ratios", "counts", "pretrained")
+"""Options that other experiments do not have."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "dataset",
-        choices=DATASETS + DISTILLATION,
+        choices=DATASETS + DISTILLATION + FRONT_DOOR,
         help="data set of the KegNet paper: " + ", ".join(DATASETS) + "; or distillation on MNIST: "
-        "hinton (Hinton et al. 2015), boundary (little data, and Heo et al. 2019)",
+        "hinton (Hinton et al. 2015), boundary (little data, and Heo et al. 2019); or shrink, "
+        "`kegfast shrink` of several networks",
     )
     parser.add_argument(
         "--students", type=_numbers, metavar="1,2,3", help="the paper's students (default all)"
@@ -53,6 +62,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(
             f"--{name}", type=options.positive, metavar="N", help=f"{what} (default: the data set's)"
         )
+    shrink = parser.add_argument_group("of shrink alone")
+    shrink.add_argument("--networks", type=_names, metavar="NAME,...", help="default: all of the table")
+    shrink.add_argument("--ratios", type=_ratios, metavar="2,4", help="default: each network's own")
+    shrink.add_argument(
+        "--counts", type=_numbers, metavar="0,256", help="real, unlabeled samples given (default 0,256)"
+    )
+    shrink.add_argument("--pretrained", type=Path, metavar="FOLDER", help="folder of published weights")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there, with date and build")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="default runs/reproduce-<dataset>")
     parser.add_argument(
@@ -70,9 +86,10 @@ def run(args: argparse.Namespace) -> None:
     from kegfast.experiments.reproduce import reproduce
     from kegfast.training.processes import place
 
-    if args.dataset in DISTILLATION:
-        _run_distillation(args)
+    if args.dataset in DISTILLATION + FRONT_DOOR:
+        (_run_shrink if args.dataset in FRONT_DOOR else _run_distillation)(args)
         return
+    _refuse(args, SHRINKS_OWN)
     folder = args.out or Path("runs") / f"reproduce-{args.dataset}"
     if not args.resume and (folder / "cells.json").exists():
         raise ValueError(f"out must be an empty folder, or give --resume to continue the run in {folder}")
@@ -107,12 +124,7 @@ def _run_distillation(args: argparse.Namespace) -> None:
 
     if place()[1] > 1:
         raise ValueError(expected("dataset", f"one of {', '.join(DATASETS)} under torchrun", args.dataset))
-    for name in (
-        "students", "recipe", "ranks", "teacher", "budget_seconds", "pool", "steps",
-        "generator_steps", "generator_batch", "protocol", "amp",
-    ):  # fmt: skip
-        if (value := getattr(args, name)) is not None:
-            raise ValueError(expected(name, f"left out for {args.dataset}", value))
+    _refuse(args, (*PAPERS_OWN, *SHRINKS_OWN, "budget_seconds"))
     folder = args.out or Path("runs") / f"reproduce-{args.dataset}"
     if not args.resume and any(folder.glob("*.json")):
         raise ValueError(f"out must be an empty folder, or give --resume to continue the run in {folder}")
@@ -124,6 +136,40 @@ def _run_distillation(args: argparse.Namespace) -> None:
         table.add_row(name, f"{cell['mean']:.2f}", f"{cell['std']:.2f}")
     Console().print(table)
     _write(args.json or folder / "summary.json", {"config": asdict(config), "results": found})
+
+
+def _run_shrink(args: argparse.Namespace) -> None:
+    """Cells of networks, ratios and numbers of data; those in --out are not computed again."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from kegfast.experiments import shrinking
+
+    _refuse(args, PAPERS_OWN)
+    folder = args.out or Path("runs") / "reproduce-shrink"
+    if not args.resume and (folder / "cells.json").exists():
+        raise ValueError(f"out must be an empty folder, or give --resume to continue the run in {folder}")
+    cells, left = shrinking.run(
+        folder, root=args.root, pretrained=args.pretrained, names=args.networks, ratios=args.ratios,
+        counts=shrinking.DATA if args.counts is None else args.counts, seeds=args.seeds,
+        seconds=args.budget_seconds,
+    )  # fmt: skip
+    found = shrinking.rows(cells)
+    table = Table(*shrinking.HEADINGS)
+    for line in shrinking.lines(found):
+        table.add_row(*line)
+    Console().print(table)
+    if left:
+        print(f"{len(left)} cells are missing for lack of time; --resume computes them")
+    _write(args.json or folder / "summary.json", {"rows": found, "cells": cells})
+
+
+def _refuse(args: argparse.Namespace, names: Sequence[str]) -> None:
+    from kegfast._util.check import expected
+
+    for name in names:
+        if (value := getattr(args, name)) is not None:
+            raise ValueError(expected(name, f"left out for {args.dataset}", value))
 
 
 def _write(path: Path, results: dict[str, Any]) -> None:
@@ -141,8 +187,13 @@ def _numbers(text: str) -> list[int]:
     return [int(part) for part in text.split(",")]
 
 
+def _ratios(text: str) -> list[float]:
+    return [float(part) for part in text.split(",")]
+
+
 def _names(text: str) -> list[str]:
     return text.split(",")
 
 
-_numbers.__name__, _names.__name__ = "list of numbers", "list of names"  # what argparse calls them
+_numbers.__name__, _ratios.__name__ = "list of numbers", "list of numbers"
+_names.__name__ = "list of names"  # what argparse calls them

@@ -48,6 +48,14 @@ Plan = dict[str, Rank | None]
 """The ranks of each layer; None stays dense."""
 
 
+class OutOfBudget(ValueError):
+    """A budget below what the cheapest ranks cost; `least` is that fraction."""
+
+    def __init__(self, message: str, least: float):
+        super().__init__(message)
+        self.least = least
+
+
 def plans(
     sites: Sequence[Site],
     selected: Sequence[Site],
@@ -78,7 +86,7 @@ def plans(
         tell plans apart.
 
     Raises:
-        ValueError: the budget is below what the cheapest ranks cost.
+        OutOfBudget: the budget is below what the cheapest ranks cost.
     """
     kind, fraction = next(iter(budget.items()))
     total = spent = float(report.parameters_before) if kind == "params" else 0.0
@@ -106,10 +114,11 @@ def plans(
     least = spent + sum(table.costs.min() for table in first.values())
     if least > fraction * total:
         count = f" ({least:,.0f} parameters)" if kind == "params" else ""
-        raise ValueError(
+        message = (
             f"budget[{kind!r}] must be at least {least / total:.4f}{count} for this model, of whose "
             f"{len(sites)} layers {len(priced)} can be factored, got {fraction:.4f}"
         )
+        raise OutOfBudget(message, least / total)
     found = {way: allocate(own, fraction * total - spent) for way, own in tables.items()}
     if evidence.metrics:
         weights = {name: site.module.weight for name, (site, _, _) in priced.items()}

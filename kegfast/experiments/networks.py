@@ -10,12 +10,12 @@ import torch
 from torch import nn
 
 from kegfast import data
-from kegfast.check import expected
+from kegfast._util.check import expected
+from kegfast._util.files import load_weights, save_tensors
 from kegfast.data import DataInfo, Splits
 from kegfast.data.splits import make_splits
-from kegfast.files import load_weights, save_tensors
 from kegfast.models import MLP, CifarResNet, LeNet5, ResNet14
-from kegfast.training import train
+from kegfast.training.classifier import train
 
 CIFAR = DataInfo("cifar10", 10, (3, 32, 32), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 """CIFAR-10, by the normalisation that the published ResNets expect."""
@@ -40,7 +40,7 @@ class Network:
     training: Mapping[str, Any] = field(default_factory=dict)
 
     def teacher(self, splits: Splits, pretrained: Path | None, own: Path) -> nn.Module:
-        """The network with its published weights; else with those in the file `own`, trained where it is missing."""
+        """The network with its published weights; else with those of the file `own`, trained if missing."""
         model = self.build()
         if self.weights is not None:
             if pretrained is None:

@@ -8,6 +8,9 @@ from torch import nn
 
 from kegfast._util.check import expected
 from kegfast.models import MLP, LeNet5, ResNet14
+from kegfast.recovery.subject import Subject
+from kegfast.recovery.teaching import STRUCTURED as IMAGES
+from kegfast.recovery.teaching import lessons
 
 Ranks = Mapping[str, tuple[int, int]]
 
@@ -42,7 +45,6 @@ class Config:
         generator_steps: steps of the generators, all of them at once.
         generator_batch: samples per generator and step.
         probe: held-out samples per source that students are judged by.
-        calibration: samples that the default recipe's factors are solved on.
         protocol: "equal", or "paper": five times fewer samples of noise than of generators, which are asked
             for soft labels, and students that learn slowly. A data set's budget of that name is `PROTOCOLS`'.
         amp: compute in bfloat16 where torch's autocast deems it safe.
@@ -55,13 +57,12 @@ class Config:
     generator_steps: int = 1_000
     generator_batch: int = 64
     probe: int = 2_000
-    calibration: int = 512
     protocol: Literal["equal", "paper"] = "equal"
     amp: bool = False
 
     def identity(self) -> dict[str, Any]:
         """What results depend on; options at their default are left out, as in files from before them."""
-        later = {"calibration": 512, "protocol": "equal", "amp": False}
+        later = {"protocol": "equal", "amp": False}
         return {name: v for name, v in asdict(self).items() if name not in later or v != later[name]}
 
 
@@ -81,30 +82,26 @@ class Schedule:
     Attributes:
         rates: the learning rate at the start of each leg.
         batchnorm: the mode of the student's BatchNorm layers; see `kegfast.distill`.
-        loss: its text; see `kegfast.distillation.objective`.
-        share: of a table's steps.
+        hints: whether blocks are taught the teacher's features too; see `kegfast.recovery.teaching`.
+        loss: its text where there are no hints; see `kegfast.distillation.objective`.
+        steps: in place of a table's.
     """
 
     rates: tuple[float, ...]
     batchnorm: Literal["train", "eval"]
+    hints: bool = False
     loss: str = "soft_target"
-    share: float = 1.0
+    steps: int | None = None
 
 
-STRUCTURED = Schedule((2e-3,), "train")
+STRUCTURED = Schedule((IMAGES.rate,), IMAGES.batchnorm)
 """For samples that look like images: a student cannot learn too much from them."""
-HINTED = replace(STRUCTURED, loss="soft_target + hint@layers3.0,layers3.1:2.5")
-"""For ResNet14, whose last two blocks are taught one by one: the teacher's logits say little about a block on
-images that look like no class."""
-FINE = replace(HINTED, rates=(5e-4,), batchnorm="eval", share=1 / 16)
-"""The same from ranks by budget: less is to be learnt than forgotten, and teaching all layers takes long. The
-statistics of BatchNorm are nearly the teacher's, and artificial images would move them."""
+HINTED = replace(STRUCTURED, hints=True)
+"""The same where BatchNorm tells what they shall look like."""
 NOISE = Schedule((1e-5, 1e-4, 1e-3), "eval")
 """For noise and KegNet's samples, from which a student drifts away when it learns fast."""
 SLOW = replace(NOISE, rates=(1e-5,) * 4)
 """The same under the published protocol, whose students hardly drift."""
-TABULAR = Schedule((1e-3,), "train")
-"""For rows of a table, where noise is not far from data."""
 
 
 @dataclass(frozen=True)
@@ -140,15 +137,17 @@ class Paper:
         """Whether the samples are rows of a table."""
         return self.model == "MLP"
 
-    def schedule(self, method: str, ranks: str = "paper", protocol: str = "equal") -> Schedule:
-        """How a student is taught with the samples of a method."""
-        if self.tabular:
-            return TABULAR
-        if method in ("uniform", "gaussian", "kegnet"):
-            return SLOW if protocol == "paper" else NOISE
-        if not self.shared:
-            return STRUCTURED
-        return HINTED if ranks == "paper" else FINE
+
+def schedule(subject: Subject, method: str, ranks: str = "paper", protocol: str = "equal") -> Schedule:
+    """How students of a network are taught with the samples of a method."""
+    if subject.kind == "image" and method in ("uniform", "gaussian", "kegnet"):
+        return SLOW if protocol == "paper" else NOISE
+    plan = lessons(subject)[0]
+    if not plan.hints:
+        return Schedule((plan.rate,), plan.batchnorm)
+    if ranks == "paper":  # so few ranks of a few layers leave much to be learnt
+        return HINTED
+    return Schedule((plan.rate,), plan.batchnorm, hints=True, steps=plan.steps)
 
 
 def _kegnet(
@@ -204,7 +203,7 @@ PAPERS = {
                 2: _kegnet(_CONV2, 75.80, None, None, 87.80),
                 3: _kegnet(_CONV1 | _CONV2, 46.55, None, None, 79.95),
             },
-            Config(pool=8_192, steps=800, generator_steps=400, probe=500, calibration=128),
+            Config(pool=8_192, steps=800, generator_steps=400, probe=500),
             92.50, beta=10.0, generator_lr=1e-2, training={"epochs": 8, "shift": 2},
             shared=_BEFORE,
         ),

@@ -17,18 +17,17 @@ from kegfast._util.check import expected
 from kegfast.data import DataInfo, Splits
 from kegfast.distillation import InMemory, distill
 from kegfast.experiments.ledger import Ledger
-from kegfast.experiments.paper import METHODS, Config, Paper, Schedule
+from kegfast.experiments.paper import METHODS, Config, Paper, Schedule, schedule
 from kegfast.experiments.sources import Sources
 from kegfast.experiments.tails import head_outputs, tail
+from kegfast.recovery.judge import choice
+from kegfast.recovery.teaching import LOOK, objective
 from kegfast.training import evaluate
 from kegfast.training.loop import mix
 from kegfast.training.processes import agreed, place, replicated
 
 log = logging.getLogger(__name__)
 
-SURELY = 0.9
-"""A student that has learnt for longer must diverge from its teacher by less than this share of what one
-does that has learnt less: what no sample shows is forgotten unseen."""
 RANKS = ("paper", "budget")
 """Where the ranks come from: the paper's, or `compress(budget=...)` at the same number of parameters."""
 BUDGETED = ("tucker-only", "kegfast", "oracle")
@@ -42,12 +41,14 @@ class Lesson:
 
     Attributes:
         pool: what they see: samples, or what the layers that they share with the teacher make of them.
+        whole: some samples, before any layer.
         shared: these layers.
         schedule: of the method.
         seed: of the order.
     """
 
     pool: InMemory
+    whole: Tensor
     shared: Sequence[str]
     schedule: Schedule
     seed: int
@@ -155,7 +156,7 @@ class Study:
             plain = compression.compress(self.teacher, **spend)[0]
         if method != "kegfast" or ranks == "paper":
             return [plain]
-        samples = self.sources(seed).calibration(self.config.calibration)
+        samples = self.sources(seed).calibration()
         solved = compression.compress(self.teacher, calibration=samples, samples=len(samples), **spend)[0]
         return [plain, solved]
 
@@ -199,10 +200,12 @@ class Study:
     def lesson(self, pool: InMemory, ranks: str, method: str, seed: int) -> Lesson:
         """What students of one kind of ranks learn from a pool of one method."""
         shared = self.paper.shared if ranks == "paper" else ()
-        schedule = self.paper.schedule(method, ranks, self.config.protocol)
+        subject = self.sources(seed).subject
+        plan = schedule(subject, method, ranks, self.config.protocol)
+        whole = pool.samples[:LOOK]
         if shared:
             pool = InMemory(head_outputs(self.teacher, shared, pool.samples))
-        return Lesson(pool, shared, schedule, seed)
+        return Lesson(pool, whole, shared, plan, seed)
 
     def candidates(
         self, name: str, starts: list[nn.Module], lesson: Lesson | None, judge: Tensor | None
@@ -220,21 +223,24 @@ class Study:
 
     def teach(self, name: str, student: nn.Module, lesson: Lesson) -> list[nn.Module]:
         """The student after each leg."""
-        schedule, config = lesson.schedule, self.config
+        plan, config = lesson.schedule, self.config
         legs, world = [], place()[1]
+        subject, loss = self.sources(lesson.seed).subject, plan.loss
+        if plan.hints:
+            loss = objective(subject, student, lesson.whole)
         student.to(memory_format=torch.channels_last)
         taught, teacher = (tail(model, lesson.shared) for model in (student, self.teacher))
-        for leg, rate in enumerate(schedule.rates):
+        for leg, rate in enumerate(plan.rates):
             distill(
                 replicated(taught),
                 teacher,
                 lesson.pool,
-                loss=schedule.loss,
-                steps=max(1, round(schedule.share * config.steps) // len(schedule.rates)),
+                loss=loss,
+                steps=max(1, (plan.steps or config.steps) // len(plan.rates)),
                 batch_size=max(1, config.batch_size // world),
                 lr=rate,
                 temperature=config.temperature,
-                student_batchnorm=schedule.batchnorm,
+                student_batchnorm=plan.batchnorm,
                 seed=mix(lesson.seed, leg),
                 amp=config.amp,
                 checkpoint=self.output / f"{self.weights(name).stem}-leg{leg}.pt" if world == 1 else None,
@@ -271,11 +277,6 @@ class Study:
 def _logits(model: nn.Module, samples: Tensor) -> Tensor:
     model.eval()
     return torch.cat([model(part) for part in samples.split(128)])
-
-
-def choice(divergence: list[float]) -> int:
-    """The first candidate that none of the later ones surely beats."""
-    return next(i for i, own in enumerate(divergence) if min(divergence) >= SURELY * own)
 
 
 def cell_name(student: int, ranks: str, method: str, seed: int) -> str:

@@ -1,4 +1,4 @@
-"""How a network wants its images: the normalisation that it was trained with, given, read off it or searched."""
+"""The normalization that a network was trained with: given, read off it, or found among the usual ones."""
 
 import math
 from collections.abc import Sequence
@@ -7,17 +7,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kegfast import check
-from kegfast.check import expected
+from kegfast._util import check
+from kegfast._util.check import expected
 from kegfast.compression.norms import batch_statistics
 from kegfast.compression.traffic import evaluation
 from kegfast.distillation.sources import Augmented
 from kegfast.extraction.procedural import DeadLeaves, Painted
-from kegfast.loop import seeded
 from kegfast.recovery.subject import Subject
+from kegfast.training.loop import seeded
 
 PLAIN = (0.5, 0.25)
-"""Mean and deviation of grays where a normalisation does not tell: it only moves the range."""
+"""Mean and deviation of grays where a normalization does not tell: it only moves the range."""
 TRIED = 128
 """Dead leaves that candidates are tried on."""
 KNOWN = {
@@ -27,7 +27,7 @@ KNOWN = {
     "mean 0.13, std 0.31 (dark images)": (0.1307, 0.3081),
     "mean and std of ImageNet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
 }
-"""Usual normalisations of pixels in [0, 1]."""
+"""Usual normalizations of pixels in [0, 1]."""
 BYTES = {"pixels in [0, 255]": (0.0, 1 / 255)}
 """One that only BatchNorm tells: without it larger inputs always make surer outputs."""
 
@@ -55,7 +55,7 @@ class Pixels:
 
     @property
     def levels(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        """Mean and deviation of the grays of made images: the normalisation's own where data can have them."""
+        """Mean and deviation of made images' grays: the normalization's own where data can have them."""
         pairs = list(zip(self.mean, self.std, strict=True))
         if all(0 < m < 1 and 0 < s < 0.9 * math.sqrt(m * (1 - m)) for m, s in pairs):
             return self.mean, self.std
@@ -70,10 +70,10 @@ class Pixels:
         scale = made.std / torch.tensor(self.std, device=device)
         shift = (made.mean - torch.tensor(self.mean, device=device)) / torch.tensor(self.std, device=device)
 
-        def renormalised(images: Tensor) -> Tensor:
+        def renormalized(images: Tensor) -> Tensor:
             return images * scale[:, None, None] + shift[:, None, None]
 
-        source = Augmented(made, renormalised)
+        source = Augmented(made, renormalized)
         source.sample_shape = made.sample_shape
         return source
 
@@ -84,10 +84,10 @@ def find_pixels(
     std: float | Sequence[float] | None,
     input_range: tuple[float, float] | None,
 ) -> Pixels:
-    """The normalisation that the arguments give; else one of the usual that suits the network best.
+    """The normalization that the arguments give; else one of the usual that suits the network best.
 
     Raises:
-        TypeError, ValueError: the arguments are no normalisation.
+        TypeError, ValueError: the arguments are no normalization.
     """
     channels = subject.sample_shape[0]
     if (mean is None) != (std is None):
@@ -152,7 +152,9 @@ def _each(argument: str, value: float | Sequence[float], channels: int) -> tuple
     if len(values) != channels:
         raise ValueError(expected(argument, f"a number or {channels} of them, one per channel", value))
     bound = {"above": 0.0} if argument == "std" else {}
-    return tuple(float(check.number(argument, float(v) if isinstance(v, Tensor) else v, **bound)) for v in values)
+    return tuple(
+        float(check.number(argument, float(v) if isinstance(v, Tensor) else v, **bound)) for v in values
+    )
 
 
 def _range(value: tuple[float, float]) -> tuple[float, float]:

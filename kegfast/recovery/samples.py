@@ -1,6 +1,6 @@
 """Samples that no data made, by what a network is: of images with BatchNorm, without it, rows, or neither."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from zlib import crc32
@@ -13,15 +13,17 @@ from kegfast.distillation.sources import Augmented, GaussianNoise, InMemory, Mix
 from kegfast.extraction.class_sums import ClassSums
 from kegfast.extraction.familiar import Familiar
 from kegfast.extraction.procedural import Blobs, DeadLeaves, bent
-from kegfast.loop import mix, seeded
 from kegfast.recovery.pixels import Pixels
 from kegfast.recovery.subject import Subject
-from kegfast.training import random_shift
+from kegfast.training.classifier import random_shift
+from kegfast.training.loop import mix, seeded
 
 MANY = 16
 """The most leaves on an image of the family that has many."""
 SHIFT = 16
-"""Views of an image are moved by up to this part of its side, and mirrored as often as not: leaves fall anywhere."""
+"""Views of an image are moved by up to 1 / `SHIFT` of its side, and mirrored or not: leaves fall anywhere."""
+SHOWN = 72
+"""Samples that a report shows."""
 SIDE = 32
 """Of images, in `Amounts`; larger ones are fewer, so that all hold as many numbers."""
 
@@ -84,7 +86,9 @@ def familiar(subject: Subject, source: Source) -> Source:
 
 def rows(subject: Subject) -> Source:
     """Sums of Gaussian rows that the teacher puts into one class, as many of every class."""
-    return ClassSums(subject.teacher, subject.num_classes, GaussianNoise(subject.sample_shape, device=subject.device))
+    return ClassSums(
+        subject.teacher, subject.num_classes, GaussianNoise(subject.sample_shape, device=subject.device)
+    )
 
 
 def match(subject: Subject, source: Source, n: int) -> Tensor:
@@ -102,10 +106,15 @@ def views(samples: Tensor) -> Source:
     return Augmented(source, moved) if samples.dim() == 4 else source
 
 
+def shifted(images: Tensor) -> Tensor:  # (N, C, H, W)
+    """Each by up to 1 / `SHIFT` of its side."""
+    return random_shift(images, max(1, images.shape[-1] // SHIFT))
+
+
 def moved(images: Tensor) -> Tensor:  # (N, C, H, W)
-    """Each shifted by up to 1 / `SHIFT` of its side, and mirrored or not."""
+    """Shifted, and mirrored or not."""
     mirrored = torch.rand(len(images), 1, 1, 1, device=images.device) < 0.5
-    return random_shift(torch.where(mirrored, images.flip(3), images), max(1, images.shape[-1] // SHIFT))
+    return shifted(torch.where(mirrored, images.flip(3), images))
 
 
 @contextmanager
@@ -136,7 +145,8 @@ class Made:
     ):
         self.subject, self.pixels, self.seed, self.own = subject, pixels, seed, source
         self.counts = counts or amounts(subject)
-        self._matched: dict[str, Tensor] = {}
+        self.parts = {"matched": self.counts.matched, "judge": self.counts.judged}
+        self.kept: dict[str, Tensor] = {}
 
     @property
     def is_matched(self) -> bool:
@@ -144,24 +154,21 @@ class Made:
         return self.subject.has_norms and self.subject.kind != "row"
 
     @property
-    def kind(self) -> str:
+    def description(self) -> str:
         """What the samples are, in words."""
-        kind = {"image": "dead leaves", "row": "sums of Gaussian rows of one class", "other": "Gaussian noise"}
-        name = "samples of the given source" if self.own is not None else kind[self.subject.kind]
-        if self.is_matched:
-            return f"{name}, changed until BatchNorm finds them familiar"
-        if self.own is None and self.subject.kind == "image":
-            return f"images of {len(image_kinds(self.subject, self.pixels))} kinds: {', '.join(image_kinds(self.subject, self.pixels))}"
-        return name
-
-    def source(self) -> Source:
-        """Of what the pool is drawn from."""
-        if self.is_matched:
-            return views(self.matched("matched", self.counts.matched))
-        return self.raw()
+        if self.own is not None:
+            name = "samples of the given source"
+        elif self.subject.kind == "image" and not self.is_matched:
+            kinds = list(image_kinds(self.subject, self.pixels))
+            name = f"images of {len(kinds)} kinds: {', '.join(kinds)}"
+        else:
+            name = {"image": "dead leaves", "row": "sums of Gaussian rows of one class", "other": "noise"}[
+                self.subject.kind
+            ]
+        return name + (", changed until BatchNorm finds them familiar" if self.is_matched else "")
 
     def raw(self) -> Source:
-        """The same before anything is matched."""
+        """Samples before anything is matched."""
         if self.own is not None:
             return self.own
         if self.subject.kind == "row":
@@ -178,26 +185,43 @@ class Made:
         with drawing(self.seed, "kegfast"):
             return Pool(source, self.counts.pool)
 
+    def source(self) -> Source:
+        """Of what that is drawn."""
+        return views(self.matched("matched")) if self.is_matched else self.raw()
+
     def calibration(self) -> Tensor:
         """What factors are solved on; matched ones as they were matched."""
         n = self.counts.calibration
         if self.is_matched:
-            return self.matched("matched", self.counts.matched)[:n]
+            return self.matched("matched")[:n]
         with drawing(self.seed, "kegfast held out"):
             return self.raw().sample(n)[0]
 
     def judge(self) -> Tensor:
-        """Held-out samples that the teacher takes for its classes alike; any student is judged by them."""
+        """Held-out samples that any student is judged by.
+
+        They are of all kinds: those that the teacher is sure of tell students apart too late, and the others
+        alone show too few of its classes.
+        """
         if self.is_matched:
-            return self.matched("judge", self.counts.judged)
+            return self.matched("judge")
         with drawing(self.seed, "judge"):
-            if self.own is None and self.subject.kind == "image":
-                return familiar(self.subject, leaves(self.subject, self.pixels)).sample(self.counts.judged)[0]
             return self.raw().sample(self.counts.judged)[0]
 
-    def matched(self, name: str, n: int) -> Tensor:
-        """`n` matched samples of a name, made once."""
-        if name not in self._matched:
+    def shown(self) -> Tensor:
+        """Some of the samples."""
+        if self.is_matched:
+            return self.matched("matched")
+        with drawing(self.seed, "shown"):
+            return self.raw().sample(SHOWN)[0]
+
+    def matched(self, name: str) -> Tensor:
+        """Matched samples, made once; `name` is one of `parts`."""
+        if name not in self.kept:
             with drawing(self.seed, name):
-                self._matched[name] = match(self.subject, self.raw(), n)
-        return self._matched[name]
+                self.kept[name] = match(self.subject, self.raw(), self.parts[name])
+        return self.kept[name]
+
+    def keep(self, samples: Mapping[str, Tensor]) -> None:
+        """Takes matched samples that an earlier run has made."""
+        self.kept |= {name: x.to(self.subject.device) for name, x in samples.items() if name in self.parts}

@@ -8,11 +8,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from kegfast import check
-from kegfast.check import expected
+from kegfast._util import check
+from kegfast._util.check import expected
 from kegfast.compression.norms import has_norms
 from kegfast.compression.traffic import evaluation
-from kegfast.loop import seeded
+from kegfast.training.loop import seeded
 
 PROBES = 8
 """Samples of noise that a model is first shown."""

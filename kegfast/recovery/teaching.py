@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -11,15 +12,17 @@ from torch import Tensor, nn
 from kegfast.compression.surgery import factored_layers
 from kegfast.compression.traffic import evaluation
 from kegfast.distillation import distill
-from kegfast.distillation.features import Features
+from kegfast.distillation.hooks import Features
 from kegfast.distillation.sources import InMemory
 from kegfast.recovery.subject import Subject
 
 BATCH = 128
 """Samples of a step, of up to `NUMBERS` numbers in all; larger ones are fewer, down to 16."""
 NUMBERS = 1 << 19
-HINT = 2.5
-"""Weight of each block's features beside the logits."""
+HINT = 2.0
+"""Weight of half the squared error of each block's features, in units of their own variance."""
+LOOK = 128
+"""Samples that tell that variance."""
 
 
 @dataclass(frozen=True)
@@ -40,51 +43,81 @@ class Lesson:
     hints: bool = False
     batch: int = BATCH
 
+    def __str__(self) -> str:
+        text = f"{self.steps} steps of {self.batch} samples, learning rate {self.rate:g}"
+        text += ", block by block too" if self.hints else ""
+        return text + (", BatchNorm's statistics held" if self.batchnorm == "eval" else "")
+
 
 STRUCTURED = Lesson(2e-3, 2_000, "train")
 """For images without BatchNorm in the network: a student cannot learn too much from several kinds of them."""
-FINE = Lesson(5e-4, 50, "eval", hints=True)
-"""For matched images: less is to be learnt than forgotten. The statistics of BatchNorm are nearly the teacher's,
-and artificial images would move them. The teacher's logits say little about a block on images that look like no
-class, so that blocks are taught one by one."""
+GENTLE = Lesson(5e-4, 50, "eval", hints=True)
+"""For matched images and a student that is close to its teacher: less is to be learnt than forgotten, and
+artificial images would move BatchNorm's statistics. The teacher's logits say little about a block on images
+that look like no class, so that blocks are taught one by one."""
+THOROUGH = Lesson(2e-3, 800, "train", hints=True)
+"""For one that is far from it: there the statistics must follow the weights."""
 TABULAR = Lesson(1e-3, 6_000, "train")
 """For rows, where noise is not far from data."""
 
 
-def lesson(subject: Subject) -> Lesson:
-    """What suits students of a network."""
+def lessons(subject: Subject) -> tuple[Lesson, ...]:
+    """The courses that may suit students of a network, each from the start; the more steps, the later."""
     if subject.kind == "row":
-        return TABULAR
-    plan = FINE if subject.has_norms else STRUCTURED
-    return replace(plan, batch=max(16, min(BATCH, NUMBERS // subject.numbers)))
+        return (TABULAR,)
+    batch = max(16, min(BATCH, NUMBERS // subject.numbers))
+    plans = (GENTLE, THOROUGH) if subject.has_norms else (STRUCTURED,)
+    return tuple(replace(plan, batch=batch) for plan in plans)
+
+
+def objective(subject: Subject, student: nn.Module, samples: Tensor) -> str:
+    """The loss of students whose blocks are taught the teacher's features beside its logits.
+
+    Args:
+        subject: the teacher.
+        student: made of it.
+        samples: such as it will be taught with, on which the features' variances are measured.
+    """
+    prefix = "model." if subject.probabilities else ""
+    names = blocks(subject, student)
+    sizes = _variances(subject.model, names, samples[:LOOK])
+    hints = [f"hint@{prefix}{name}:{HINT / sizes[name]:.6g}" for name in names if sizes[name] > 0]
+    return " + ".join(["soft_target", *hints])
+
+
+@torch.no_grad()
+def _variances(model: nn.Module, names: Sequence[str], samples: Tensor) -> dict[str, float]:
+    with evaluation(model), Features(model, names) as features:
+        model(samples)
+        return {name: float(x.float().var()) for name, x in features.taken().items()}
 
 
 def blocks(subject: Subject, student: nn.Module) -> list[str]:
-    """The parts of a network that hold factored layers and have one tensor, of one shape in both, as output."""
+    """The parts of a network that hold factored layers and put out one tensor, of one shape in both."""
     parents = {name.rpartition(".")[0] for name, _ in factored_layers(student)} - {""}
     names = [name for name, _ in subject.model.named_modules() if name in parents]
-    x = torch.zeros(2, *subject.sample_shape, device=subject.device)
-    shapes: list[dict[str, Any]] = []
-    for model in (subject.model, student):
-        seen: dict[str, Any] = {}
-        with evaluation(model), ExitStack() as stack, torch.no_grad():
-            for name in names:
+    ours, theirs = (_shapes(subject, model, names) for model in (student, subject.model))
+    return [name for name in names if ours.get(name) and ours[name] == theirs.get(name)]
 
-                def note(module: nn.Module, args: Any, out: Any, name: str = name) -> None:
-                    seen[name] = tuple(out.shape) if isinstance(out, Tensor) and name not in seen else None
 
-                stack.callback(model.get_submodule(name).register_forward_hook(note).remove)
-            model(x.to(next(model.parameters())))
-        shapes.append(seen)
-    return [name for name in names if shapes[0].get(name) and shapes[0][name] == shapes[1].get(name)]
+def _shapes(subject: Subject, model: nn.Module, names: Sequence[str]) -> dict[str, tuple[int, ...] | None]:
+    """Of the outputs of modules that run once and put out one tensor; None for others."""
+    seen: dict[str, tuple[int, ...] | None] = {}
+
+    def note(name: str, module: nn.Module, args: Any, out: Any) -> None:
+        seen[name] = tuple(out.shape) if isinstance(out, Tensor) and name not in seen else None
+
+    x = torch.zeros(2, *subject.sample_shape).to(next(model.parameters()))
+    with evaluation(model), ExitStack() as stack, torch.no_grad():
+        for name in names:
+            stack.callback(model.get_submodule(name).register_forward_hook(partial(note, name)).remove)
+        model(x)
+    return seen
 
 
 def teach(subject: Subject, student: nn.Module, pool: InMemory, plan: Lesson, **options: Any) -> None:
-    """Teaches a student, in place, from what the teacher answers to a pool; see `kegfast.distill` for options."""
-    loss = "soft_target"
-    if plan.hints and (names := blocks(subject, student)):
-        prefix = "model." if subject.probabilities else ""
-        loss += f" + hint@{','.join(prefix + name for name in names)}:{HINT:g}"
+    """Teaches a student, in place, what the teacher answers to a pool; options are `kegfast.distill`'s."""
+    loss = objective(subject, student, pool.samples) if plan.hints else "soft_target"
     student.to(memory_format=torch.channels_last)
     distill(
         subject.logits(student),

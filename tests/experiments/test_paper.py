@@ -13,11 +13,12 @@ from kegfast.data.splits import DataInfo, make_splits
 from kegfast.experiments import sources as sources_module
 from kegfast.experiments import study as study_module
 from kegfast.experiments import tables
-from kegfast.experiments.paper import METHODS, PAPERS, Config, paper
+from kegfast.experiments.paper import METHODS, PAPERS, Config, paper, schedule
 from kegfast.experiments.reproduce import reproduce
 from kegfast.experiments.sources import MADE_OF, PROBES
 from kegfast.experiments.study import BUDGETED, Study, cell_name
 from kegfast.models import MLP
+from kegfast.recovery import samples as samples_module
 
 TINY = {"pool": 64, "steps": 3, "batch_size": 16, "generator_steps": 2, "generator_batch": 8, "probe": 20}
 
@@ -191,16 +192,18 @@ def test_no_source_judges_its_own_students(images, method):
         assert not any(torch.equal(one, other) for one in samples for other in pool.samples)
 
 
-def test_judges_are_seen_as_all_classes(images):
+def test_judges_are_held_out_and_among_them_some_of_every_class(images):
     judge = images.sources(0).judge()
     assert judge.shape == (20, 1, 32, 32)
     assert torch.equal(judge, images.sources(0).judge())
     with torch.no_grad():
-        labels = torch.arange(20) % 10
-        logits = images.teacher(judge)
-        before = images.teacher(images.sources(0).draw("procedural", 20))
+        labels = torch.arange(5) % 10
+        logits = images.teacher(judge[-5:])  # the last kind is moved towards the classes in turn
+        before = images.teacher(images.sources(0).draw("procedural", 5))
     losses = [torch.nn.functional.cross_entropy(given, labels) for given in (before, logits)]
     assert losses[1] < losses[0]
+    pool, _ = images.sources(0).pool("kegfast")
+    assert not any(torch.equal(one, other) for one in judge for other in pool.samples)
     assert images._divergence(images.teacher, judge) == pytest.approx(0, abs=1e-6)
 
 
@@ -219,7 +222,7 @@ def test_untaught_students_are_evaluated_once(images, monkeypatch):
     images.run([3], [0], ["tucker-only", "uniform", "procedural"], ["paper"])
     first = [images.ledger.cells[cell_name(3, "paper", name, 0)] for name in ("tucker-only", "procedural")]
     assert first[0]["accuracy"] == [1.0]
-    assert first[1]["accuracy"] == [1.0, 2.0 + len(images.paper.schedule("uniform").rates)]
+    assert first[1]["accuracy"] == [1.0, 2.0 + len(schedule(images.sources(0).subject, "uniform").rates)]
 
 
 def test_without_data_there_is_agreement_only(tmp_path):
@@ -299,9 +302,15 @@ def test_default_recipe_starts_from_factors_solved_on_leaves(images):
     assert error[1] < 0.8 * error[0]
 
 
+def few_matched(monkeypatch, count):
+    counts = samples_module.amounts
+    few = lambda subject: replace(counts(subject), matched=count, calibration=12)  # noqa: E731
+    monkeypatch.setattr(sources_module, "amounts", few)
+
+
 def test_factors_are_solved_on_matched_leaves_for_ranks_by_budget(tmp_path, monkeypatch):
     experiment, info = paper("fashion-mnist"), data.describe("fashion-mnist")
-    monkeypatch.setattr(sources_module, "MATCHED", 8)
+    few_matched(monkeypatch, 8)
     monkeypatch.setattr(matching, "STEPS", 2)
     torch.manual_seed(0)
     study = Study(experiment, info, None, experiment.build(), tmp_path, Config(**TINY))
@@ -313,19 +322,19 @@ def test_factors_are_solved_on_matched_leaves_for_ranks_by_budget(tmp_path, monk
 
 def test_leaves_are_matched_once_for_a_teacher_with_statistics(tmp_path, monkeypatch):
     experiment, info = paper("fashion-mnist"), data.describe("fashion-mnist")
-    monkeypatch.setattr(sources_module, "MATCHED", 20)
+    few_matched(monkeypatch, 20)
     seen = []
 
     def match(model, samples):  # a part of them, as the real one
         seen.append(len(samples))
         return samples[:12] + 1
 
-    monkeypatch.setattr(sources_module, "match_statistics", match)
+    monkeypatch.setattr(samples_module, "match_statistics", match)
     torch.manual_seed(0)
     study = Study(experiment, info, None, experiment.build(), tmp_path, Config(**TINY))
     made = study.sources(0).matched()
     assert seen == [20, 8]
-    assert torch.equal(study.sources(0).calibration(12), made[:12])
+    assert torch.equal(study.sources(0).calibration(), made[:12])
     pool, seconds = study.sources(0).pool("kegfast")
     assert seen == [20, 8]
     assert len(pool) == TINY["pool"]
