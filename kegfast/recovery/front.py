@@ -15,6 +15,7 @@ from kegfast._util.files import as_path, write_json
 from kegfast._util.progress import progress_bar
 from kegfast.compression.traffic import evaluation
 from kegfast.recovery.data import take_data, take_source
+from kegfast.recovery.pace import Pace, cut, paced, usual
 from kegfast.recovery.pipeline import CHECKPOINTS, METRICS, PLAN, SAMPLES, UNITS, Budget, Recovery
 from kegfast.recovery.pixels import Pixels, find_pixels
 from kegfast.recovery.report import ShrinkReport
@@ -121,8 +122,13 @@ def recovery(
     out: str | Path | None = None,
     resume: bool = False,
     progress: bool = False,
+    share: float = 1.0,
 ) -> Iterator[Recovery]:
-    """The run that `shrink` makes of its arguments, checked; the model is in eval mode meanwhile."""
+    """The run that `shrink` makes of its arguments, checked; the model is in eval mode meanwhile.
+
+    Args:
+        share: of the usual samples and steps; all others are `shrink`'s.
+    """
     check.seed("seed", seed)
     if seconds is not None:
         check.number("seconds", seconds, above=0)
@@ -137,8 +143,9 @@ def recovery(
         real = None if data is None else take_data(subject, pixels, data)
         spent = Budget(subject, ratio, budget)
         folder = _folder(stack, out, resume)
+        pace = _pace(subject, folder, seconds, share)
         bar = stack.enter_context(progress_bar("shrink", UNITS, enabled=progress))
-        yield Recovery(subject, pixels, spent, own, real, seconds, seed, folder, bar)
+        yield Recovery(subject, pixels, spent, own, real, pace, seed, folder, bar)
 
 
 def _pixels(subject: Subject, mean: Any, std: Any, input_range: Any) -> Pixels | None:
@@ -148,6 +155,18 @@ def _pixels(subject: Subject, mean: Any, std: Any, input_range: Any) -> Pixels |
         if value is not None:
             raise ValueError(expected(name, f"left out for samples {subject.sample_shape}, no images", value))
     return None
+
+
+def _pace(subject: Subject, folder: Path, seconds: float | None, share: float) -> Pace:
+    """How much of everything: timed once for a run, and kept for its resumption."""
+    path = folder / PLAN
+    if path.exists():
+        return Pace.read(path)
+    pace = usual(subject) if share == 1 else cut(usual(subject), share)
+    if seconds is not None:
+        pace = paced(subject, pace, seconds)
+    pace.write(path)
+    return pace
 
 
 def _folder(stack: ExitStack, out: str | Path | None, resume: bool) -> Path:

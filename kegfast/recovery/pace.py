@@ -63,7 +63,11 @@ def usual(subject: Subject) -> Pace:
 
 def paced(subject: Subject, pace: Pace, seconds: float) -> Pace:
     """The same cut to an aim in seconds, by the time that the network takes here."""
-    share = min(1.0, SPENT * seconds / (passes(subject, pace) * _seconds_per_pass(subject)))
+    return cut(pace, min(1.0, SPENT * seconds / (passes(subject, pace) * _seconds_per_pass(subject))))
+
+
+def cut(pace: Pace, share: float) -> Pace:
+    """A share of the samples and steps, but of none too few."""
     counts = {name: _cut(count, share) for name, count in asdict(pace.amounts).items()}
     counts["calibration"] = min(pace.amounts.calibration, counts["matched"] or pace.amounts.calibration)
     plans = tuple(replace(plan, steps=_cut(plan.steps, share)) for plan in pace.lessons)

@@ -22,7 +22,7 @@ from kegfast.compression.report import CompressionReport
 from kegfast.distillation.sources import Augmented, InMemory, Mixture, Pool, Source
 from kegfast.recovery.data import JUDGES, Data
 from kegfast.recovery.judge import Judge, choice
-from kegfast.recovery.pace import Pace, paced, usual
+from kegfast.recovery.pace import Pace
 from kegfast.recovery.pixels import Pixels
 from kegfast.recovery.prediction import Prediction, predict
 from kegfast.recovery.report import Candidate, ShrinkReport, grid, latencies
@@ -98,7 +98,7 @@ class Recovery:
         budget: Budget,
         source: Source | None,
         data: Data | None,
-        seconds: float | None,
+        pace: Pace,
         seed: int,
         folder: Path,
         bar: Update,
@@ -116,7 +116,9 @@ class Recovery:
             source = Mixture([part for part in (source, InMemory(data.taught)) if part is not None])
             data = None
         self.data = data
-        self.pace = self._pace(seconds)
+        self.pace = pace
+        if pace.share < 1:
+            self.report.decisions["time"] = f"{pace.share:.0%} of the usual samples and steps"
         self.made = Made(subject, pixels, seed, source, self.pace.amounts)
 
     def student(self) -> nn.Module:
@@ -149,20 +151,6 @@ class Recovery:
             self.report.images = grid(self.made.shown())
             self.report.curve = self._curve(judge)
         return student
-
-    def _pace(self, seconds: float | None) -> Pace:
-        """How much of everything: timed once for a run, and kept for its resumption."""
-        path = self.folder / PLAN
-        if path.exists():
-            pace = Pace.read(path)
-        else:
-            pace = usual(self.subject)
-            if seconds is not None:
-                pace = paced(self.subject, pace, seconds)
-            pace.write(path)
-        if pace.share < 1:
-            self.report.decisions["time"] = f"{pace.share:.0%} of the usual samples and steps"
-        return pace
 
     def _make(self) -> None:
         """The samples that take long to make, from the run's folder where they are."""

@@ -18,9 +18,9 @@ def network(mean, std) -> nn.Module:
         nn.Conv2d(3, 16, 3, bias=False), nn.BatchNorm2d(16, momentum=None), nn.ReLU(), nn.Flatten(),
         nn.Linear(16 * 14 * 14, 5),
     )  # fmt: skip
-    images = DeadLeaves(SHAPE, 0.5, 0.25).sample(512)[0] * 0.25 + 0.5
+    pixels = Pixels(*(tuple(torch.tensor(part).expand(3).tolist()) for part in (mean, std)), "as given")
     with torch.no_grad():
-        model((images - torch.tensor(mean).view(-1, 1, 1)) / torch.tensor(std).view(-1, 1, 1))
+        model(pixels.paint(DeadLeaves, SHAPE, torch.device("cpu")).sample(512)[0])
     return model.eval()
 
 
