@@ -62,7 +62,7 @@ Tensor empty(std::initializer_list<int64_t> shape, ScalarType type) {
   int64_t strides[] = {1, 1};
   if (shape.size() == 2) strides[0] = shape.end()[-1];
   AtenTensorHandle tensor;
-  STABLE_TORCH_ERROR_CODE_CHECK(
+  TORCH_ERROR_CODE_CHECK(
       aoti_torch_empty_strided(static_cast<int64_t>(shape.size()), shape.begin(), strides,
                                torch::stable::detail::to<int32_t>(torch::stable::detail::from(type)),
                                aoti_torch_device_type_cpu(), 0, &tensor));

@@ -36,7 +36,7 @@ class SeenTensor {
   // Of a tensor, alive.
   static const void* numbers(void* implementation) {
     const void* data = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(torch_get_const_data_ptr(handle(&implementation), &data));
+    TORCH_ERROR_CODE_CHECK(torch_get_const_data_ptr(handle(&implementation), &data));
     return data;
   }
 
@@ -45,11 +45,11 @@ class SeenTensor {
     int64_t dim = 0, *sizes = nullptr, *strides = nullptr;
     int32_t type = 0, device = 0;
     const AtenTensorHandle t = handle(&implementation);
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dim(t, &dim));
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(t, &type));
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(t, &device));
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_sizes(t, &sizes));
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_strides(t, &strides));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_dim(t, &dim));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(t, &type));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(t, &device));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_sizes(t, &sizes));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_strides(t, &strides));
     return 2 * dim == static_cast<int64_t>(view_.size()) && type == static_cast<int32_t>(type_) &&
            device == aoti_torch_device_type_cpu() && std::equal(sizes, sizes + dim, view_.begin()) &&
            std::equal(strides, strides + dim, view_.begin() + dim);
@@ -325,7 +325,7 @@ void* run_prepared(const Tucker2Prepared& call, void* x, void* addend) {
   }
   const auto forget = [](AtenTensorHandle t) { aoti_torch_delete_tensor_object(t); };
   std::unique_ptr<AtenTensorOpaque, decltype(forget)> y(new_output(p), forget);
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_data_ptr(y.get(), &p.y));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_data_ptr(y.get(), &p.y));
   run_rows(p, call.plan, call.threads);
   return y.release();
 }

@@ -84,15 +84,15 @@ AtenTensorHandle new_tensor(std::initializer_list<int64_t> sizes, std::initializ
   for (const int64_t size : sizes) bytes *= size;
   AtenTensorHandle made;
   if (bytes < least_kept) {
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dim, sizes.begin(), strides.begin(), number,
-                                                           aoti_torch_device_type_cpu(), 0, &made));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dim, sizes.begin(), strides.begin(), number,
+                                                    aoti_torch_device_type_cpu(), 0, &made));
     return made;
   }
   KeptMemory* const memory = KeptMemory::take(bytes);
   const auto give_back = [](void*, void* of) { KeptMemory::give_back(static_cast<KeptMemory*>(of)); };
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_from_blob(memory->data, dim, sizes.begin(), strides.begin(), 0, number,
-                                                aoti_torch_device_type_cpu(), -1, &made,
-                                                aoti_torch_layout_strided(), nullptr, 0, give_back, memory));
+  TORCH_ERROR_CODE_CHECK(torch_from_blob(memory->data, dim, sizes.begin(), strides.begin(), 0, number,
+                                         aoti_torch_device_type_cpu(), -1, &made, aoti_torch_layout_strided(),
+                                         nullptr, 0, give_back, memory));
   return made;
 }
 
