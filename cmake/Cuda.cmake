@@ -1,8 +1,8 @@
 # _cuda: the CUDA operators, a library of its own so that _C loads on a machine without CUDA.
 #
 # Built where nvcc is found; FORCE_CUDA=1 insists on it, FORCE_CUDA=0 leaves it out. TORCH_CUDA_ARCH_LIST ("8.0;9.0+PTX") chooses
-# the architectures; by default sm_80 and sm_90 with PTX for what comes after. The runtime is linked statically: which CUDA torch
-# was built with does not matter.
+# the architectures; by default Ampere's, Hopper's and Blackwell's, with PTX for what comes after. The runtime is linked statically:
+# which CUDA torch was built with does not matter.
 set(FORCE_CUDA "" CACHE STRING "1: fail without nvcc; 0: never build the CUDA part; empty: build it where nvcc is found")
 set(TORCH_CUDA_ARCH_LIST "" CACHE STRING "CUDA architectures, as torch writes them")
 
@@ -17,28 +17,22 @@ if(NOT "${FORCE_CUDA}" STREQUAL "0")
   endif()
 endif()
 
-# kegfast_cuda_architectures(<variable> <list>): "8.0 9.0+PTX" -> "80-real;90-real;90-virtual"
-function(kegfast_cuda_architectures variable list)
-  string(REGEX MATCHALL "[^ ;,]+" names "${list}")
-  foreach(name IN LISTS names)
-    if(NOT name MATCHES "^([0-9]+)\\.([0-9]+a?)(\\+PTX)?$")
-      message(FATAL_ERROR "TORCH_CUDA_ARCH_LIST must be a list like '8.0;9.0+PTX', got '${list}'")
-    endif()
-    set(number "${CMAKE_MATCH_1}${CMAKE_MATCH_2}")
-    list(APPEND architectures "${number}-real")
-    if(CMAKE_MATCH_3)
-      list(APPEND architectures "${number}-virtual")
-    endif()
-  endforeach()
-  set(${variable} "${architectures}" PARENT_SCOPE)
-endfunction()
-
+include(CudaArchitectures)
 if(KEGFAST_CUDA)
   if(TORCH_CUDA_ARCH_LIST)
     kegfast_cuda_architectures(CMAKE_CUDA_ARCHITECTURES "${TORCH_CUDA_ARCH_LIST}")
   else()
-    kegfast_cuda_architectures(CMAKE_CUDA_ARCHITECTURES "8.0;9.0+PTX")
+    kegfast_cuda_architectures(CMAKE_CUDA_ARCHITECTURES "8.0;9.0;10.0;12.0+PTX")
   endif()
+  if(NOT CMAKE_CUDA_ARCHITECTURES AND "${FORCE_CUDA}" STREQUAL "1")
+    message(FATAL_ERROR "FORCE_CUDA=1, but TORCH_CUDA_ARCH_LIST names no architecture from 8.0 on")
+  elseif(NOT CMAKE_CUDA_ARCHITECTURES)
+    message(STATUS "kegfast: built without CUDA kernels, for want of an architecture")
+    set(KEGFAST_CUDA OFF)
+  endif()
+endif()
+
+if(KEGFAST_CUDA)
   enable_language(CUDA)
   if(NOT CMAKE_CUDA20_EXTENSION_COMPILE_OPTION) # a CMake older than the nvcc it finds
     set(CMAKE_CUDA20_STANDARD_COMPILE_OPTION -std=c++20)

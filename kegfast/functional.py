@@ -92,7 +92,8 @@ def _diversity(
     device = "cpu" if samples.is_cpu else samples.device.type
     # No CUDA kernel computes in float64.
     wide = device == "cuda" and torch.float64 in (samples.dtype, noises.dtype)
-    if ("diversity_forward", device) in _KERNELS and not wide and _native.use_native():
+    known = ("diversity_forward", device) in _KERNELS and not wide
+    if known and _native.use_native() and _native.runs_on(samples.device):
         return diversity.diversity(noises, samples, metric, noise_metric, scale, log)
     exponent = reference.diversity_exponent(noises, samples, metric, noise_metric)
     return diversity.finish(exponent, samples.dtype, scale, log)
@@ -283,7 +284,7 @@ def soft_target(
     teacher = teacher.detach()
     dtypes = (torch.float32, torch.bfloat16, torch.float16) if student.is_cuda else (torch.float32,)
     known = student.dtype in dtypes and ("soft_target_forward", student.device.type) in _KERNELS
-    fused = known and _native.use_native()
+    fused = known and _native.use_native() and _native.runs_on(student.device)
     return (_fused_soft_target if fused else reference.soft_target)(student, teacher, temperature)
 
 
@@ -368,6 +369,7 @@ def _fuses(x: Tensor, core: Tensor) -> bool:
         and core.shape[2] * core.shape[3] <= 256
         and _native.use_native()
         and ("tucker2", x.device.type) in _KERNELS
+        and _native.runs_on(x.device)
     )
 
 
@@ -392,7 +394,7 @@ def fuses_inference(x: Tensor) -> bool:
         return False
     device = "cpu" if x.is_cpu else "cuda"
     return (
-        (x.is_cpu or (x.is_cuda and ("tucker2", "cuda") in _KERNELS))
+        (x.is_cpu or (x.is_cuda and ("tucker2", "cuda") in _KERNELS and _native.runs_on(x.device)))
         and x.dim() == 4
         and x.dtype is not torch.float64
         and _native.use_native()

@@ -24,7 +24,7 @@ namespace kegfast::cuda {
 
 template <class T>
 struct DiversityMoments {
-  static constexpr int kThreads = 256, kBlocksPerSm = 4, kWarps = kThreads / kWarp, kGroups = 3;
+  static constexpr int kThreads = 256, kBlocksPerSm = 3, kWarps = kThreads / kWarp, kGroups = 3;
   struct Params {
     const T* samples;       // [batch, features]
     const double* inverse;  // [batch] inverse norms (cosine), else null
@@ -38,9 +38,11 @@ struct DiversityMoments {
   };
   // moments [columns, 32], partial sums of one group of columns [warps, 12 + 2, 32], the doubles of block_sum
   static constexpr int kPartials = kGroups * kColumns + 2;
+  static size_t least_shared(int columns) {
+    return sizeof(float) * kWarp * (size_t(columns) + 3 + kWarps * kPartials);
+  }
   static size_t shared_bytes(const Params& p) {
-    return sizeof(float) * kWarp * (p.columns + 3 + kWarps * kPartials) +
-           (p.resident ? size_t(p.batch) * kWarp * sizeof(T) : 0);
+    return least_shared(p.columns) + (p.resident ? size_t(p.batch) * kWarp * sizeof(T) : 0);
   }
   static int blocks(const Params& p) { return (p.features + kWarp - 1) / kWarp; }
 

@@ -71,7 +71,7 @@ def form(
 def _follow_tf32() -> bool:
     """Tells the library whether float32 may be rounded to TF32, as torch's convolutions are told."""
     global _tf32
-    allowed = torch.backends.cudnn.allow_tf32
+    allowed = torch.backends.cudnn.conv.fp32_precision == "tf32"  # allow_tf32 raises once this one was set
     if allowed != _tf32:
         torch.ops.kegfast.cuda_allow_tf32(allowed)
         _tf32 = allowed
@@ -83,7 +83,7 @@ def _key(
 ) -> str:  # what a time depends on, beside versions
     layouts = " ".join("nhwc" if t.stride(1) == 1 else "nchw" for t in (x, core))
     shapes = " ".join("x".join(map(str, t.shape)) for t in (x, first, core, last))
-    precision = f"{x.dtype}{' tf32' * (x.dtype == torch.float32 and torch.backends.cudnn.allow_tf32)}"
+    precision = f"{x.dtype}{' tf32' * (x.dtype == torch.float32 and _follow_tf32())}"
     use = "training" if training else "inference"
     return f"{torch.cuda.get_device_name(x.device)} | {precision} {layouts} | {shapes} | {geometry} | {use}"
 
@@ -156,7 +156,7 @@ def _measure_forms(
             tensors = [t.clone().requires_grad_() for t in tensors]
             grad = torch.ones_like(reference.tucker_conv2d(*tensors, None, *geometry, None))
         names = [name for name in FORMS if name != "stages" or not training]
-        return measure({name: step(name) for name in names})
+        return measure({name: step(name) for name in names}, device=x.device)
 
 
 def measure(
@@ -164,12 +164,21 @@ def measure(
     rounds: int = 9,
     turn_ms: float = 2,
     graphs: Collection[str] | None = None,
+    device: torch.device | None = None,
 ) -> Times:
     """Milliseconds per call: medians over interleaved rounds, each of about `turn_ms` and one call at least.
 
     "eager": calls one after another; "graph": the replay of a CUDA graph of as many calls, for those named
-    in `graphs` (default all).
+    in `graphs` (default all). `device`: where the runners work, whose stream is timed (default: the current
+    one).
     """
+    with torch.cuda.device(device):
+        return _measure(runners, rounds, turn_ms, graphs)
+
+
+def _measure(
+    runners: Mapping[str, Callable[[], object]], rounds: int, turn_ms: float, graphs: Collection[str] | None
+) -> Times:
     turns: dict[tuple[str, str], Callable[[], object]] = {}
     repeats: dict[str, int] = {}
     for name, run in runners.items():
@@ -183,7 +192,8 @@ def measure(
         turns[name, "eager"] = lambda run=run, count=count: [run() for _ in range(count)]
         if graphs is None or name in graphs:
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            # On a stream of this device: the default one is the first device's that captured.
+            with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
                 for _ in range(count):
                     run()
             turns[name, "graph"] = graph.replay

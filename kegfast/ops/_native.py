@@ -47,6 +47,23 @@ def _load_cuda() -> bool:
 
 
 _cuda = _load_cuda()
+_runs: dict[int | None, bool] = {}  # device index -> whether it runs the CUDA kernels
+
+
+def runs_on(device: torch.device) -> bool:
+    """Whether compiled kernels run on this device: a CUDA library may hold no code for its card or driver.
+
+    A card is asked once, and a refusal is logged.
+    """
+    # torch.compile cannot trace the question; backend("native") is for the operator to refuse.
+    if device.type != "cuda" or _backend == "native" or torch.compiler.is_compiling():
+        return True
+    if device.index not in _runs:
+        why = torch.ops.kegfast.cuda_why_not(-1 if device.index is None else device.index)
+        _runs[device.index] = not why
+        if why:
+            _log.warning("kegfast runs without its CUDA kernels on %s: %s", device, why)
+    return _runs[device.index]
 
 
 @functools.cache

@@ -15,19 +15,20 @@ import kegfast
 
 ROOT = Path(__file__).parents[2]
 TORCH = Path(importlib.util.find_spec("torch").origin).parent
-SOURCES = ("diversity", "soft_target", "tucker2")
-ARCHITECTURES = ("sm_80", "sm_90")
+SOURCES = ("device", "diversity", "soft_target", "tucker2")
+ARCHITECTURES = ("sm_80", "sm_90", "sm_120")
 # What a kernel may take for as many blocks a multiprocessor (65536 registers) as its design counts on:
-# 4 x 256 threads -> 64, 2 x 256 or 4 x 128 -> 128, 2 x 128 -> 255.
+# 4 x 256 threads -> 64, 3 x 256 -> 80, 2 x 256 or 4 x 128 -> 128, 3 x 128 -> 168, 2 x 128 -> 255.
 REGISTERS = {
+    "DiversityMoments": 80,
     "DiversitySort": 128,
     "Distances": 128,
     "SumSorted": 128,
     "SoftTarget.* 16, 24>": 128,
     "SoftTarget.* 8, 16>": 84,
-    "Tucker2Fused.* 4>": 128,
-    "Tucker2Fused": 255,
-    "Tucker2Stage": 128,
+    r"Tucker2(Fused|Stage)<Math<float, true>, 4>": 168,
+    r"Tucker2(Fused|Stage).* 4>": 128,
+    "Tucker2(Fused|Stage)": 255,
     "": 64,
 }
 FROM_CUDA_TORCH = {"aoti_torch_get_current_cuda_stream", "aoti_torch_cuda_convolution_backward"}
@@ -92,7 +93,7 @@ def parse_ptx(text):
 
 @pytest.fixture(scope="session")
 def compiled(tmp_path_factory):
-    """Each source once: machine code for two architectures, PTX for what comes after."""
+    """Each source once: machine code for three architectures, one of them as PTX too."""
     results = {}
     for source in SOURCES:
         folder = tmp_path_factory.mktemp(source)
@@ -106,7 +107,8 @@ def compiled(tmp_path_factory):
             str(TORCH / "include"),
         ]
         command += ["-DTORCH_TARGET_VERSION=0x020b000000000000", "-DTORCH_STABLE_ONLY", "-Xcompiler", "-fPIC"]
-        command += ["-gencode", "arch=compute_80,code=sm_80"]
+        for number in (80, 120):
+            command += ["-gencode", f"arch=compute_{number},code=sm_{number}"]
         command += ["-gencode", "arch=compute_90,code=[sm_90,compute_90]"]
         command += ["-Xptxas", "-v", "--keep", "--keep-dir", str(folder)]
         command += [str(ROOT / f"csrc/cuda/{source}.cu"), "-o", str(folder / "out.o")]
@@ -211,6 +213,8 @@ operators = "diversity_forward soft_target_forward tucker2 tucker2_forward tucke
 for name in operators.split():
     assert torch._C._dispatch_has_kernel_for_dispatch_key(f"kegfast::{name}", "CUDA"), name
 torch.ops.kegfast.cuda_allow_tf32(False)
+if not torch.cuda.is_available():
+    assert "CUDA" in torch.ops.kegfast.cuda_why_not(-1)  # that there is no device, or no driver
 """
 
 

@@ -1,12 +1,15 @@
 """The choice between CUDA forms: never one that was not measured as at least as fast. Needs no GPU."""
 
+import contextlib
 import json
+import unittest.mock
 
 import pytest
 import torch
 
 import kegfast
 from kegfast.dispatch import cuda
+from kegfast.ops import _native
 
 GEOMETRY = ((1, 1), (1, 1), (1, 1))
 
@@ -158,3 +161,86 @@ def test_autotune_finds_every_layer(pretended):
 def test_autotune_wants_a_device(pretended):
     with pytest.raises(ValueError, match="CUDA device"):
         cuda.autotune(torch.nn.Identity(), torch.randn(1, 8, 6, 6))
+
+
+@pytest.fixture
+def precision():
+    """torch's settings as they were."""
+    conv = torch.backends.cudnn.conv
+    before = torch.backends.cudnn.fp32_precision, conv.fp32_precision
+    yield
+    torch.backends.cudnn.fp32_precision, conv.fp32_precision = before
+
+
+@pytest.mark.parametrize("setting", ["ieee", "tf32"])
+def test_tf32_is_read_also_after_torchs_newer_setting(monkeypatch, precision, setting):
+    told = []
+    monkeypatch.setattr(torch.ops.kegfast, "cuda_allow_tf32", told.append, raising=False)
+    monkeypatch.setattr(cuda, "_tf32", None)
+    torch.backends.cudnn.fp32_precision = setting  # from here on allow_tf32 may raise
+    assert cuda._follow_tf32() == (setting == "tf32")
+    assert told == [setting == "tf32"]
+    torch.backends.cudnn.conv.fp32_precision = "ieee"
+    assert cuda._follow_tf32() is False
+
+
+class Pretended:
+    """What torch.cuda offers to time calls with; every object knows on which device it was made."""
+
+    def __init__(self, monkeypatch):
+        self.current, self.made = 0, []
+        for name in ("Stream", "Event", "CUDAGraph"):
+            monkeypatch.setattr(torch.cuda, name, lambda *_, **__: self.thing())
+        monkeypatch.setattr(torch.cuda, "current_stream", self.thing)
+        monkeypatch.setattr(torch.cuda, "device", self.on)
+        monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+        monkeypatch.setattr(torch.cuda, "graph", self.graph)
+
+    @contextlib.contextmanager
+    def on(self, device):
+        before, self.current = self.current, self.current if device is None else device.index
+        yield
+        self.current = before
+
+    def thing(self):
+        self.made.append(self.current)
+        return unittest.mock.Mock(device=self.current, **{"elapsed_time.return_value": 1.0})
+
+    def graph(self, graph, stream, **_):
+        assert stream.device == graph.device
+        return contextlib.nullcontext()
+
+
+def test_times_are_taken_on_the_device_of_the_call(monkeypatch):
+    """Events of another device's stream would time nothing."""
+    pretended = Pretended(monkeypatch)
+    calls = []
+    times = cuda.measure({"it": lambda: calls.append(pretended.current)}, device=torch.device("cuda", 1))
+    assert times["it"].keys() == {"eager", "graph"}
+    assert set(pretended.made) == set(calls) == {1}
+    assert pretended.current == 0
+
+
+def test_forms_are_measured_on_xs_device(monkeypatch):
+    given = {}
+    monkeypatch.setattr(cuda, "measure", lambda runners, **options: given.update(options) or {})
+    *tensors, geometry, training = arguments()
+    cuda._measure_forms(*(t.to("meta") for t in tensors), geometry, training)
+    assert given["device"] == torch.device("meta")
+
+
+@pytest.mark.parametrize("why", ["", "no kernel image is available for execution on the device"])
+def test_a_device_that_cannot_run_the_kernels_gets_torchs_operators(monkeypatch, caplog, why):
+    asked = []
+    monkeypatch.setattr(
+        torch.ops.kegfast, "cuda_why_not", lambda index: asked.append(index) or why, raising=False
+    )
+    monkeypatch.setattr(_native, "_runs", {})
+    card = torch.device("cuda", 1)
+    assert [_native.runs_on(card) for _ in range(3)] == [not why] * 3
+    assert asked == [1]
+    assert caplog.text.count("cuda:1") == (1 if why else 0)
+    assert why in caplog.text
+    assert _native.runs_on(torch.device("cpu"))
+    with kegfast.backend("native"):  # insists: the operator itself says what is wrong
+        assert _native.runs_on(card)
