@@ -48,6 +48,11 @@ def compile_emulator(folder: Path, *flags: str, program: Path | None = None) -> 
     return output
 
 
+def order_number(order: str | int) -> int:
+    """How blocks, warps and lanes take turns: one of ORDERS, or at random by a seed."""
+    return len(ORDERS) + order if isinstance(order, int) else ORDERS.index(order)
+
+
 def available() -> bool:
     return shutil.which("g++") is not None
 
@@ -70,10 +75,7 @@ class Tucker2Call(ctypes.Structure):
         + [(name, ctypes.c_int) for name in ("images", "channels", "height", "width", "rank_in", "rank_out")]
         + [(name, ctypes.c_int) for name in ("features", "out_height", "out_width")]
         + [("window", ctypes.c_int * 8)]
-        + [
-            (name, ctypes.c_int)
-            for name in ("relu", "form", "dtype", "split", "multiprocessors", "descending")
-        ]
+        + [(name, ctypes.c_int) for name in ("relu", "form", "dtype", "split", "multiprocessors", "order")]
         + [("shared_bytes", ctypes.c_int64), ("dry", ctypes.c_int), ("launches", ctypes.c_int)]
         + [(name, ctypes.c_int64) for name in ("blocks", "most_shared", "workspace")]
     )
@@ -85,7 +87,7 @@ class DiversityCall(ctypes.Structure):
     _fields_ = (
         [(n, ctypes.c_void_p) for n in ("noises", "samples", "exponent", "noise_gradient", "sample_gradient")]
         + [(name, ctypes.c_int) for name in ("batch", "noise_size", "features", "metric", "noise_metric")]
-        + [(name, ctypes.c_int) for name in ("dtype", "descending")]
+        + [(name, ctypes.c_int) for name in ("dtype", "order")]
         + [(name, ctypes.c_int64) for name in ("shared_bytes", "panel_bytes")]
         + [(name, ctypes.c_int) for name in ("dry", "launches")]
         + [("workspace", ctypes.c_int64)]
@@ -99,7 +101,7 @@ class SoftTargetCall(ctypes.Structure):
         [(name, ctypes.c_void_p) for name in ("student", "teacher", "loss", "gradient")]
         + [(name, ctypes.c_int64) for name in ("student_stride", "teacher_stride")]
         + [("temperature", ctypes.c_double)]
-        + [(name, ctypes.c_int) for name in ("batch", "classes", "dtype", "descending")]
+        + [(name, ctypes.c_int) for name in ("batch", "classes", "dtype", "order")]
     )
 
 
@@ -146,18 +148,21 @@ class Emulator:
         call = DiversityCall(
             *(pointer(t) for t in (noises, samples, *outputs)), *noises.shape, samples.shape[1],
             METRICS.index(metric), NOISE_METRICS.index(noise_metric), DTYPES.index(samples.dtype),
-            ORDERS.index(order), shared, panel,
+            order_number(order), shared, panel,
         )  # fmt: skip
         self.call("emulate_diversity", "diversity_error", ctypes.byref(call))
         return outputs
 
-    def diversity_plan(self, batch, features, metric, noise_metric, dtype=torch.float32, noise_grad=True):
+    def diversity_plan(
+        self, batch, features, metric, noise_metric, dtype=torch.float32, noise_grad=True,
+        noise_size=10, shared=H200_SHARED,
+    ):  # fmt: skip
         """The call that training on these sizes would make: workspace and launches, nothing computed."""
         somewhere = ctypes.c_void_p(256)  # never read
         call = DiversityCall(
-            *[somewhere] * 3, somewhere if noise_grad else None, somewhere, batch, 10, features,
+            *[somewhere] * 3, somewhere if noise_grad else None, somewhere, batch, noise_size, features,
             METRICS.index(metric), NOISE_METRICS.index(noise_metric), DTYPES.index(dtype), 0,
-            H200_SHARED, PANEL, True,
+            shared, PANEL, True,
         )  # fmt: skip
         self.call("emulate_diversity", "diversity_error", ctypes.byref(call))
         return call
@@ -187,7 +192,7 @@ class Emulator:
             *((ctypes.c_int64 * 4)(*strides) for strides in tensors),
             *x.shape, r1, r2, last.shape[0], out_h, out_w,
             (ctypes.c_int * 8)(kh, kw, *stride, *padding, *dilation),
-            relu, FORMS.index(form), DTYPES.index(x.dtype), split, multiprocessors, ORDERS.index(order),
+            relu, FORMS.index(form), DTYPES.index(x.dtype), split, multiprocessors, order_number(order),
             shared, dry,
         )  # fmt: skip
         self.call("emulate_tucker2", "tucker2_error", ctypes.byref(call))
@@ -202,7 +207,7 @@ class Emulator:
         call = SoftTargetCall(
             *(pointer(t) for t in (student, teacher, loss, gradient)),
             student.stride(0), teacher.stride(0), temperature, *student.shape,
-            DTYPES.index(student.dtype), ORDERS.index(order),
+            DTYPES.index(student.dtype), order_number(order),
         )  # fmt: skip
         self.call("emulate_soft_target", "soft_target_error", ctypes.byref(call))
         return loss, gradient

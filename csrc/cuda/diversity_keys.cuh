@@ -40,11 +40,26 @@ struct Key {
 
 constexpr int kKeys = 8;  // per thread
 
+// kWarps warps of a block that work on one feature. Another team may go another way (it has ties, say): no
+// barrier of a team is the block's.
+template <int kWarps>
+struct Team {
+  static constexpr int kThreads = kWarps * kWarp;
+  KEGFAST_DEVICE static int index() { return thread() / kThreads; }
+  KEGFAST_DEVICE static void barrier() {
+    if constexpr (kWarps == 1) {
+      warp_barrier();
+    } else {
+      part_barrier<kThreads>(1 + index());
+    }
+  }
+};
+
 // Sorts 8 * 32 * kWarps keys; key q of thread t ends as element 8 t + q. `exchange`: as many words of shared
 // memory.
 template <int kWarps, class Word>
 struct Sorter {
-  static constexpr int kTeam = kWarps * kWarp;
+  static constexpr int kTeam = Team<kWarps>::kThreads;
 
   KEGFAST_DEVICE static void order(Word& a, Word& b) {
     const Word low = smaller(a, b);
@@ -80,10 +95,10 @@ struct Sorter {
       KEGFAST_UNROLL
       for (int q = 0; q < kKeys; ++q) other[q] = shuffle_xor(k[kMirrored ? kKeys - 1 - q : q], mask);
     } else {
-      barrier();
+      Team<kWarps>::barrier();
       KEGFAST_UNROLL
       for (int q = 0; q < kKeys; ++q) exchange[q * kTeam + t] = k[q];
-      barrier();
+      Team<kWarps>::barrier();
       KEGFAST_UNROLL
       for (int q = 0; q < kKeys; ++q)
         other[q] = exchange[(kMirrored ? kKeys - 1 - q : q) * kTeam + (t ^ mask)];

@@ -48,30 +48,33 @@ struct NoiseTable {
     float* table;         // [batch, table_columns(noise_size)]
     int batch, noise_size;
   };
-  static size_t shared_bytes(const Params& p) { return size_t(p.noise_size) * sizeof(float); }
+  static constexpr int kMeans = 1024;  // at a time, whatever the noises' size
+  static constexpr size_t kShared = kMeans * sizeof(float);
   static int blocks(const Params& p) { return (p.batch + kThreads - 1) / kThreads; }
 
   KEGFAST_DEVICE static void run(const Params& p) {
     float* mean = reinterpret_cast<float*>(shared());
-    for (int k = warp(); k < p.noise_size;
-         k += kThreads / kWarp) {  // every block: cheaper than one more launch
-      double sum = 0;
-      for (int i = lane(); i < p.batch; i += kWarp) sum += p.noises[int64_t(i) * p.noise_size + k];
-      for (int mask = kWarp / 2; mask > 0; mask /= 2) sum += shuffle_xor(sum, mask);
-      if (lane() == 0) mean[k] = float(sum / p.batch);
-    }
-    barrier();
-    const int i = block().x * kThreads + thread();
-    if (i >= p.batch) return;
-    const int columns = table_columns(p.noise_size);
+    const int i = block().x * kThreads + thread(), columns = table_columns(p.noise_size);
     float* row = p.table + int64_t(i) * columns;
     const float scale = 1 / sqrtf(float(p.noise_size));
     float square = 0;
-    for (int k = 0; k < p.noise_size; ++k) {
-      const float z = (p.noises[int64_t(i) * p.noise_size + k] - mean[k]) * scale;
-      square = fmaf(z, z, square);
-      row[2 + k] = z;
+    for (int first = 0; first < p.noise_size; first += kMeans) {
+      const int count = smaller(kMeans, p.noise_size - first);
+      barrier();                                                // the last means are read
+      for (int k = warp(); k < count; k += kThreads / kWarp) {  // every block: cheaper than one more launch
+        double sum = 0;
+        for (int j = lane(); j < p.batch; j += kWarp) sum += p.noises[int64_t(j) * p.noise_size + first + k];
+        for (int mask = kWarp / 2; mask > 0; mask /= 2) sum += shuffle_xor(sum, mask);
+        if (lane() == 0) mean[k] = float(sum / p.batch);
+      }
+      barrier();
+      for (int k = 0; i < p.batch && k < count; ++k) {
+        const float z = (p.noises[int64_t(i) * p.noise_size + first + k] - mean[k]) * scale;
+        square = fmaf(z, z, square);
+        row[2 + first + k] = z;
+      }
     }
+    if (i >= p.batch) return;
     row[0] = 1;
     row[1] = square;
     for (int c = 2 + p.noise_size; c < columns; ++c) row[c] = 0;

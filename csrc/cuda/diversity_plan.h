@@ -192,7 +192,10 @@ size_t diversity(const DiversityProblem<Sample>& p, char* workspace, Launch&& la
   const bool root = p.noise_metric == NoiseMetric::euclidean;
   const bool sorts = l1 && !root && p.batch > kPairBatch;
   const bool merges = sorts && sort_features<Sort<Sample, 16>>(p) == 0;
-  const bool low_rank = !root && (cosine || p.metric == Metric::sqeuclidean);
+  // By the noise table's low rank where its moments fit into a block's shared memory (on an H200 up to some 1,700
+  // columns), else by pairs.
+  const bool low_rank = !root && (cosine || p.metric == Metric::sqeuclidean) &&
+                        DiversityMoments<Sample>::least_shared(table_columns(p.noise_size)) <= p.shared_limit;
   const bool pairs = !sorts && !low_rank;
   const double mean = -1.0 / (double(p.batch) * double(p.batch));
   const double unit =
@@ -215,7 +218,7 @@ size_t diversity(const DiversityProblem<Sample>& p, char* workspace, Launch&& la
 
   if (!pairs) {
     const NoiseTable::Params q{p.noises, table, p.batch, p.noise_size};
-    launch(NoiseTable{}, q, NoiseTable::blocks(q), 1, NoiseTable::shared_bytes(q));
+    launch(NoiseTable{}, q, NoiseTable::blocks(q), 1, NoiseTable::kShared);
   }
   if (cosine) {
     const typename RowNorms<Sample>::Params q{p.samples, inverse, p.batch, p.features};

@@ -40,7 +40,7 @@ KEGFAST_DEVICE Float4 shuffle_up4(const Float4& v, int distance) {
 
 template <class T, class Word, int kWarps>
 struct DiversitySort {
-  static constexpr int kTeam = kWarps * kWarp, kCapacity = kTeam * kKeys, kFeatures = 8;
+  static constexpr int kTeam = Team<kWarps>::kThreads, kCapacity = kTeam * kKeys, kFeatures = 8;
   static constexpr int kTeams = kWarps >= kFeatures ? 1 : kFeatures / kWarps;
   static constexpr int kThreads = kTeams * kTeam;
   static constexpr int kBlocksPerSm = kThreads > 256 ? 1 : 2;
@@ -74,14 +74,6 @@ struct DiversitySort {
 
   KEGFAST_DEVICE static int swizzle(int position) { return position ^ (position / kKeys % 8); }
 
-  KEGFAST_DEVICE static void team_barrier() {
-    if constexpr (kWarps == 1) {
-      warp_barrier();
-    } else {
-      barrier();
-    }
-  }
-
   // Rows of `vectors` times 16 bytes; kVectors: the same where it is known, to divide by a constant, else 0.
   template <int kVectors>
   KEGFAST_DEVICE static void load_rows(const Params& p, float* tile, int stride, int first, int vectors,
@@ -113,8 +105,7 @@ struct DiversitySort {
       KEGFAST_ROLLED
       for (int i = thread(); i < p.batch * p.block_features; i += kThreads) {
         const int row = i / p.block_features, f = i % p.block_features;
-        // A constant column stands in for a feature past the end: its S and G are exactly 0, and no team
-        // misses a barrier.
+        // A constant column stands in for a feature past the end: its S and G are exactly 0.
         const float x = f < count ? to_float(p.samples[int64_t(row) * p.features + first + f]) : 0;
         all_finite &= finite(x);
         tile[f * stride + row] = x;
@@ -167,7 +158,7 @@ struct DiversitySort {
     if constexpr (kWarps > 1) {
       float* flags = reinterpret_cast<float*>(s.warp_totals);
       if (lane() == 0) flags[t / kWarp] = mine ? 1 : 0;
-      barrier();
+      Team<kWarps>::barrier();
       float sum = 0;
       for (int w = 0; w < kWarps; ++w) sum += flags[w];
       mine = sum > 0;
@@ -225,10 +216,10 @@ struct DiversitySort {
     if (lane() == 0) to.before = {0, 0, 0, 0};
     to.all = {shuffle(upto.x, kWarp - 1), shuffle(upto.y, kWarp - 1), shuffle(upto.z, kWarp - 1),
               shuffle(upto.w, kWarp - 1)};
-    team_barrier();  // the last columns' readers are done
+    Team<kWarps>::barrier();  // the last columns' readers are done
     if constexpr (kWarps > 1) {
       if (lane() == kWarp - 1) s.warp_totals[t / kWarp] = upto;
-      barrier();
+      Team<kWarps>::barrier();
       Float4 below{0, 0, 0, 0};
       to.all = {0, 0, 0, 0};
       for (int w = 0; w < kWarps; ++w) {
@@ -273,7 +264,7 @@ struct DiversitySort {
       running = running + sums.right[q];
       s.prefix[swizzle(t * kKeys + q)] = running;
     }
-    team_barrier();
+    Team<kWarps>::barrier();
     const Float4 all = prefix_at(s, p.batch);
     KEGFAST_UNROLL
     for (int q = 0; q < kKeys; ++q) {
@@ -303,7 +294,7 @@ struct DiversitySort {
     }
     reinterpret_cast<Float4*>(s.sorted)[2 * t] = {x[0], x[1], x[2], x[3]};
     reinterpret_cast<Float4*>(s.sorted)[2 * t + 1] = {x[4], x[5], x[6], x[7]};
-    team_barrier();
+    Team<kWarps>::barrier();
     const float centre = s.sorted[p.batch / 2];  // sum_i G_i = 0, so any shift of x leaves S as it is
     if (any_ties(s, x, t)) {
       find_ties(s, x, t, p.batch, ties);
@@ -326,7 +317,7 @@ struct DiversitySort {
   }
 
   KEGFAST_DEVICE static void run(const Params& p) {
-    const int stride = column_stride(p.batch), team = thread() / kTeam, t = thread() % kTeam;
+    const int stride = column_stride(p.batch), team = Team<kWarps>::index(), t = thread() % kTeam;
     float* tile = reinterpret_cast<float*>(shared());
     char* own = shared() + size_t(p.block_features) * stride * sizeof(float) + team * kTeamBytes;
     const Scratch s{reinterpret_cast<Float4*>(own), reinterpret_cast<Float4*>(own) + kCapacity,
@@ -338,7 +329,7 @@ struct DiversitySort {
     KEGFAST_ROLLED
     for (int f = team; f < p.block_features; f += kTeams) {
       sum += feature(p, s, tile + f * stride, t);
-      team_barrier();
+      Team<kWarps>::barrier();
     }
     barrier();
     sum = block_sum<kThreads>(

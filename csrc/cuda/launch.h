@@ -6,8 +6,10 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <array>
 #include <cstddef>
 #include <cstdint>
+#include <mutex>
 
 // Part of torch's stable ABI; its header hides it from a build without a CUDA torch.
 extern "C" AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void** stream);
@@ -24,6 +26,17 @@ __global__ void __launch_bounds__(Kernel::kThreads, Kernel::kBlocksPerSm)
   Kernel::run(params);
 }
 
+// Lets a kernel be launched with up to `bytes` of shared memory, all that the device has. Once per kernel and
+// device: set before each launch to what that one needs, another thread's could lower it in between.
+template <class Kernel>
+void allow_shared(int device, size_t bytes) {
+  static std::array<std::once_flag, 64> done;
+  STD_TORCH_CHECK(size_t(device) < done.size(), "kegfast: no more than ", done.size(), " CUDA devices");
+  std::call_once(done[device], [bytes] {
+    check(cudaFuncSetAttribute(enter<Kernel>, cudaFuncAttributeMaxDynamicSharedMemorySize, int(bytes)));
+  });
+}
+
 // The device and current stream of a tensor, for the length of one operator call. Nothing here synchronises,
 // so that calls can be captured in a graph; the workspace comes from torch's caching allocator and is freed
 // in stream order.
@@ -35,16 +48,16 @@ class Launcher {
     STD_TORCH_CHECK(error == AOTI_TORCH_SUCCESS, "kegfast: no current CUDA stream");
     stream_ = static_cast<cudaStream_t>(stream);
     device_ = tensor.get_device();
+    shared_limit_ = size_t(attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin));
   }
 
   template <class Kernel>
   void operator()(Kernel, const typename Kernel::Params& params, int64_t x, int64_t y,
                   size_t shared_bytes) const {
     if (x == 0 || y == 0) return;
-    if (shared_bytes > 48 * 1024) {
-      check(cudaFuncSetAttribute(enter<Kernel>, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                 int(shared_bytes)));
-    }
+    STD_TORCH_CHECK(shared_bytes <= shared_limit_, "kegfast: a kernel asks for ", shared_bytes,
+                    " bytes of shared memory, of which this device's blocks have ", shared_limit_);
+    if (shared_bytes > 48 * 1024) allow_shared<Kernel>(device_, shared_limit_);
     enter<Kernel><<<dim3(unsigned(x), unsigned(y)), Kernel::kThreads, shared_bytes, stream_>>>(params);
     check(cudaGetLastError());
   }
@@ -54,12 +67,13 @@ class Launcher {
     check(cudaDeviceGetAttribute(&value, which, device_));
     return value;
   }
-  size_t shared_limit() const { return size_t(attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin)); }
+  size_t shared_limit() const { return shared_limit_; }
 
  private:
   torch::stable::accelerator::DeviceGuard guard_;
   cudaStream_t stream_ = nullptr;
   int device_ = 0;
+  size_t shared_limit_ = 0;
 };
 
 }  // namespace kegfast::cuda

@@ -70,6 +70,11 @@ KEGFAST_DEVICE void barrier() {
 KEGFAST_DEVICE void warp_barrier() {
   __syncwarp();
 }
+// Of a part of the block: kThreads of them, whole warps, come to the barrier `which`, 1 to 15.
+template <int kThreads>
+KEGFAST_DEVICE void part_barrier(int which) {
+  asm volatile("barrier.sync %0, %1;" ::"r"(which), "n"(kThreads) : "memory");
+}
 
 template <class T>
 KEGFAST_DEVICE T shuffle(T value, int source_lane) {

@@ -104,10 +104,11 @@ KEGFAST_DEVICE void store_tile(const Image<T>& y, const float (&acc)[2][kTiles][
   store_rows(y, scratch, kOutPitch, kRows, first_column, smaller(kColumns, y.channels - first_column), pixel);
 }
 
-// Accumulators -> rows of shared memory, as the next stage's A.
+// Accumulators -> rows of shared memory, as the next stage's A: `live` columns, then zeros up to `columns`. What is
+// accumulated past the factor's rows is 0 only while all of x is finite.
 template <class T, int kTiles>
 KEGFAST_DEVICE void keep_tile(char* rows, int pitch, int row_count, const float (&acc)[2][kTiles][4],
-                              int first_row, int first_column, int columns) {
+                              int first_row, int first_column, int live, int columns) {
   const Place<kTiles> place;
   KEGFAST_UNROLL
   for (int m = 0; m < 2; ++m) {
@@ -117,7 +118,7 @@ KEGFAST_DEVICE void keep_tile(char* rows, int pitch, int row_count, const float 
       for (int i = 0; i < 4; ++i) {
         const int row = first_row + place.out_row(m, i), column = first_column + place.out_column(t, i);
         if (row < row_count && column < columns)
-          reinterpret_cast<T*>(rows + row * pitch)[column] = from_float<T>(acc[m][t][i]);
+          reinterpret_cast<T*>(rows + row * pitch)[column] = from_float<T>(column < live ? acc[m][t][i] : 0);
       }
     }
   }

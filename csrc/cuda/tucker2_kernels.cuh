@@ -81,7 +81,7 @@ template <class M, int kTiles>
 struct Tucker2Stage {
   using T = typename M::T;
   static constexpr double kCost = M::kCost;
-  static constexpr int kThreads = kTuckerThreads, kBlocksPerSm = 2;
+  static constexpr int kThreads = kTuckerThreads, kBlocksPerSm = kTiles > 4 ? 2 : (M::kSplit ? 3 : 4);
   static constexpr int kColumnsPerBlock = 16 * kTiles;
   struct Params {
     Image<const T> x;
@@ -133,7 +133,7 @@ template <class M, int kTiles>
 struct Tucker2Fused {
   using T = typename M::T;
   static constexpr double kCost = M::kCost;
-  static constexpr int kThreads = kTuckerThreads, kBlocksPerSm = 2;
+  static constexpr int kThreads = kTuckerThreads, kBlocksPerSm = kTiles > 4 ? 2 : (M::kSplit ? 3 : 4);
   static constexpr int kColumnsPerBlock = 16 * kTiles;
   struct Params {
     Image<const T> x;
@@ -156,10 +156,12 @@ struct Tucker2Fused {
     KEGFAST_ANYWHERE int t1_pitch() const { return core.tap_bytes() + 16; }
     KEGFAST_ANYWHERE int t2_pitch() const { return last.row_bytes() + 16; }
     KEGFAST_ANYWHERE int core_steps() const { return core.row_bytes() / kStepBytes; }
+    // Whole chunks of them: a chunk's offsets are loaded at once.
+    KEGFAST_ANYWHERE int core_offsets() const { return core.chunks() * kChunkSteps; }
   };
   static size_t shared_bytes(const Params& p) {
     return kStages * stage_bytes(kTiles) + size_t(p.halo_h()) * p.halo_w() * p.t1_pitch() +
-           size_t(kRows) * p.t2_pitch() + size_t(p.core_steps()) * sizeof(int);
+           size_t(kRows) * p.t2_pitch() + size_t(p.core_offsets()) * sizeof(int);
   }
   static int64_t blocks(const Params& p) { return int64_t(p.tiles_y()) * p.tiles_x() * p.images; }
 
@@ -215,10 +217,12 @@ struct Tucker2Fused {
     float acc[2][kTiles][4];
 
     const int tap_steps = p.core.tap_bytes() / kStepBytes;
-    for (int s = thread(); s < p.core_steps(); s += kThreads) {
+    for (int s = thread(); s < p.core_offsets(); s += kThreads) {
       const int tap = s / tap_steps, ky = tap / p.window.kernel_w, kx = tap % p.window.kernel_w;
-      offsets[s] = (ky * p.window.dilation_h * halo_w + kx * p.window.dilation_w) * p.t1_pitch() +
-                   s % tap_steps * kStepBytes;
+      offsets[s] = s < p.core_steps()
+                       ? (ky * p.window.dilation_h * halo_w + kx * p.window.dilation_w) * p.t1_pitch() +
+                             s % tap_steps * kStepBytes
+                       : 0;
     }
 
     KEGFAST_ROLLED
@@ -228,7 +232,8 @@ struct Tucker2Fused {
       for (int column = 0; column < p.first.rows; column += kColumnsPerBlock) {
         product<M>(acc, p.first, stages, column, first_row + place.row < halo,
                    Streamed<kTiles, decltype(load)>{load});
-        keep_tile<T>(t1, p.t1_pitch(), halo, acc, first_row, column, p.core.tap_bytes() / int(sizeof(T)));
+        keep_tile<T>(t1, p.t1_pitch(), halo, acc, first_row, column, p.first.rows,
+                     p.core.tap_bytes() / int(sizeof(T)));
       }
     }
     if (p.t1.data != nullptr) {
@@ -249,7 +254,7 @@ struct Tucker2Fused {
     for (int column = 0; column < p.core.rows; column += kColumnsPerBlock) {
       product<M>(acc, p.core, stages, column, true,
                  Resident<decltype(shifted)>{{t1_rows[0], t1_rows[1]}, shifted});
-      keep_tile<T>(t2, p.t2_pitch(), kRows, acc, 0, column, p.last.row_bytes() / int(sizeof(T)));
+      keep_tile<T>(t2, p.t2_pitch(), kRows, acc, 0, column, p.core.rows, p.last.row_bytes() / int(sizeof(T)));
     }
     if (p.t2.data != nullptr) {
       barrier();

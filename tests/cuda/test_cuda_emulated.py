@@ -1,15 +1,16 @@
-"""The fiber emulator itself, and every CUDA kernel on it under AddressSanitizer. Needs g++, no GPU."""
+"""The fiber emulator itself, and every CUDA kernel on it under sanitizers. Needs g++, no GPU."""
 
+import ctypes
 import subprocess
 
 import pytest
 import torch
-from cuda_emulator import ORDERS, ROOT, available, compile_emulator, pointer
+from cuda_emulator import H200_SHARED, ORDERS, ROOT, available, compile_emulator, order_number, pointer
 
 pytestmark = pytest.mark.skipif(not available(), reason="the emulator needs g++")
 
 
-# The emulator itself: a mistake must show in at least one of the two orders.
+# The emulator itself: a mistake must show in at least one order.
 
 
 def neighbour(device, barrier, order):
@@ -39,15 +40,72 @@ def test_emulator_catches_a_barrier_that_not_all_reach(device):
         device.call("emulate_diverged", "broken_error", pointer(torch.empty(1)))
 
 
+SEEDS = range(24)
+
+
+def test_only_a_random_order_catches_a_warp_that_comes_first(device):
+    out = torch.empty(1)
+
+    def right(order):
+        device.call("emulate_first", "broken_error", pointer(out), order_number(order))
+        return out.item() == 1
+
+    assert all(right(order) for order in ORDERS)
+    assert not all(right(seed) for seed in SEEDS)
+
+
+def test_blocks_that_rely_on_their_order_differ(device):
+    results = []
+    for order in (*ORDERS, *SEEDS):
+        out = torch.zeros(5)
+        device.call("emulate_in_turn", "broken_error", pointer(out), order_number(order))
+        results.append(tuple(out.tolist()))
+    assert results[0] == (0, 1, 2, 3, 4)
+    assert len(set(results)) > 4
+
+
+def test_shared_memory_that_nobody_wrote_is_poisoned_in_two_ways(device):
+    found = set()
+    for order in (*ORDERS, *SEEDS):
+        out = torch.empty(32)
+        device.call("emulate_unwritten", "broken_error", pointer(out), order_number(order))
+        found.add(tuple(out.tolist()))
+    assert len(found) > 2
+
+
+def test_tensor_cores_truncate(device):
+    out = torch.empty(32)
+    device.call("emulate_truncated", "broken_error", pointer(out))
+    assert (out == 1).all()
+
+
+@pytest.mark.parametrize("order", [*ORDERS, 0, 1])
+def test_teams_may_differ_in_their_own_barriers_alone(device, order):
+    out = torch.full((2,), -1.0)
+    device.call("emulate_teams", "broken_error", pointer(out), True, order_number(order))
+    assert out.tolist() == [0, 1]
+    with pytest.raises(RuntimeError, match="not all threads come"):
+        device.call("emulate_teams", "broken_error", pointer(out), False, order_number(order))
+
+
+def test_a_block_has_no_more_shared_memory_than_the_device(device):
+    out = torch.empty(32)
+    device.call("emulate_shared", "broken_error", pointer(out), ctypes.c_int64(H200_SHARED))
+    with pytest.raises(RuntimeError, match="232449 bytes of shared memory, of which it has 232448"):
+        device.call("emulate_shared", "broken_error", pointer(out), ctypes.c_int64(H200_SHARED + 1))
+
+
 @pytest.mark.slow
-def test_address_sanitizer(tmp_path):
-    """Every kernel on buffers of exact length; and a stray access, that it would have been seen."""
+def test_sanitizers(tmp_path):
+    """Every kernel on buffers of exact length; and a stray and a misaligned access, that they are seen."""
     program = compile_emulator(
-        tmp_path, "-fsanitize=address", "-g", program=ROOT / "tests/emulator/sanitized/main.cpp"
+        tmp_path, "-fsanitize=address,alignment", "-g", program=ROOT / "tests/emulator/sanitized/main.cpp"
     )
-    good, bad = (
+    good, stray, misaligned = (
         subprocess.run([program, *arguments], capture_output=True, text=True)
-        for arguments in ([], ["past the end"])
+        for arguments in ([], ["past the end"], ["misaligned"])
     )
     assert good.returncode == 0, good.stderr
-    assert "heap-buffer-overflow" in bad.stderr, bad.stderr
+    assert "misaligned" not in good.stderr, good.stderr
+    assert "heap-buffer-overflow" in stray.stderr, stray.stderr
+    assert "misaligned address" in misaligned.stderr, misaligned.stderr

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from cuda_emulator import A100_SHARED, DTYPES, METRICS, NOISE_METRICS, ORDERS, available, error
+from cuda_emulator import A100_SHARED, DTYPES, H200_SHARED, METRICS, NOISE_METRICS, ORDERS, available, error
 
 from kegfast.ops import reference
 
@@ -110,6 +110,51 @@ def test_diversity_l1_beyond_one_block_not_finite(device):
     samples[4099, 1] = float("inf")
     for value in device.diversity(noises, samples, "l1", "sqeuclidean", "ascending", noise_grad=False)[::2]:
         assert value.isnan().all()
+
+
+# Batches of the sort with 1, 4 and 16 warps a feature; the merged sort has its own test.
+TEAMS = {"1 warp": 200, "4 warps": 300, "16 warps": 1100}
+
+
+@pytest.mark.parametrize("order", [*ORDERS, 0, 1])
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("batch", TEAMS.values(), ids=TEAMS)
+def test_diversity_where_some_features_have_ties_and_others_none(device, batch, metric, order):
+    """Teams of a block then go different ways: none may wait for another."""
+    features = 4 if batch > 1000 else 16
+    noises, samples = draw(batch, 3, features, torch.float32)
+    samples[: batch // 2, ::3] = 0.5
+    exponent, _, gradient = device.diversity(noises, samples, metric, "sqeuclidean", order, noise_grad=False)
+    want, _, want_gradient = definition(noises, samples, metric, "sqeuclidean")
+    assert error(exponent, want) < 1e-6
+    assert error(gradient, want_gradient) < 1e-6
+
+
+@pytest.mark.parametrize("metric", ["l1", "sqeuclidean", "cosine"])
+def test_diversity_with_noises_too_wide_for_their_moments(device, metric):
+    """1,100 columns of the noise table do not fit into 100 KB, nor their means into 1,024 places."""
+    noises, samples = draw(70, 1100, 9, torch.float32)
+    got = device.diversity(noises, samples, metric, "sqeuclidean", "ascending", shared=100 * 1024)
+    for value, want in zip(got, definition(noises, samples, metric, "sqeuclidean"), strict=True):
+        assert error(value, want) < 1e-6
+
+
+@pytest.mark.parametrize("noise_size", [10, 1700, 30000])
+@pytest.mark.parametrize("metric", METRICS)
+def test_diversity_asks_for_no_more_shared_memory_than_there_is(device, metric, noise_size):
+    for shared in (100 * 1024, A100_SHARED, H200_SHARED):  # the emulator refuses what is more
+        for batch in (64, 256, 1024, 4096, 5000):
+            device.diversity_plan(batch, 64, metric, "sqeuclidean", noise_size=noise_size, shared=shared)
+
+
+@pytest.mark.parametrize("seed", range(24))
+@pytest.mark.parametrize("metric", METRICS)
+def test_diversity_is_the_same_in_any_order(device, metric, seed):
+    noises, samples = draw(300 if metric == "l1" else 40, 3, 6, torch.float32)
+    samples[::5, 1] = 2
+    want = device.diversity(noises, samples, metric, "sqeuclidean", "ascending")
+    got = device.diversity(noises, samples, metric, "sqeuclidean", seed)
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
 
 def test_diversity_within_an_a100s_shared_memory(device):

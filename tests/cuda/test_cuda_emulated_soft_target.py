@@ -71,6 +71,15 @@ def test_soft_target_is_deterministic_over_orders(device):
     assert all(torch.equal(a, b) for a, b in zip(up, down, strict=True))
 
 
+@pytest.mark.parametrize("seed", range(24))
+@pytest.mark.parametrize("classes", [10, 600, 4100])
+def test_soft_target_is_the_same_in_any_order(device, classes, seed):
+    student, teacher = logits(9 if classes == 10 else 2, classes, torch.float32)
+    want = device.soft_target(student, teacher, 4.0, "ascending")
+    got = device.soft_target(student, teacher, 4.0, seed)
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 @pytest.mark.parametrize("classes", [10, 300])
 def test_soft_target_not_finite(device, classes, bad):

@@ -152,6 +152,44 @@ def test_tucker2_nan_stays_where_its_window_is(device):
     assert torch.equal(y.isnan(), tucker2_definition(tensors, geometry).isnan())
 
 
+@pytest.mark.parametrize("form", ["fused", "stages"])
+@pytest.mark.parametrize(
+    ("dtype", "split"), [(torch.float32, True), (torch.float32, False), (torch.bfloat16, True)], ids=str
+)
+@pytest.mark.parametrize("case", ["lenet", "odd ranks, stride 2", "uneven"])
+def test_tucker2_keeps_infinities(device, case, dtype, form, split):
+    """Ranks of no whole steps: infinity times the padding is no number, and must not be looked at."""
+    tensors, geometry = tucker2_case(TUCKER2[case], dtype)
+    tensors[0][0, 1, 2, 4] = float("inf")
+    tensors = (tensors[0], *(w.abs() for w in tensors[1:]))  # else infinities meet of both signs
+    y, *_ = device.tucker2(*tensors, *geometry, False, "ascending", form=form, split=split)
+    want = tucker2_definition(tensors, geometry, None)
+    assert want.isinf().any()
+    assert torch.equal(want.isinf(), y.isinf())
+    assert error(y[y.isfinite()], want[y.isfinite()]) < TOLERANCE[dtype if split else "tf32"]
+
+
+@pytest.mark.parametrize("form", ["fused", "stages"])
+def test_tucker2_is_as_exact_as_float32_over_a_long_sum(device, form):
+    """ResNet's 512 channels: what a tensor core's accumulator drops adds up."""
+    case = ((1, 512, 3, 3), (128, 128), 16, (3, 3), (1, 1), (1, 1), (1, 1))
+    tensors, geometry = tucker2_case(case, torch.float32)
+    y, *_ = device.tucker2(*tensors, *geometry, False, "ascending", form=form)
+    want = tucker2_definition(tensors, geometry, None)
+    assert error(y, want) < 5e-7
+    assert error(y, want) < 1.5 * error(reference.tucker_conv2d(*tensors, *geometry, None), want)
+
+
+@pytest.mark.parametrize("seed", range(24))
+@pytest.mark.parametrize("form", ["fused", "stages"])
+def test_tucker2_is_the_same_in_any_order(device, form, seed):
+    case = ((2, 8, 5, 9), (3, 5), 6, (3, 3), (1, 1), (1, 1), (1, 1))
+    tensors, geometry = tucker2_case(case, torch.bfloat16)
+    want = device.tucker2(*tensors, *geometry, True, "ascending", form=form, keep=True)[:3]
+    got = device.tucker2(*tensors, *geometry, True, seed, form=form, keep=True)[:3]
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
 def test_tucker2_falls_back_to_stages_without_shared_memory(device):
     tensors, geometry = tucker2_case(WIDE, torch.float32)
     y, *_, call = device.tucker2(*tensors, *geometry, True, "ascending", shared=84 * 1024)

@@ -68,13 +68,94 @@ struct PastTheEnd {
   }
 };
 
+// The first warp is right if it comes after the second or after the third, not if it comes first.
+struct First {
+  static constexpr int kThreads = 96;
+  struct Params {
+    float* out;  // [1]
+  };
+  static void run(const Params& p) {
+    float* words = reinterpret_cast<float*>(simt::shared());
+    if (simt::warp() != 1 && simt::lane() == 0) words[simt::warp()] = 1;
+    if (simt::thread() == 32) *p.out = words[0] == 1 || words[2] == 1 ? 1 : 0;
+  }
+};
+
+// A block reads what its neighbour has written.
+struct InTurn {
+  static constexpr int kThreads = 32;
+  struct Params {
+    float* out;  // [blocks + 1]
+  };
+  static void run(const Params& p) {
+    if (simt::thread() == 0) p.out[simt::block().x + 1] = p.out[simt::block().x] + 1;
+  }
+};
+
+// Reads what nobody wrote; as NaN it would pass for 0.
+struct Unwritten {
+  static constexpr int kThreads = 32;
+  struct Params {
+    float* out;  // [32]
+  };
+  static void run(const Params& p) {
+    p.out[simt::thread()] = reinterpret_cast<float*>(simt::shared())[simt::thread()] > 0 ? 1 : 0;
+  }
+};
+
+// 1 + 8 x 2^-25: a tensor core drops every one of them.
+struct Truncated {
+  static constexpr int kThreads = 32;
+  struct Params {
+    float* out;  // [32]
+  };
+  static void run(const Params& p) {
+    const uint32_t x = simt::float_bits(std::ldexp(1.0f, -12)), y = simt::float_bits(std::ldexp(1.0f, -13));
+    const uint32_t a[4] = {x, x, x, x}, b[2] = {y, y};
+    float d[4] = {1, 1, 1, 1};
+    simt::mma(d, a, b, float{});
+    p.out[simt::thread()] = d[0];
+  }
+};
+
+// Two teams that pass different numbers of barriers: of the block's it may not, of their own they may.
+template <bool kOwn>
+struct Teams {
+  static constexpr int kThreads = 128;
+  struct Params {
+    float* out;  // [2]
+  };
+  static void run(const Params& p) {
+    const int team = simt::thread() / 64;
+    for (int i = 0; i <= team; ++i) {
+      if constexpr (kOwn) {
+        simt::part_barrier<64>(1 + team);
+      } else {
+        simt::barrier();
+      }
+    }
+    if (simt::thread() % 64 == 0) p.out[team] = float(team);
+  }
+};
+
+struct Misaligned {
+  static constexpr int kThreads = 32;
+  struct Params {
+    float* out;  // [32]
+  };
+  static void run(const Params& p) {
+    float* words = reinterpret_cast<float*>(simt::shared()) + simt::lane();
+    *reinterpret_cast<simt::Float4*>(words) = {0, 1, 2, 3};
+    p.out[simt::lane()] = words[0];
+  }
+};
+
 std::string error;
 
 template <class Kernel>
-int emulate(const typename Kernel::Params& params, size_t shared_bytes, int descending) {
+int emulate(const typename Kernel::Params& params, size_t shared_bytes, int order, int blocks = 1) {
   try {
-    emulator::launch<Kernel>({1, 1, 1}, shared_bytes,
-                             descending ? emulator::Order::descending : emulator::Order::ascending, params);
+    emulator::launch<Kernel>({blocks, 1, 1}, shared_bytes, emulator::Order(order), params);
   } catch (const std::exception& caught) {
     error = caught.what();
     return 1;
@@ -87,17 +168,38 @@ int emulate(const typename Kernel::Params& params, size_t shared_bytes, int desc
 extern "C" const char* broken_error() {
   return error.c_str();
 }
-extern "C" int emulate_neighbour(float* out, int with_barrier, int descending) {
-  return with_barrier ? emulate<Neighbour<true>>({out}, 256, descending)
-                      : emulate<Neighbour<false>>({out}, 256, descending);
+extern "C" int emulate_neighbour(float* out, int with_barrier, int order) {
+  return with_barrier ? emulate<Neighbour<true>>({out}, 256, order)
+                      : emulate<Neighbour<false>>({out}, 256, order);
 }
-extern "C" int emulate_copied(const float* in, float* out, int with_wait, int descending) {
-  return with_wait ? emulate<Copied<true>>({in, out}, 512, descending)
-                   : emulate<Copied<false>>({in, out}, 512, descending);
+extern "C" int emulate_copied(const float* in, float* out, int with_wait, int order) {
+  return with_wait ? emulate<Copied<true>>({in, out}, 512, order)
+                   : emulate<Copied<false>>({in, out}, 512, order);
 }
 extern "C" int emulate_diverged(float* out) {
   return emulate<Diverged>({out}, 0, 0);
 }
 extern "C" int emulate_past_the_end(float* out) {
   return emulate<PastTheEnd>({out}, 128, 0);
+}
+extern "C" int emulate_first(float* out, int order) {
+  return emulate<First>({out}, 12, order);
+}
+extern "C" int emulate_in_turn(float* out, int order) {
+  return emulate<InTurn>({out}, 0, order, 4);
+}
+extern "C" int emulate_unwritten(float* out, int order) {
+  return emulate<Unwritten>({out}, 128, order);
+}
+extern "C" int emulate_truncated(float* out) {
+  return emulate<Truncated>({out}, 0, 0);
+}
+extern "C" int emulate_teams(float* out, int own, int order) {
+  return own ? emulate<Teams<true>>({out}, 0, order) : emulate<Teams<false>>({out}, 0, order);
+}
+extern "C" int emulate_shared(float* out, int64_t bytes) {
+  return emulate<Unwritten>({out}, size_t(bytes), 0);
+}
+extern "C" int emulate_misaligned(float* out) {
+  return emulate<Misaligned>({out}, 36 * sizeof(float), 0);
 }

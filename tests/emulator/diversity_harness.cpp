@@ -15,11 +15,13 @@ using simt::fp16;
 
 template <class Sample>
 void run(const cuda::DiversityProblem<Sample>& problem, DiversityCall& c) {
-  const auto order = c.descending ? emulator::Order::descending : emulator::Order::ascending;
+  const auto order = emulator::Order(c.order);
   const auto launch = [&](auto kernel, const auto& params, int64_t x, int64_t y, size_t shared_bytes) {
     ++c.launches;
     if (y > 65535 || x > INT32_MAX) throw std::runtime_error("a grid that CUDA has not");
-    if (!c.dry) emulator::launch<decltype(kernel)>({int(x), int(y), 1}, shared_bytes, order, params);
+    const size_t limit = c.shared_bytes;
+    emulator::require_shared(shared_bytes, limit);
+    if (!c.dry) emulator::launch<decltype(kernel)>({int(x), int(y), 1}, shared_bytes, order, params, limit);
   };
   c.workspace = int64_t(cuda::diversity(problem, nullptr, launch));
   if (c.dry) {

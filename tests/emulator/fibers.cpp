@@ -5,6 +5,8 @@
 #include <cstring>
 #include <memory>
 #include <new>
+#include <numeric>
+#include <random>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -81,6 +83,7 @@ struct Block {
   std::vector<Fiber> fibers;
   std::vector<Warp> warps;
   Meeting barrier;
+  Meeting parts[16];
   const std::function<void()>* body = nullptr;
   void* scheduler = nullptr;
   void* scheduler_fake_stack = nullptr;
@@ -150,15 +153,37 @@ bool ready(const Fiber& fiber) {
   return !fiber.done && (fiber.waits_for == nullptr || fiber.waits_for->generation != fiber.generation);
 }
 
+// In which turn blocks, warps and lanes go.
+class Turns {
+ public:
+  explicit Turns(Order order) : order_(order), random_(uint32_t(order)) {}
+
+  bool random() const { return order_ != Order::ascending && order_ != Order::descending; }
+  std::vector<int> of(int count) {
+    std::vector<int> turns(count);
+    std::iota(turns.begin(), turns.end(), 0);
+    if (order_ == Order::descending) std::reverse(turns.begin(), turns.end());
+    if (random()) std::shuffle(turns.begin(), turns.end(), random_);
+    return turns;
+  }
+  void poison(char* bytes, size_t count) {
+    for (size_t i = 0; i < count; ++i) bytes[i] = random() ? char(random_()) : char(0xff);
+  }
+
+ private:
+  Order order_;
+  std::mt19937 random_;
+};
+
 // Runs a warp until each of its lanes is done or waits for other warps; whether anything ran.
-bool run_warp(int warp, Order order) {
+bool run_warp(int warp, Turns& turns) {
   const int threads = int(block->fibers.size()), first = warp * kWarp,
             count = std::min(kWarp, threads - first);
   bool any = false;
   for (bool progress = true; progress;) {
     progress = false;
-    for (int i = 0; i < count; ++i) {
-      Fiber& fiber = block->fibers[first + (order == Order::ascending ? i : count - 1 - i)];
+    for (int lane : turns.of(count)) {
+      Fiber& fiber = block->fibers[first + lane];
       if (!ready(fiber)) continue;
       resume(fiber);
       progress = any = true;
@@ -167,12 +192,13 @@ bool run_warp(int warp, Order order) {
   return any;
 }
 
-void run_block(Order order) {
-  const int warps = int(block->warps.size());
+void run_block(Turns& turns) {
   for (bool progress = true; progress;) {
     progress = false;
-    for (int i = 0; i < warps; ++i)
-      progress |= run_warp(order == Order::ascending ? i : warps - 1 - i, order);
+    for (int warp : turns.of(int(block->warps.size()))) {
+      progress |= run_warp(warp, turns);
+      if (progress && turns.random()) break;  // one team may run far ahead of another
+    }
   }
   for (const Fiber& fiber : block->fibers) {
     if (!fiber.done) {
@@ -203,29 +229,30 @@ void meet(Meeting& meeting, const char* what) {
 
 void run_grid(const int (&grid)[3], int threads, size_t shared_bytes, Order order,
               const std::function<void()>& body) {
+  if (grid[0] < 1 || grid[1] < 1 || grid[2] < 1 || grid[1] > 65535 || grid[2] > 65535 || threads > 1024)
+    throw std::runtime_error("a grid that CUDA has not");
   Block state;
   state.fibers.resize(threads);
   state.body = &body;
-  for (int z = 0; z < grid[2]; ++z) {
-    for (int y = 0; y < grid[1]; ++y) {
-      for (int x = 0; x < grid[0]; ++x) {
-        // Exactly as long as asked for, so that a sanitizer sees an access past its end.
-        void* memory = nullptr;
-        if (posix_memalign(&memory, 128, shared_bytes + (shared_bytes == 0)) != 0) throw std::bad_alloc();
-        std::unique_ptr<char, decltype(&std::free)> shared(static_cast<char*>(memory), &std::free);
-        std::memset(shared.get(), 0xff, shared_bytes);
-        state.warps.assign((threads + kWarp - 1) / kWarp, Warp());
-        for (Warp& warp : state.warps) warp.meeting.expected = kWarp;
-        state.barrier = Meeting{threads};
-        block = &state;
-        for (int t = 0; t < threads; ++t) {
-          prepare(state.fibers[t]);
-          state.fibers[t].position = {t, {x, y, z}, {grid[0], grid[1], grid[2]}, shared.get()};
-        }
-        run_block(order);
-        block = nullptr;
-      }
+  Turns turns(order);
+  for (int at : turns.of(grid[0] * grid[1] * grid[2])) {
+    // Exactly as long as asked for, so that a sanitizer sees an access past its end.
+    void* memory = nullptr;
+    if (posix_memalign(&memory, 128, shared_bytes + (shared_bytes == 0)) != 0) throw std::bad_alloc();
+    std::unique_ptr<char, decltype(&std::free)> shared(static_cast<char*>(memory), &std::free);
+    turns.poison(shared.get(), shared_bytes);
+    state.warps.assign((threads + kWarp - 1) / kWarp, Warp());
+    for (Warp& warp : state.warps) warp.meeting.expected = kWarp;
+    state.barrier = Meeting{threads};
+    for (Meeting& part : state.parts) part = Meeting{};
+    block = &state;
+    for (int t = 0; t < threads; ++t) {
+      prepare(state.fibers[t]);
+      const int x = at % grid[0], y = at / grid[0] % grid[1], z = at / grid[0] / grid[1];
+      state.fibers[t].position = {t, {x, y, z}, {grid[0], grid[1], grid[2]}, shared.get()};
     }
+    run_block(turns);
+    block = nullptr;
   }
 }
 
@@ -235,6 +262,14 @@ const Position& here() {
 
 void block_barrier() {
   meet(block->barrier, "barrier");
+}
+
+void part_barrier(int which, int threads) {
+  if (which < 1 || which > 15 || threads % kWarp != 0) throw std::runtime_error("no such barrier");
+  Meeting& meeting = block->parts[which];
+  if (meeting.arrived == 0) meeting.expected = threads;
+  if (meeting.expected != threads) throw std::runtime_error("a barrier of two numbers of threads");
+  meet(meeting, "part_barrier");
 }
 
 char* warp_exchange(const char* what, const void* in, size_t bytes, void (*combine)(char*)) {
@@ -268,6 +303,13 @@ void async_wait(int pending) {
       }
     }
     groups.erase(groups.begin());
+  }
+}
+
+void require_shared(size_t bytes, size_t limit) {
+  if (bytes > limit) {
+    throw std::runtime_error("a block asks for " + std::to_string(bytes) +
+                             " bytes of shared memory, of which it has " + std::to_string(limit));
   }
 }
 

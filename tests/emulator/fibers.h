@@ -1,8 +1,8 @@
 // Runs one block of a CUDA kernel on one CPU thread: every CUDA thread is a fiber.
 //
 // A fiber runs until it reaches a barrier or a warp collective; then the next one runs. A warp goes as far as
-// it can before the next warp starts, and lanes and warps go upward or downward, so code that lacks a barrier
-// reads what is not there yet in at least one of the two orders. Shared memory starts as NaN bits; an
+// it can before another starts. Blocks, warps and lanes go upward, downward or at random, so code that lacks a
+// barrier reads what is not there yet in some order. Shared memory starts as NaN bits, or as random ones; an
 // asynchronous copy poisons its target until it is waited for.
 #pragma once
 
@@ -12,7 +12,8 @@
 
 namespace kegfast::emulator {
 
-enum class Order { ascending, descending };
+enum class Order : uint32_t { ascending, descending };  // any other number: random, the number its seed
+constexpr size_t kMostShared = 227 * 1024;              // that a block of sm_90 may ask for
 
 struct Position {
   int thread;
@@ -21,13 +22,15 @@ struct Position {
 };
 
 // Runs `body` once per thread of every block of the grid. Throws std::runtime_error on a barrier or
-// collective that not all threads reach, on a misaligned access, and on what `body` throws.
+// collective that not all threads reach, on a misaligned access, on a grid that CUDA has not, and on what `body`
+// throws.
 void run_grid(const int (&grid)[3], int threads, size_t shared_bytes, Order order,
               const std::function<void()>& body);
 
 // From inside a kernel.
 const Position& here();
 void block_barrier();
+void part_barrier(int which, int threads);
 // All 32 lanes hand in `bytes` (<= 64) and get the 32 inputs of their warp back, 64 bytes apart; the last to
 // come calls `combine`.
 constexpr int kSlot = 64;
@@ -37,8 +40,12 @@ void async_commit();
 void async_wait(int pending);
 void require_aligned(const void* pointer, size_t alignment, const char* what);
 
+void require_shared(size_t bytes, size_t limit);
+
 template <class Kernel>
-void launch(const int (&grid)[3], size_t shared_bytes, Order order, const typename Kernel::Params& params) {
+void launch(const int (&grid)[3], size_t shared_bytes, Order order, const typename Kernel::Params& params,
+            size_t shared_limit = kMostShared) {
+  require_shared(shared_bytes, shared_limit);
   run_grid(grid, Kernel::kThreads, shared_bytes, order, [&params] { Kernel::run(params); });
 }
 

@@ -10,7 +10,7 @@ struct Tucker2Call {
   int64_t x_strides[4], y_strides[4], first_strides[4], core_strides[4], last_strides[4];
   int images, channels, height, width, rank_in, rank_out, features, out_height, out_width;
   int window[8];
-  int relu, form, dtype, split, multiprocessors, descending;
+  int relu, form, dtype, split, multiprocessors, order;
   int64_t shared_bytes;
   int dry;                      // only the plan
   int launches;                 // out: kernels run
@@ -27,7 +27,7 @@ struct DiversityCall {
   const void* samples;
   double* exponent;
   float *noise_gradient, *sample_gradient;
-  int batch, noise_size, features, metric, noise_metric, dtype, descending;
+  int batch, noise_size, features, metric, noise_metric, dtype, order;
   int64_t shared_bytes, panel_bytes;
   int dry;            // only the plan
   int launches;       // out: kernels run
@@ -43,7 +43,7 @@ struct SoftTargetCall {
   void *loss, *gradient;
   int64_t student_stride, teacher_stride;
   double temperature;
-  int batch, classes, dtype, descending;
+  int batch, classes, dtype, order;
 };
 
 extern "C" const char* soft_target_error();
@@ -51,3 +51,4 @@ extern "C" int emulate_soft_target(const SoftTargetCall* call);
 
 extern "C" const char* broken_error();
 extern "C" int emulate_past_the_end(float* out);
+extern "C" int emulate_misaligned(float* out);

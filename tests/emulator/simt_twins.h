@@ -29,6 +29,11 @@ inline void warp_barrier() {
   em::warp_exchange("warp_barrier", nullptr, 0);
 }
 
+template <int kThreads>
+void part_barrier(int which) {
+  em::part_barrier(which, kThreads);
+}
+
 template <class T>
 T read_lane(const char* slots, int lane) {
   T value;
@@ -157,6 +162,21 @@ float mma_operand(uint32_t word, int half) {
   }
 }
 
+// What a tensor core makes of an accumulator and a step's products: no addend keeps what lies below the last bit
+// of the largest, and the sum is cut, not rounded, to a float. (Later units keep a bit or two more.)
+template <int kCount>
+float truncating_sum(const double (&addends)[kCount]) {
+  double most = 0, plain = 0;
+  for (double v : addends) plain += v, most = std::fabs(v) > most ? std::fabs(v) : most;
+  if (most == 0 || plain - plain != 0) return float(plain);
+  const double unit = std::ldexp(1.0, std::ilogb(most) - 23), per_unit = 1 / unit;
+  double sum = 0;
+  for (double v : addends) sum += double(int64_t(v * per_unit));
+  sum *= unit;
+  const float rounded = float(sum);
+  return std::fabs(double(rounded)) > std::fabs(sum) ? std::nextafterf(rounded, 0) : rounded;
+}
+
 template <class T>
 void combine_mma(char* slots) {
   constexpr int kPerWord = 4 / sizeof(T), kDepth = 8 * kPerWord;
@@ -176,9 +196,10 @@ void combine_mma(char* slots) {
   for (int l = 0; l < kWarp; ++l) {
     for (int i = 0; i < 4; ++i) {
       const int row = l / 4 + 8 * (i / 2), column = 2 * (l % 4) + i % 2;
-      float sum = 0;
-      for (int k = 0; k < kDepth; ++k) sum += a[row][k] * b[column][k];
-      lanes[l].d[i] += sum;
+      double addends[kDepth + 1];
+      for (int k = 0; k < kDepth; ++k) addends[k] = double(a[row][k]) * b[column][k];
+      addends[kDepth] = lanes[l].d[i];
+      lanes[l].d[i] = truncating_sum(addends);
     }
     std::memcpy(slots + l * em::kSlot, &lanes[l], sizeof lanes[l]);
   }

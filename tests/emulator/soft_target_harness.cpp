@@ -14,7 +14,7 @@ std::string error;
 
 template <class T>
 void run(const SoftTargetCall& c) {
-  const auto order = c.descending ? emulator::Order::descending : emulator::Order::ascending;
+  const auto order = emulator::Order(c.order);
   const auto launch = [order](auto kernel, const auto& params, int x, int y, size_t shared_bytes) {
     emulator::launch<decltype(kernel)>({x, y, 1}, shared_bytes, order, params);
   };

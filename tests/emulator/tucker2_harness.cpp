@@ -36,12 +36,14 @@ void run(Tucker2Call& c) {
       c.images,
       cuda::Form(c.form),
       {size_t(c.shared_bytes), c.multiprocessors}};
-  const auto order = c.descending ? emulator::Order::descending : emulator::Order::ascending;
+  const auto order = emulator::Order(c.order);
   const auto launch = [&](auto kernel, const auto& params, int64_t x, int64_t y, size_t shared_bytes) {
     ++c.launches;
     c.blocks = x * y;
     c.most_shared = simt::larger(c.most_shared, int64_t(shared_bytes));
-    if (!c.dry) emulator::launch<decltype(kernel)>({int(x), int(y), 1}, shared_bytes, order, params);
+    const size_t limit = c.shared_bytes;
+    emulator::require_shared(shared_bytes, limit);
+    if (!c.dry) emulator::launch<decltype(kernel)>({int(x), int(y), 1}, shared_bytes, order, params, limit);
   };
   std::vector<char> kept;
   const auto workspace = [&](size_t bytes) {

@@ -22,7 +22,8 @@ class Launcher {
   void operator()(Kernel, const typename Kernel::Params& params, int64_t x, int64_t y,
                   size_t shared_bytes) const {
     if (x == 0 || y == 0) return;
-    emulator::launch<Kernel>({int(x), int(y), 1}, shared_bytes, emulator::Order::ascending, params);
+    emulator::launch<Kernel>({int(x), int(y), 1}, shared_bytes, emulator::Order::ascending, params,
+                             shared_limit());
   }
   int attribute(int) const { return 132; }
   size_t shared_limit() const { return 227 * 1024; }

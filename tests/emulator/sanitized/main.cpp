@@ -1,5 +1,6 @@
-// Runs every kernel on buffers of exactly the length they need, for AddressSanitizer. Any argument: a kernel
-// that reads past the end.
+// Runs every kernel on buffers of exactly the length they need, for AddressSanitizer and for the alignment check
+// of UndefinedBehaviorSanitizer. An argument: a kernel that reads past the end, or one that stores 16 bytes
+// elsewhere than at a multiple of 16.
 #include <cstdio>
 #include <cstring>
 #include <vector>
@@ -116,10 +117,11 @@ int all(int dtype) {
 
 }  // namespace
 
-int main(int count, char**) {
+int main(int count, char** arguments) {
   if (count > 1) {
     std::vector<float> out(32);
-    return emulate_past_the_end(out.data());
+    const bool end = std::strcmp(arguments[1], "past the end") == 0;
+    return end ? emulate_past_the_end(out.data()) : emulate_misaligned(out.data());
   }
   // Beyond one block's shared memory: the merged sort.
   const int failures =
