@@ -9,9 +9,11 @@ by one ("eager") and as a CUDA graph, over inputs that together are larger than 
 """
 
 import argparse
+import contextlib
 import functools
 import itertools
 import math
+import re
 import signal
 import time
 from collections.abc import Callable, Sequence
@@ -20,11 +22,11 @@ from typing import NamedTuple
 
 import torch
 
-import kegfast
 from benchmarks import cuda_cells as cells
-from benchmarks.common import write_results
+from benchmarks.common import RESULTS, write_results
 from benchmarks.tucker2_shapes import shapes
 from kegfast import build_info
+from kegfast._util.files import write_json
 from kegfast.dispatch import cuda
 
 DIVERSITY_GOALS_MS = {256: 0.020, 1024: 0.090, 4096: 0.5, 16384: 2.5}
@@ -77,8 +79,13 @@ def jobs() -> list[Job]:
     return found
 
 
-def run_jobs(todo: Sequence[Job], seconds: float) -> tuple[list[cells.Row], list[str]]:
-    """Rows, and the names of what was left out: a job starts only where its kind's longest run still fits."""
+def run_jobs(
+    todo: Sequence[Job], seconds: float, keep: Callable[[str, cells.Row], object] = lambda name, row: None
+) -> tuple[list[cells.Row], list[str]]:
+    """Rows, and the names of what was left out: a job starts only where its kind's longest run still fits.
+
+    Each row is handed to `keep` when it is there. One whose job failed has an "error" and no "times".
+    """
     end = time.monotonic() + seconds
     longest: dict[str, float] = {}
     rows, left_out = [], []
@@ -89,16 +96,22 @@ def run_jobs(todo: Sequence[Job], seconds: float) -> tuple[list[cells.Row], list
             continue
         try:
             with deadline(end - begin):
-                rows.append(job.run())
+                row = job.run()
         except (TimeoutError, torch.OutOfMemoryError) as reason:
             left_out.append(f"{job.name} ({reason or type(reason).__name__})")
             continue
+        except Exception as reason:  # whatever one cell meets, the others are measured
+            row = {"kind": job.kind, "error": f"{type(reason).__name__}: {reason}"}
         finally:
-            torch.cuda.empty_cache()
+            with contextlib.suppress(RuntimeError):  # after a kernel that failed
+                torch.cuda.empty_cache()
+        row = {"name": job.name, **row}
+        rows.append(row)
+        keep(job.name, row)
         taken = time.monotonic() - begin
         longest[job.kind] = max(longest.get(job.kind, 0), taken)
-        figures = (f"{k} {min(v.values()) * 1e3:.1f} us" for k, v in rows[-1]["times"].items())
-        print(f"{taken:5.1f} s  {job.name}: {', '.join(figures)}", flush=True)
+        figures = (f"{k} {min(v.values()) * 1e3:.1f} us" for k, v in row.get("times", {}).items())
+        print(f"{taken:5.1f} s  {job.name}: {', '.join(figures) or row['error']}", flush=True)
     return rows, left_out
 
 
@@ -183,22 +196,32 @@ def shares(rows: Sequence[cells.Row], limits: cells.Row) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seconds", type=float, default=300, help="for all cells together (default 300)")
+    parser.add_argument("--out", type=Path, help="folder for all that is written")
     arguments = parser.parse_args()
     if not (torch.cuda.is_available() and build_info()["cuda_kernels"]):
         raise SystemExit("bench_cuda needs a CUDA device and a kegfast built with nvcc")
     begin = time.monotonic()
     torch.manual_seed(0)
     limits = cells.ceilings()
-    rows, left_out = run_jobs(jobs(), arguments.seconds - (time.monotonic() - begin))
-    shares(rows, limits)
-    reached = goals(rows, limits)
+    folder = arguments.out or RESULTS
+
+    def keep(name: str, row: cells.Row) -> None:
+        write_json(folder / "cuda-cells" / (re.sub(r"[^\w.]+", "-", name) + ".json"), row)
+
+    rows, left_out = run_jobs(jobs(), arguments.seconds - (time.monotonic() - begin), keep)
+    measured = [row for row in rows if "times" in row]
+    shares(measured, limits)
+    reached = goals(measured, limits)
     device = torch.cuda.get_device_name()
-    tf32 = {"cudnn": torch.backends.cudnn.allow_tf32, "matmul": torch.backends.cuda.matmul.allow_tf32}
+    tf32 = {
+        "cudnn": torch.backends.cudnn.conv.fp32_precision,
+        "matmul": torch.backends.cuda.matmul.fp32_precision,
+    }
     results = {
         "device": device,
         "cuda": torch.version.cuda,
         "cudnn": torch.backends.cudnn.version(),
-        "allow_tf32": tf32,
+        "fp32_precision": tf32,
         "ceilings": limits,
         "rows": rows,
         "left_out": left_out,
@@ -207,9 +230,12 @@ def main() -> None:
             for goal, value, wanted in reached
         ],
     }
-    write_results(f"cuda-{device.replace(' ', '-').lower()}", results)
-    cuda.save_table(Path(kegfast.__file__).with_name("dispatch") / "cuda_table.json")
-    print(f"allow_tf32: {tf32}; left out for time or memory: {', '.join(left_out) or 'nothing'}")
+    write_results(f"cuda-{device.replace(' ', '-').lower()}", results, folder)
+    cuda.save_table(cuda.PACKAGED if arguments.out is None else folder / "cuda_table.json")
+    for row in rows:
+        if "error" in row:
+            print(f"{'wrong':12}{row['name']}: {row['error']}")
+    print(f"fp32_precision: {tf32}; left out for time or memory: {', '.join(left_out) or 'nothing'}")
     for goal, value, wanted in reached:
         print(f"{'pass' if value >= wanted else 'falls short':12}{value:8.2f} of {wanted:<6} {goal}")
 

@@ -83,9 +83,9 @@ class Traffic(TorchDispatchMode):
         return out
 
 
-def write_results(name: str, results: Mapping[str, Any]) -> Path:
-    """Write benchmarks/results/<name>.json with the machine's facts."""
-    path = RESULTS / f"{name}.json"
+def write_results(name: str, results: Mapping[str, Any], folder: Path = RESULTS) -> Path:
+    """Write <name>.json, by default in benchmarks/results, with the machine's facts."""
+    path = folder / f"{name}.json"
     write_json(path, {"machine": machine(), **results})
     return path
 

@@ -27,7 +27,7 @@ FORMS: dict[Form, int | None] = {"fused": 1, "stages": 2, "convolutions": None}
 """The forms by their number in `torch.ops.kegfast.tucker2_as`; None stands for torch's convolutions."""
 
 _log = logging.getLogger(__name__)
-_PACKAGED = Path(__file__).with_name("cuda_table.json")
+PACKAGED = Path(__file__).with_name("cuda_table.json")
 _measured: dict[str, Form] | None = None  # None: no file was read yet
 _chosen: dict[tuple[object, ...], int | None] = {}  # of the calls seen since the table last changed
 _tf32: bool | None = None
@@ -229,7 +229,7 @@ def table() -> dict[str, Form]:
     global _measured
     if _measured is None:
         _measured = {}
-        for path in (_PACKAGED, cache_path()):
+        for path in (PACKAGED, cache_path()):
             if path.exists():
                 try:
                     load_table(path)

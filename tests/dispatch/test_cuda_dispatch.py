@@ -34,7 +34,7 @@ def pretended(monkeypatch, tmp_path):
         return times((1.0, 1.0), (2.0, 2.0), (3.0, 3.0))
 
     monkeypatch.setenv("KEGFAST_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(cuda, "_PACKAGED", tmp_path / "packaged.json")
+    monkeypatch.setattr(cuda, "PACKAGED", tmp_path / "packaged.json")
     monkeypatch.setattr(cuda, "_measured", None)
     monkeypatch.setattr(cuda, "_chosen", {})
     monkeypatch.setattr(cuda, "_follow_tf32", lambda: False)

@@ -1,0 +1,46 @@
+"""The CUDA benchmark itself: a cell that fails, for whatever reason, costs itself alone. Needs no GPU."""
+
+import pytest
+import torch
+
+from benchmarks import bench_cuda
+from benchmarks.bench_cuda import Job
+
+GOOD = {"operator": "it", "times": {"kegfast": {"eager": 0.001}}}
+
+
+def fails(error):
+    def run():
+        raise error
+
+    return run
+
+
+def test_a_wrong_cell_is_a_row_and_the_others_go_on():
+    jobs = [
+        Job("a", "first", 1, lambda: dict(GOOD)),
+        Job("b", "wrong", 1, fails(AssertionError("wrong results"))),
+        Job("c", "broken", 1, fails(RuntimeError("an illegal memory access"))),
+        Job("d", "large", 1, fails(torch.OutOfMemoryError("too large"))),
+        Job("e", "long", 1e9, lambda: dict(GOOD)),
+        Job("f", "last", 1, lambda: dict(GOOD)),
+    ]
+    kept = []
+    rows, left_out = bench_cuda.run_jobs(jobs, 60, lambda name, row: kept.append((name, row)))
+    assert [row["name"] for row in rows] == ["first", "wrong", "broken", "last"]
+    assert [row.get("error") for row in rows] == [
+        None, "AssertionError: wrong results", "RuntimeError: an illegal memory access", None,
+    ]  # fmt: skip
+    assert left_out == ["large (too large)", "long"]
+    assert kept == [(row["name"], row) for row in rows]
+
+
+def test_a_cell_is_kept_before_the_next_begins():
+    kept = []
+    jobs = [
+        Job("a", "first", 1, lambda: dict(GOOD)),
+        Job("b", "killed", 1, fails(KeyboardInterrupt())),
+    ]
+    with pytest.raises(KeyboardInterrupt):
+        bench_cuda.run_jobs(jobs, 60, lambda name, row: kept.append(name))
+    assert kept == ["first"]
