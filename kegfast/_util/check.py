@@ -14,7 +14,8 @@ def describe(value: object) -> str:
     """A short picture of a value: shape, dtype and device for a tensor, type and repr otherwise."""
     if isinstance(value, torch.Tensor):
         dtype = str(value.dtype).removeprefix("torch.")
-        return f"a {dtype} tensor of shape {tuple(value.shape)} on {value.device}"
+        article = "an" if dtype.startswith("int") else "a"
+        return f"{article} {dtype} tensor of shape {tuple(value.shape)} on {value.device}"
     if isinstance(value, tuple | list) and any(isinstance(part, torch.Tensor) for part in value):
         return f"a {type(value).__name__} of {', '.join(map(describe, value))}"
     if isinstance(value, Mapping) and any(isinstance(part, torch.Tensor) for part in value.values()):
@@ -176,6 +177,36 @@ def trained(argument: str, *models: nn.Module) -> list[nn.Parameter]:
     if not parameters:
         raise ValueError(expected(argument, "a model with parameters to train", type(models[0]).__name__))
     return parameters
+
+
+def depends(argument: str, value: torch.Tensor) -> None:
+    """Checks that what came of an argument leads back to what shall be trained.
+
+    Raises:
+        ValueError: for a tensor that no gradient reaches.
+    """
+    if not value.requires_grad:
+        what = "computed with gradients to what is trained, free of torch.no_grad, detach and numpy"
+        raise ValueError(expected(argument, what, value))
+
+
+@contextmanager
+def passes_gradient(argument: str) -> Iterator[None]:
+    """Turns what torch says where no gradient reaches a model's inputs into an error that names the argument.
+
+    Args:
+        argument: the model, which is known to take the inputs.
+
+    Raises:
+        ValueError: in place of torch's RuntimeError.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        what = "a model that passes gradients to its inputs, free of torch.no_grad, detach and numpy"
+        raise ValueError(f"{argument} must be {what}: {str(error).partition(chr(10))[0]}") from error
 
 
 @contextmanager

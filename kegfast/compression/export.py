@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from kegfast._util.check import expected
 from kegfast._util.files import atomic_write
-from kegfast.compression.surgery import clone, replace_all, spell_out_addends, spell_out_pools, unfused
+from kegfast._util.modules import clone
+from kegfast.compression.surgery import replace_all, spell_out_addends, spell_out_pools, unfused
 from kegfast.nn import TuckerConv2d
 
 

@@ -9,11 +9,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from kegfast._util.check import accepts, expected
 from kegfast._util.inputs import Inputs, as_inputs, call, named_tensors
+from kegfast._util.modules import clone
 from kegfast.compression import rewriting
 from kegfast.compression.normalizers import Normalizer, normalizer, reads_matrices
 from kegfast.compression.rewriting import LAYERS, count_calls, is_a, only_user
 from kegfast.compression.structure import LayerTracer, trace_graph
-from kegfast.compression.surgery import HOOKS, clone, has_own_weights, is_plain, owners_of, tail_of, unwrap
+from kegfast.compression.surgery import HOOKS, has_own_weights, is_plain, owners_of, tail_of, unwrap
 from kegfast.compression.traffic import evaluation
 from kegfast.nn import TuckerConv2d, TuckerLinear
 

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kegfast.compression.surgery import clone
+from kegfast._util.modules import clone
 from kegfast.extraction.moments import NormMoments
 from kegfast.extraction.teacher import FrozenTeacher
 

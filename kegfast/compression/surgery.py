@@ -1,6 +1,5 @@
 """Finding the layers of a model that can be factorised, and replacing them."""
 
-import copy
 import operator
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
@@ -12,6 +11,7 @@ from torch.nn.utils import parametrize
 from torch.optim.swa_utils import AveragedModel
 
 from kegfast._util.check import expected
+from kegfast._util.modules import clone
 from kegfast.nn import TuckerConv2d, TuckerLinear
 from kegfast.nn.factors import FactoredConv2d, Factors
 from kegfast.ops.conv_max_pool import conv_max_pool2d
@@ -38,17 +38,6 @@ class Site:
     module: nn.Module
     names: list[str] = field(default_factory=list)  # every name that leads to it
     refusal: str | None = None
-
-
-def clone(model: nn.Module) -> nn.Module:
-    """A deep copy, also of a pruned model, whose masked weights torch itself does not copy."""
-    derived = (
-        value
-        for module in model.modules()
-        for value in vars(module).values()
-        if isinstance(value, Tensor) and not value.is_leaf
-    )
-    return copy.deepcopy(model, {id(value): value.detach().clone() for value in derived})
 
 
 def survey(model: nn.Module) -> list[Site]:

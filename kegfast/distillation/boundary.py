@@ -6,18 +6,17 @@ authors' code (bhheo/BSS_distillation) divides by the norm and takes eta = 0.3. 
 samples of a batch are that code's.
 """
 
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from kegfast._util import check
 from kegfast._util.check import expected
-from kegfast.distillation.hooks import unwrap
+from kegfast._util.logits import two_classes
+from kegfast.distillation.batch import Batch
 from kegfast.distillation.logit import UNLABELLED, check_labels, soft_target
-
-if TYPE_CHECKING:
-    from kegfast.distillation.objective import Batch
 
 TEMPERATURE = 3.0
 """The paper's, for its distillation terms."""
@@ -39,7 +38,7 @@ class BoundarySamples(NamedTuple):
 
 
 def boundary_samples(
-    teacher: nn.Module,
+    teacher: Callable[[Tensor], Tensor],
     samples: Tensor,  # (B, ...)
     labels: Tensor | None = None,  # (B,)
     *,
@@ -61,7 +60,8 @@ def boundary_samples(
     after `steps` steps. All samples move at once.
 
     Args:
-        teacher: In eval mode; a sample's logits must depend on that sample alone.
+        teacher: A model in eval mode, to logits, that gradients pass; a sample's logits must depend on that
+            sample alone.
         samples: The batch, (B, ...).
         labels: Classes, (B,); the teacher's own where missing or -100.
         teacher_logits: `teacher(samples)` where already known, (B, C).
@@ -86,23 +86,24 @@ def boundary_samples(
     check.batches(2, 0, samples=samples, teacher_logits=teacher_logits)
     if student_logits is not None and student_logits.shape != teacher_logits.shape:
         raise ValueError(expected("student_logits", "of the teacher's shape", student_logits))
-    teacher_logits = teacher_logits.detach()
+    teacher_logits = two_classes(teacher_logits.detach())
+    student_logits = None if student_logits is None else two_classes(student_logits)
     labels = _known(labels, teacher_logits)
     index = _base_samples(teacher_logits, student_logits, labels, count)
     base = labels[index]
     target = _draw_targets(teacher_logits[index], base)
-    moved, accepted = _search(teacher, samples[index], base, target, steps, eta, epsilon, bounds)
+    moved, accepted = _search("teacher", teacher, samples[index], base, target, steps, eta, epsilon, bounds)
     return BoundarySamples(index, moved, base, target, accepted)
 
 
-def boundary_loss(batch: "Batch") -> Tensor:
+def boundary_loss(batch: Batch) -> Tensor:
     """KL(teacher || student) at temperature 3 on the batch's accepted boundary samples, their mean.
 
     The paper's third term; like the paper it leaves out the factor T^2. It is 0 with fewer than two
     samples, of which BatchNorm could not take statistics.
     """
     found = boundary_samples(
-        batch.teacher_model,
+        batch.ask_teacher,
         batch.samples,
         batch.labels,
         teacher_logits=batch.teacher,
@@ -112,10 +113,9 @@ def boundary_loss(batch: "Batch") -> Tensor:
     if len(samples) < 2:
         return batch.student.sum() * 0.0
     with torch.no_grad():
-        teacher = batch.teacher_model(samples)
-    # Past DistributedDataParallel, whose forward pass waits for processes that may have no such sample; it
-    # averages the gradients all the same.
-    student = unwrap(batch.student_model)(samples)
+        teacher = batch.ask_teacher(samples)
+    # Other processes may have no such sample; DistributedDataParallel averages the gradients all the same.
+    student = batch.ask_student(samples)
     return soft_target(student, teacher, temperature=TEMPERATURE) / TEMPERATURE**2
 
 
@@ -130,7 +130,7 @@ def soft_weight(done: float) -> float:
 
 
 def perturbations(
-    model: nn.Module,
+    model: Callable[[Tensor], Tensor],
     samples: Tensor,  # (B, ...)
     labels: Tensor,  # (B,)
     targets: Tensor,  # (B,)
@@ -142,7 +142,7 @@ def perturbations(
     """The vectors from samples to a model's boundary with the given target classes.
 
     Args:
-        model: In eval mode.
+        model: In eval mode, to logits, with gradients to its input.
         samples: Samples that the model puts into `labels`.
         labels: The classes to leave.
         targets: The classes to reach.
@@ -156,12 +156,12 @@ def perturbations(
     """
     _check(samples, 1, steps, eta, epsilon)
     with torch.no_grad(), check.accepts("samples", samples, "model"):
-        logits = model(samples)
+        logits = two_classes(model(samples))
     for name, classes in (("labels", labels), ("targets", targets)):
         check_labels(classes, logits, name)
         if (classes == UNLABELLED).any():
             raise ValueError(expected(name, "the class of each sample", UNLABELLED))
-    moved, accepted = _search(model, samples, labels, targets, steps, eta, epsilon, None)
+    moved, accepted = _search("model", model, samples, labels, targets, steps, eta, epsilon, None)
     return moved - samples, accepted
 
 
@@ -232,7 +232,8 @@ def _draw_targets(
 
 
 def _search(
-    teacher: nn.Module,
+    name: str,
+    teacher: Callable[[Tensor], Tensor],
     start: Tensor,  # (N, ...)
     base: Tensor,  # (N,)
     target: Tensor,  # (N,)
@@ -247,7 +248,7 @@ def _search(
     for step in range(steps + 1):
         if len(active) == 0:
             break
-        gap, slope, answer = _gap(teacher, moved[active], base[active], target[active])
+        gap, slope, answer = _gap(name, teacher, moved[active], base[active], target[active])
         accepted[active] = answer == target[active]
         inside = answer == base[active]
         active, gap, slope = active[inside], gap[inside], slope[inside]
@@ -259,11 +260,17 @@ def _search(
     return moved, accepted
 
 
-def _gap(teacher: nn.Module, x: Tensor, base: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _gap(
+    name: str,
+    teacher: Callable[[Tensor], Tensor],
+    x: Tensor,  # (N, ...)
+    base: Tensor,  # (N,)
+    target: Tensor,  # (N,)
+) -> tuple[Tensor, Tensor, Tensor]:
     """L = f_base - f_target, its gradient in x, and the class of x."""
-    with torch.enable_grad():
+    with torch.enable_grad(), check.passes_gradient(name):
         x = x.detach().requires_grad_()
-        logits = teacher(x)
+        logits = two_classes(teacher(x))
         gap = (logits.gather(1, base.unsqueeze(1)) - logits.gather(1, target.unsqueeze(1))).flatten()
         (slope,) = torch.autograd.grad(gap.sum(), x)
     return gap.detach(), slope, logits.detach().argmax(dim=1)

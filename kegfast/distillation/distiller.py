@@ -1,8 +1,8 @@
 """The training loop of every student: `kegfast.distill`."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,11 +11,15 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from kegfast._util import check
-from kegfast._util.check import accepts, expected
-from kegfast.distillation.ensemble import Ensemble
+from kegfast._util.check import expected
+from kegfast._util.inputs import Inputs, move, take, tensors_in
+from kegfast._util.modules import modes_kept
+from kegfast.distillation.batch import Batch
 from kegfast.distillation.hooks import Features
-from kegfast.distillation.objective import Batch, Objective, Term
+from kegfast.distillation.models import Asked, as_teacher, check_apart, place, set_modes
+from kegfast.distillation.objective import Objective, Term
 from kegfast.distillation.sources import InMemory, as_source
+from kegfast.training.finite import Given
 from kegfast.training.loop import MetricsLog, mix, run_steps, seeded
 
 MakeOptimizer = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
@@ -102,34 +106,39 @@ def distill(
     """
     check.counts(steps=steps, batch_size=batch_size, log_every=log_every)
     seed = check.seed("seed", seed)
-    teacher = _as_teacher(teacher, temperature)
-    device = _place(student, teacher, device)
+    teacher = as_teacher(teacher, temperature)
+    device = place(student, teacher, device)
     source = as_source(source)
     objective = Objective(loss, temperature=temperature, alpha=alpha)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=amp)
+    ask_student, ask_teacher, given = Asked("student", student), Asked("teacher", teacher), Given()
     with ExitStack() as stack:
-        stack.enter_context(_modes_restored(student, teacher))
+        stack.enter_context(modes_kept(student, teacher))
         student.eval()
         teacher.eval()
         ours = stack.enter_context(Features(student, objective.student_layers))
         theirs = stack.enter_context(Features(teacher, objective.teacher_layers))
-        _fit_regressors(objective, student, teacher, source, ours, theirs, device, seed)
-        _train_mode(student, student_batchnorm)
-        draw = _drawer(source, teacher, objective, device, autocast, steps * batch_size)
+        _fit_regressors(objective, ask_student, ask_teacher, source, ours, theirs, device, seed)
+        set_modes(student, teacher, student_batchnorm)
+        check_apart(student, teacher)
+        draw = _drawer(source, ask_teacher, objective, device, autocast, steps * batch_size)
         trainable = check.trained("student", student, objective)
         optimiser = _optimizer(optimizer, trainable, lr, weight_decay)
         rates = [group["lr"] for group in optimiser.param_groups]
-        factor = _factor(schedule)
+        factor, aside = _factor(schedule), ask_student.aside()
 
         def step(i: int) -> dict[str, Tensor]:
             for group, rate in zip(optimiser.param_groups, rates, strict=True):
                 group["lr"] = rate * factor(i / steps)
             samples, labels, answers = draw(batch_size)
-            with autocast, accepts("source", samples, "student"):
-                logits = student(samples)
-            _check_logits(student=logits, teacher=answers)
-            batch = Batch(samples, labels, logits, answers, ours.taken(), theirs.taken(), student, teacher)
+            given.note("source", *tensors_in(samples))
+            given.note("teacher", answers)
+            with autocast:
+                logits = ask_student.on(samples)
+            batch = Batch(samples, labels, logits, answers, ours.taken(), theirs.taken(), aside, ask_teacher)
             values = objective(batch, i / steps)
+            check.depends("student", logits)
+            check.depends("loss", values["loss"])
             optimiser.zero_grad()
             values["loss"].backward()
             optimiser.step()
@@ -139,6 +148,7 @@ def distill(
             step,
             steps,
             state={"student": student, "objective": objective, "optimizer": optimiser},
+            given=given,
             seed=_own_seed(seed),
             checkpoint=None if checkpoint is None else Path(checkpoint),
             resume=resume,
@@ -151,43 +161,43 @@ def distill(
 
 def _drawer(
     source: Any,
-    teacher: nn.Module,
+    ask: Asked,
     objective: Objective,
     device: torch.device,
     autocast: torch.autocast,
     draws: int,
-) -> Callable[[int], tuple[Tensor, Tensor | None, Tensor]]:
+) -> Callable[[int], tuple[Inputs, Tensor | None, Tensor]]:
     """A function that gives n samples, their labels and the teacher's logits, on the device.
 
     Where fewer samples are in memory than will be drawn, the teacher answers to all of them at once.
     """
 
-    def move(x: Tensor | None) -> Tensor | None:
-        return x if x is None else x.to(device, non_blocking=True)
+    def to_device(labels: Tensor | None) -> Tensor | None:
+        return labels if labels is None else labels.to(device, non_blocking=True)
 
-    def draw_and_ask(n: int) -> tuple[Tensor, Tensor | None, Tensor]:
+    def draw_and_ask(n: int) -> tuple[Inputs, Tensor | None, Tensor]:
         with torch.no_grad():  # a source may be a network
-            samples, labels = map(move, source.sample(n))
-            with autocast, accepts("source", samples, "teacher"):
-                return samples, labels, teacher(samples)
+            samples, labels = source.sample(n)
+            samples = move(samples, device)
+            with autocast:
+                return samples, to_device(labels), ask.on(samples)
 
     if not isinstance(source, InMemory) or objective.needs_teacher or len(source) > draws:
         return draw_and_ask
-    with accepts("source", source.samples[:1], "teacher"):
-        answers = source.answers(teacher, device)
+    answers = ask.logits(source.answers(ask.model, device))
 
-    def look_up(n: int) -> tuple[Tensor, Tensor | None, Tensor]:
+    def look_up(n: int) -> tuple[Inputs, Tensor | None, Tensor]:
         index = source.draw(n)
         labels = None if source.labels is None else source.labels[index]
-        return move(source.samples[index]), move(labels), move(answers[index])
+        return move(take(source.samples, index), device), to_device(labels), to_device(answers[index])
 
     return look_up
 
 
 def _fit_regressors(
     objective: Objective,
-    student: nn.Module,
-    teacher: nn.Module,
+    student: Asked,
+    teacher: Asked,
     source: Any,
     ours: Features,
     theirs: Features,
@@ -198,11 +208,11 @@ def _fit_regressors(
     if not objective.student_layers:
         return
     with seeded(mix(seed, -1)), torch.no_grad():
-        samples = source.sample(2)[0].to(device)
-        student(samples)
-        teacher(samples)
+        samples = move(source.sample(2)[0], device)
+        student.on(samples)
+        teacher.on(samples)
         objective.fit(ours.taken(), theirs.taken())
-    if isinstance(student, DistributedDataParallel):
+    if isinstance(student.model, DistributedDataParallel):
         objective.parallelise()
 
 
@@ -211,58 +221,6 @@ def _own_seed(seed: int) -> int:
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         return mix(seed, torch.distributed.get_rank())
     return seed
-
-
-def _as_teacher(teacher: nn.Module | Sequence[nn.Module], temperature: float) -> nn.Module:
-    if isinstance(teacher, nn.Module):
-        return teacher
-    if isinstance(teacher, Sequence) and all(isinstance(model, nn.Module) for model in teacher):
-        return Ensemble(teacher, temperature=temperature)
-    raise TypeError(expected("teacher", "a module or a list of modules", teacher))
-
-
-def _place(student: nn.Module, teacher: nn.Module, device: torch.device | str | None) -> torch.device:
-    """The one device of both models."""
-    if not isinstance(student, nn.Module):
-        raise TypeError(expected("student", "a module", student))
-    if any(module is teacher for module in student.modules()):
-        raise ValueError(expected("student", "another model than the teacher", "the same one"))
-    if device is not None:
-        device = check.device("device", device)
-        student.to(device)
-        teacher.to(device)
-    own, other = _device("student", student), _device("teacher", teacher)
-    if other is not None and own != other:
-        what = f"on the student's device {own} (move one, or pass device=...)"
-        raise ValueError(expected("teacher", what, str(other)))
-    return own
-
-
-def _device(name: str, model: nn.Module) -> torch.device | None:
-    devices = {tensor.device for tensor in [*model.parameters(), *model.buffers()]}
-    if len(devices) > 1 or (not devices and name == "student"):
-        raise ValueError(expected(name, "a model with weights on one device", devices))
-    return devices.pop() if devices else None
-
-
-@contextmanager
-def _modes_restored(*models: nn.Module) -> Iterator[None]:
-    modes = {module: module.training for model in models for module in model.modules()}
-    try:
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
-
-
-def _train_mode(student: nn.Module, batchnorm: str) -> None:
-    if batchnorm not in ("train", "eval"):
-        raise ValueError(expected("student_batchnorm", "'train' or 'eval'", batchnorm))
-    student.train()
-    for module in student.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            frozen = module.affine and not any(p.requires_grad for p in module.parameters())
-            module.train(batchnorm == "train" and not frozen)
 
 
 def _optimizer(
@@ -294,9 +252,3 @@ def _factor(schedule: str | Callable[[float], float]) -> Callable[[float], float
     if schedule == "constant":
         return lambda done: 1.0
     raise ValueError(expected("schedule", "'cosine', 'constant' or a function", schedule))
-
-
-def _check_logits(**outputs: Any) -> None:
-    for name, logits in outputs.items():
-        if not isinstance(logits, Tensor):
-            raise TypeError(expected(name, "a model that gives logits, one tensor", logits))

@@ -1,4 +1,8 @@
-"""Losses on the outputs of the two models: what the student is told about the teacher's answer."""
+"""Losses on the outputs of the two models: what the student is told about the teacher's answer.
+
+A lone logit speaks for class 1 against class 0: the losses take it with a logit of 0 before it, whose softmax
+is its sigmoid.
+"""
 
 import torch
 import torch.nn.functional as F
@@ -7,6 +11,7 @@ from torch import Tensor
 from kegfast import functional
 from kegfast._util import check
 from kegfast._util.check import expected
+from kegfast._util.logits import two_classes
 from kegfast.distillation.precision import wide
 
 UNLABELLED = -100
@@ -139,7 +144,7 @@ def decoupled(
     and passes no gradient.
 
     Args:
-        student: Logits, (B, C), at least two classes.
+        student: Logits, (B, C).
         teacher: Logits, (B, C).
         labels: Target classes, (B,) int64; the teacher's own where missing or -100.
         temperature: `T > 0`.
@@ -151,9 +156,6 @@ def decoupled(
     """
     student, teacher = _logits(student, teacher)
     check.number("temperature", temperature, above=0)
-    classes = student.shape[1]
-    if classes < 2:
-        raise ValueError(expected("student", "logits of at least two classes", classes))
     target = teacher.argmax(dim=1)
     if labels is not None:
         check_labels(labels, student)
@@ -188,13 +190,13 @@ def _divergence(
 
 
 def _logits(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
-    """Both as (B, C) in float32 or wider, the teacher cut off from the graph."""
+    """Both as (B, C), C of at least 2, in float32 or wider, the teacher cut off from the graph."""
     check.batches(student=student, teacher=teacher)
     if student.ndim != 2:
         raise ValueError(expected("student", "logits (B, C)", student))
     if teacher.shape != student.shape:
         raise ValueError(expected("teacher", f"logits of shape {tuple(student.shape)}", teacher))
-    return wide(student), wide(teacher.detach())
+    return two_classes(wide(student)), two_classes(wide(teacher.detach()))
 
 
 def check_labels(labels: Tensor, student: Tensor, name: str = "labels") -> None:  # (B,), (B, C)

@@ -7,7 +7,7 @@ alike) and its weight (`:number`, 1 by default).
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -17,21 +17,8 @@ from torch.nn.parallel import DistributedDataParallel
 from kegfast._util import check
 from kegfast._util.check import expected
 from kegfast.distillation import boundary, feature_losses, logit, relational
+from kegfast.distillation.batch import Batch
 from kegfast.distillation.precision import wide
-
-
-@dataclass
-class Batch:
-    """One step's tensors, as losses see them."""
-
-    samples: Tensor  # (B, ...)
-    labels: Tensor | None  # (B,)
-    student: Tensor  # (B, C) logits
-    teacher: Tensor  # (B, C) logits
-    student_features: Mapping[str, Tensor] = field(default_factory=dict)
-    teacher_features: Mapping[str, Tensor] = field(default_factory=dict)
-    student_model: nn.Module | None = None
-    teacher_model: nn.Module | None = None
 
 
 @dataclass

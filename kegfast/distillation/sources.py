@@ -1,11 +1,12 @@
 """Where the samples that a student is taught with come from.
 
-A source is any object with `sample(n) -> (samples, labels)`: samples (n, *sample_shape) in float32,
-labels (n,) int64, -100 where a sample has none, or None. It draws from torch's global generator,
-so that whoever seeds that repeats the draw. `kegfast.Generators` is one.
+A source is any object with `sample(n) -> (samples, labels)`: samples (n, *sample_shape) in float32, or a
+tuple or a dict of such tensors for a model of several inputs; labels (n,) int64, -100 where a sample has
+none, or None. It draws from torch's global generator, so that whoever seeds that repeats the draw.
+`kegfast.Generators` is one.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from hashlib import blake2b
 from typing import Any, Protocol, runtime_checkable
 
@@ -15,6 +16,8 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 from kegfast._util import check
 from kegfast._util.check import expected
+from kegfast._util.inputs import Inputs, as_inputs, call, concat, each, move, split, take, tensors_in, unpack
+from kegfast._util.inputs import count as count_of
 from kegfast.distillation.logit import UNLABELLED
 
 
@@ -22,7 +25,7 @@ from kegfast.distillation.logit import UNLABELLED
 class Source(Protocol):
     """What `kegfast.distill` draws from."""
 
-    def sample(self, n: int) -> tuple[Tensor, Tensor | None]:
+    def sample(self, n: int) -> tuple[Inputs, Tensor | None]:
         """Draw `n` samples and, where known, their labels."""
         ...
 
@@ -87,27 +90,33 @@ class InMemory:
     draws more samples than there are.
 
     Args:
-        samples: (N, *sample_shape).
+        samples: (N, *sample_shape), or a tuple or a dict of such tensors for a model of several inputs.
         labels: (N,) integers, or None.
     """
 
-    def __init__(self, samples: Tensor, labels: Tensor | None = None):
-        _check_samples(samples, least=1)
-        if labels is not None and _as_labels("labels", labels).shape != samples.shape[:1]:
-            raise ValueError(expected("labels", f"of shape ({len(samples)},)", labels))
+    def __init__(self, samples: Inputs, labels: Tensor | None = None):
+        samples = as_inputs("samples", samples)
+        if isinstance(samples, Tensor):
+            _check_samples(samples, least=1)
+        self._size = count_of(samples)
+        if self._size == 0:
+            raise ValueError(expected("samples", "one sample or more", samples))
+        if labels is not None and _as_labels("labels", labels).shape != (self._size,):
+            raise ValueError(expected("labels", f"of shape ({self._size},)", labels))
         self.samples, self.labels = samples, None if labels is None else labels.long()
-        self._answers: tuple[bytes, Tensor] | None = None
+        self._answers: tuple[bytes, Any] | None = None
 
     def __len__(self) -> int:
-        return len(self.samples)
+        return self._size
 
     def draw(self, n: int) -> Tensor:
         """Positions of `n` samples, (n,) int64."""
-        return torch.randint(len(self), (check.count("n", n),), device=self.samples.device)
+        device = tensors_in(self.samples)[0].device
+        return torch.randint(len(self), (check.count("n", n),), device=device)
 
-    def sample(self, n: int) -> tuple[Tensor, Tensor | None]:
+    def sample(self, n: int) -> tuple[Inputs, Tensor | None]:
         index = self.draw(n)
-        return self.samples[index], None if self.labels is None else self.labels[index]
+        return take(self.samples, index), None if self.labels is None else self.labels[index]
 
     def answers(
         self, teacher: nn.Module, device: torch.device | None = None, batch_size: int = 128
@@ -119,13 +128,23 @@ class InMemory:
             device: Where it lives; the samples' device when None. The answers lie with the samples.
             batch_size: How many samples it sees at a time; small ones stay in a CPU's caches (ResNet14: 128
                 take a third of the time of 1,024).
+
+        Raises:
+            TypeError, ValueError: It does not take the samples, or does not answer with one tensor.
         """
         key = _fingerprint(teacher)
         if self._answers is None or self._answers[0] != key:
             with torch.no_grad():
-                parts = [teacher(part.to(device)) for part in self.samples.split(batch_size)]
-            self._answers = key, torch.cat(parts).to(self.samples.device)
+                parts = [self._ask(teacher, part, device) for part in split(self.samples, batch_size)]
+            self._answers = key, torch.cat(parts).to(tensors_in(self.samples)[0].device)
         return self._answers[1]
+
+    def _ask(self, teacher: nn.Module, part: Inputs, device: torch.device | None) -> Tensor:
+        with check.accepts("source", take(part, slice(1)), "teacher"):
+            answer = call(teacher, move(part, device) if device else part)
+        if not isinstance(answer, Tensor):
+            raise TypeError(expected("teacher", "a model that gives logits, one tensor", answer))
+        return answer
 
 
 class Pool(InMemory):
@@ -143,18 +162,21 @@ class Pool(InMemory):
         with torch.no_grad():
             parts = [source.sample(min(batch_size, size - start)) for start in range(0, size, batch_size)]
         samples, labels = zip(*parts, strict=True)
-        super().__init__(torch.cat(samples), None if labels[0] is None else torch.cat(labels))
+        super().__init__(concat(samples), None if labels[0] is None else torch.cat(labels))
 
 
 class Noisy:
-    """Another source's samples with N(0, std^2) added to every value."""
+    """Another source's samples with N(0, std^2) added to every number that is no integer."""
 
     def __init__(self, source: Any, std: float = 0.1):
         self.source, self.std = as_source(source), check.number("std", std, above=0)
 
-    def sample(self, n: int) -> tuple[Tensor, Tensor | None]:
+    def sample(self, n: int) -> tuple[Inputs, Tensor | None]:
         samples, labels = self.source.sample(n)
-        return samples + self.std * torch.randn_like(samples), labels
+        return each(self._disturbed, samples), labels
+
+    def _disturbed(self, x: Tensor) -> Tensor:
+        return x + self.std * torch.randn_like(x) if x.is_floating_point() else x
 
 
 class Augmented:
@@ -162,20 +184,20 @@ class Augmented:
 
     Args:
         source: Anything that `as_source` takes.
-        change: Maps samples (n, *sample_shape) to as many; labels stay. Its draws must come from
-            torch's global generator.
+        change: Maps samples (n, *sample_shape), or a tuple or dict of inputs, to as many; labels stay. Its
+            draws must come from torch's global generator.
     """
 
-    def __init__(self, source: Any, change: Callable[[Tensor], Tensor]):
+    def __init__(self, source: Any, change: Callable[[Any], Any]):
         if not callable(change):
             raise TypeError(expected("change", "a function of samples", change))
         self.source, self.change = as_source(source), change
 
-    def sample(self, n: int) -> tuple[Tensor, Tensor | None]:
+    def sample(self, n: int) -> tuple[Inputs, Tensor | None]:
         samples, labels = self.source.sample(n)
-        changed = self.change(samples)
-        if not isinstance(changed, Tensor) or len(changed) != len(samples):
-            raise ValueError(expected("change", f"a function to {len(samples)} samples, as it got", changed))
+        changed, given = self.change(samples), count_of(samples)
+        if not isinstance(changed, Tensor | tuple | dict) or count_of(changed) != given:
+            raise ValueError(expected("change", f"a function to {given} samples, as it got", changed))
         return changed, labels
 
 
@@ -219,15 +241,15 @@ class Mixture:
         self.weights = check.shares("weights", weights, len(sources))
         self.sources = [as_source(source) for source in sources]
 
-    def sample(self, n: int) -> tuple[Tensor, Tensor | None]:
+    def sample(self, n: int) -> tuple[Inputs, Tensor | None]:
         check.count("n", n)
         parts = [
             source.sample(count) for source, count in zip(self.sources, self.counts(n), strict=True) if count
         ]
-        shapes = {tuple(part.shape[1:]) for part, _ in parts}
+        shapes = {tuple(tuple(x.shape[1:]) for x in tensors_in(part)) for part, _ in parts}
         if len(shapes) > 1:
             raise ValueError(expected("sources", "of samples of one shape", shapes))
-        samples = torch.cat([part for part, _ in parts])
+        samples = concat([part for part, _ in parts])
         if all(labels is None for _, labels in parts):
             return samples, None
         return samples, torch.cat([_labels_or_none_known(*part) for part in parts])
@@ -249,7 +271,7 @@ class _DatasetSource:
             raise ValueError(expected("source", "a data set with samples", "an empty one"))
         self.dataset = dataset
 
-    def sample(self, n: int) -> tuple[Tensor, Tensor | None]:
+    def sample(self, n: int) -> tuple[Inputs, Tensor | None]:
         index = torch.randint(len(self.dataset), (check.count("n", n),)).tolist()
         return _unpack(torch.utils.data.default_collate([self.dataset[i] for i in index]))
 
@@ -263,20 +285,20 @@ class _LoaderSource:
     def __init__(self, loader: DataLoader):
         self.loader = loader
         self._batches: Iterator[Any] = iter(())
-        self._left: tuple[Tensor, Tensor | None] | None = None
+        self._left: tuple[Inputs, Tensor | None] | None = None
 
-    def sample(self, n: int) -> tuple[Tensor, Tensor | None]:
+    def sample(self, n: int) -> tuple[Inputs, Tensor | None]:
         samples, labels = [], []
         while n > 0:
             part, part_labels = self._left or self._next()
-            samples.append(part[:n])
+            samples.append(take(part, slice(n)))
             labels.append(None if part_labels is None else part_labels[:n])
-            rest = part[n:], None if part_labels is None else part_labels[n:]
-            self._left = rest if len(rest[0]) else None
-            n -= len(samples[-1])
-        return torch.cat(samples), None if labels[0] is None else torch.cat(labels)
+            rest = take(part, slice(n, None)), None if part_labels is None else part_labels[n:]
+            self._left = rest if count_of(rest[0]) else None
+            n -= count_of(samples[-1])
+        return concat(samples), None if labels[0] is None else torch.cat(labels)
 
-    def _next(self) -> tuple[Tensor, Tensor | None]:
+    def _next(self) -> tuple[Inputs, Tensor | None]:
         batch = next(self._batches, None)
         if batch is None:
             self._batches = iter(self.loader)
@@ -287,11 +309,13 @@ class _LoaderSource:
 
 
 def as_source(source: Any) -> Source:
-    """Make a source of a source, a tensor, a data set or a DataLoader.
+    """Make a source of a source, of tensors, a data set or a DataLoader.
 
     Args:
-        source: An object with `sample`; a tensor (N, *sample_shape) of unlabelled samples; a
-            map-style data set or a DataLoader whose items are samples or (sample, label, ...).
+        source: An object with `sample`; a tensor (N, *sample_shape) of unlabelled samples, or a tuple or a
+            dict of such for a model of several inputs; a map-style data set or a DataLoader whose items are
+            samples or (sample, label, ...), a sample being a tensor, a tuple or a dict. What dicts keep under
+            "labels" or "label" is that.
 
     Raises:
         TypeError: It is none of these.
@@ -299,6 +323,10 @@ def as_source(source: Any) -> Source:
     if isinstance(source, Source):
         return source
     if isinstance(source, Tensor):
+        return InMemory(source)
+    if isinstance(source, Mapping):
+        return InMemory(*_unpack(source))
+    if isinstance(source, tuple) and source and isinstance(source[0], Tensor):
         return InMemory(source)
     if isinstance(source, DataLoader):
         return _LoaderSource(source)
@@ -313,13 +341,10 @@ def as_source(source: Any) -> Source:
     )
 
 
-def _unpack(batch: Any) -> tuple[Tensor, Tensor | None]:
-    """(samples, labels) of a collated batch; a lone tensor has no labels."""
-    if isinstance(batch, Tensor):
-        return batch, None
-    if isinstance(batch, Sequence) and batch and isinstance(batch[0], Tensor):
-        return batch[0], _as_labels("the source's labels", batch[1]) if len(batch) > 1 else None
-    raise TypeError(expected("source", "items that are tensors or (tensor, label)", type(batch)))
+def _unpack(batch: Any) -> tuple[Inputs, Tensor | None]:
+    """(samples, labels) of a collated batch."""
+    samples, labels = unpack("source", batch)
+    return samples, None if labels is None else _as_labels("the source's labels", labels)
 
 
 def _check_samples(samples: Tensor, least: int) -> None:
@@ -338,10 +363,10 @@ def _as_labels(name: str, labels: Any) -> Tensor:
     return labels.long()
 
 
-def _labels_or_none_known(samples: Tensor, labels: Tensor | None) -> Tensor:
+def _labels_or_none_known(samples: Inputs, labels: Tensor | None) -> Tensor:
     if labels is not None:
         return labels
-    return torch.full((len(samples),), UNLABELLED, device=samples.device)
+    return torch.full((count_of(samples),), UNLABELLED, device=tensors_in(samples)[0].device)
 
 
 def _nearest(x: Tensor, rows: int = 1024) -> Tensor:  # (N, D) -> (N,)

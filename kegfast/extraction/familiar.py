@@ -38,7 +38,8 @@ class Familiar:
         self.source, self.num_classes = source, num_classes
         self.steps = check.count("steps", steps)
         self.teacher = FrozenTeacher(teacher, watch=False)
-        self.teacher.check(num_classes, source.sample_shape, self.teacher.device)
+        probe = self.teacher.check(num_classes, source.sample_shape, self.teacher.device)
+        self.teacher.check_gradient(probe)
 
     def sample(self, n: int) -> tuple[Tensor, None]:
         """Draw `n` samples, (n, *sample_shape) float32, without labels."""

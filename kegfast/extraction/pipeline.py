@@ -99,10 +99,10 @@ def extract(
     frozen = FrozenTeacher(teacher, any(term.name == "batch_norm" for term in terms), faithful)
     device = check.device("device", frozen.device if device is None else device)
     frozen.model.to(device)
-    frozen.check(num_classes, sample_shape, device)
+    bounds = input_range if recipe.ranged else None
+    frozen.check_gradient(frozen.check(num_classes, sample_shape, device, bounds))
 
     def stack(copies: int) -> tuple[Generators, nn.ModuleDict]:
-        bounds = input_range if recipe.ranged else None
         made = Generators(copies, num_classes, sample_shape, noise_size, bounds, recipe.labels)
         decoder = Decoder(copies, sample_shape, noise_size)
         networks = nn.ModuleDict({"generator": made.network, "decoder": decoder}).to(device)

@@ -2,9 +2,8 @@
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +12,9 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset, default_collate
 
 from kegfast._util import check
 from kegfast._util.check import accepts, expected
+from kegfast._util.logits import AsLogits, two_classes
+from kegfast._util.modules import in_mode
+from kegfast.training.finite import Given
 from kegfast.training.loop import MetricsLog, mix, run_steps
 
 WARMUP = 0.05
@@ -47,7 +49,8 @@ def train(
     seed and the epoch alone.
 
     Args:
-        model: maps samples to logits (N, num_classes).
+        model: maps samples to logits (N, num_classes); a lone logit speaks for class 1 against class 0, and
+            of probabilities the logarithms are taken.
         dataset: samples and integer labels from 0.
         steps: optimizer steps; give these or `epochs`.
         epochs: passes over the data.
@@ -86,20 +89,23 @@ def train(
     place = _place(model, device)
     updates = _optimizer(model, optimizer, lr, weight_decay)
     schedule = torch.optim.lr_scheduler.LambdaLR(updates, warmup_cosine(total))
-    order = _Order(size, seed)
+    order, given, as_logits = _Order(size, seed), Given(), AsLogits("model")
 
     def step(i: int) -> Mapping[str, Tensor | float]:
         epoch, start = divmod(i * batch_size, per_epoch * batch_size)
         x, classes = gather(dataset, order(epoch)[start : start + batch_size])
         x, labels = x.to(place), classes.to(place, torch.int64)
+        given.note("dataset", x)
         if shift:
             x = random_shift(x, shift)
         if augment is not None:
             x = augment(x)
         with torch.autocast(place.type, torch.bfloat16, enabled=amp), accepts("dataset", x):
-            logits = model(x)
+            logits = as_logits(model(x))
+        logits = _of_classes(logits)
         if i % per_epoch == 0 or classes.is_cpu:  # elsewhere it waits for the device
             _check_labels(logits, classes)
+        check.depends("model", logits)
         loss = F.cross_entropy(logits.float(), labels, label_smoothing=label_smoothing)
         updates.zero_grad(set_to_none=True)
         loss.backward()
@@ -108,10 +114,10 @@ def train(
         schedule.step()
         return {"loss": loss.detach(), "lr": rate}
 
-    with _mode(model, training=True):
+    with in_mode(model, training=True):
         return run_steps(
             step, total, state={"model": model, "optimizer": updates, "schedule": schedule},
-            seed=seed, checkpoint=checkpoint, resume=resume, metrics=metrics, progress=progress,
+            given=given, seed=seed, checkpoint=checkpoint, resume=resume, metrics=metrics, progress=progress,
             label="train", log_every=log_every,
         )  # fmt: skip
 
@@ -127,7 +133,7 @@ def evaluate(
     """Accuracy of `model` in percent, in eval mode.
 
     Args:
-        model: maps samples to logits (N, num_classes).
+        model: maps samples to logits (N, num_classes), or to the one of class 1 against class 0.
         data: samples and integer labels, as a data set or a DataLoader.
         batch_size: samples at a time, of a data set; small ones stay in a CPU's caches (ResNet14: 128 takes
             a third of the time of 1000).
@@ -140,12 +146,12 @@ def evaluate(
     place = _place(model, device)
     check.count("batch_size", batch_size)
     right, total, undefined = 0, 0, torch.zeros((), dtype=torch.bool, device=place)
-    with _mode(model, training=False), torch.inference_mode():
+    with in_mode(model, training=False), torch.inference_mode():
         for x, labels in _batches(data, batch_size):
             with torch.autocast(place.type, torch.bfloat16, enabled=amp):
                 x = x.to(place)
                 with accepts("data", x):
-                    logits = model(x)
+                    logits = _of_classes(model(x))
             _check_labels(logits, labels)
             right = right + (logits.argmax(1) == labels.to(place)).sum()  # stays on the device
             undefined |= logits.isnan().any()
@@ -264,6 +270,11 @@ def _place(model: nn.Module, device: torch.device | str | None) -> torch.device:
     return check.device("device", device or "cpu" if parameter is None else parameter.device)
 
 
+def _of_classes(answers: Any) -> Any:
+    """A lone logit as those of two classes; what is no table of logits, as it is."""
+    return two_classes(answers) if isinstance(answers, Tensor) and answers.ndim == 2 else answers
+
+
 def _check_labels(logits: Tensor, labels: Tensor) -> None:
     if labels.ndim != 1:
         raise ValueError(expected("labels", "of shape (N,), one class a sample", labels))
@@ -275,15 +286,3 @@ def _check_labels(logits: Tensor, labels: Tensor) -> None:
     if low < 0 or high >= logits.shape[1]:
         wrong = low if low < 0 else high
         raise ValueError(expected("labels", f"0 to {logits.shape[1] - 1}, as the logits", wrong))
-
-
-@contextmanager
-def _mode(model: nn.Module, *, training: bool) -> Iterator[None]:
-    """Put the whole model into one mode; give every module its own back afterwards."""
-    before = [(module, module.training) for module in model.modules()]
-    model.train(training)
-    try:
-        yield
-    finally:
-        for module, was in before:
-            module.training = was

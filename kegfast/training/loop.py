@@ -17,9 +17,12 @@ from kegfast._util import check
 from kegfast._util.check import expected
 from kegfast._util.files import as_path, atomic_write, read_checkpoint, save_checkpoint
 from kegfast._util.progress import progress_bar
+from kegfast.training.finite import Given
 
 CHECKPOINT_SECONDS = 20.0
 """Time between two checkpoints: what a killed process loses at most."""
+ADVICE = "try a lower learning rate"
+"""Where what went into the steps was finite."""
 
 
 class Stateful(Protocol):
@@ -83,6 +86,7 @@ def run_steps(
     steps: int,
     *,
     state: Mapping[str, Stateful],
+    given: Given | None = None,
     seed: int = 0,
     checkpoint: str | Path | None = None,
     resume: bool = False,
@@ -104,6 +108,7 @@ def run_steps(
         step: does step i and returns scalars by name; they are read from the device only when logged.
         steps: how many.
         state: everything that the steps change: modules, optimizers, schedulers.
+        given: notes of what went into the steps; told apart where a value is not finite.
         seed: seed of all draws.
         checkpoint: file for the state, written atomically every 20 seconds or so and at the end.
         resume: continue from `checkpoint` where it exists.
@@ -142,13 +147,13 @@ def run_steps(
             values = step(run.done)
             run.done += 1
             if run.done % log_every == 0 or run.done == steps:
-                entry = _read(values, label, run.done)
+                entry = _read(values, label, run.done, given)
                 run.history.append({"step": run.done, **entry})
                 update(run.done, entry)
                 if metrics is not None:
                     metrics.write(label, run.done, run.seconds(), entry)
             if run.due() or interrupted.is_set():
-                _read(values, label, run.done)  # what has diverged must not replace what has not
+                _read(values, label, run.done, given)  # what has diverged must not replace what has not
                 run.save()
         run.save()
     if run.done < steps:
@@ -206,11 +211,15 @@ class _Run:
         self.started = time.monotonic() - content["seconds"]
 
 
-def _read(values: Mapping[str, Tensor | float], label: str, done: int) -> dict[str, float]:
+def _read(
+    values: Mapping[str, Tensor | float], label: str, done: int, given: Given | None
+) -> dict[str, float]:
     entry = {name: float(value) for name, value in values.items()}
     for name, value in entry.items():
         if not math.isfinite(value):
-            raise FloatingPointError(f"{label}: {name} is {value} at step {done}; try a lower learning rate")
+            wrong = given and given.wrong()
+            advice = f"{wrong} must give finite values, got NaN or infinite ones" if wrong else ADVICE
+            raise FloatingPointError(f"{label}: {name} is {value} at step {done}; {advice}")
     return entry
 
 

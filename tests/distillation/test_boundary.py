@@ -141,9 +141,7 @@ def test_the_search_leaves_no_trace_in_the_teacher(teacher, samples):
 def test_the_loss_is_kl_on_accepted_samples(teacher, samples):
     student = Linear([[0.5, 0.2], [-1.0, 0.1], [0.1, -1.0]])
     logits = student(samples)
-    batch = Batch(
-        samples, None, logits, teacher(samples).detach(), student_model=student, teacher_model=teacher
-    )
+    batch = Batch(samples, None, logits, teacher(samples).detach(), ask_student=student, ask_teacher=teacher)
     torch.manual_seed(0)
     loss = boundary_loss(batch)
     torch.manual_seed(0)

@@ -71,6 +71,33 @@ def test_a_teacher_cannot_teach_itself(teacher, noise):
         kegfast.distill(teacher, teacher, noise)
 
 
-def test_a_loss_that_is_no_number_stops_the_run(student, teacher):
-    with pytest.raises(FloatingPointError):
-        kegfast.distill(student, teacher, torch.full((4, 8), float("nan")), steps=1)
+class Broken(nn.Module):
+    def forward(self, x):
+        return x[:, :4] / 0.0
+
+
+NAN = torch.full((4, 8), float("nan"))
+
+
+@pytest.mark.parametrize("source", [NAN, kegfast.distillation.Noisy(NAN)], ids=["in memory", "drawn"])
+@pytest.mark.parametrize("steps", [1, 25])
+def test_samples_that_are_no_numbers_are_named(student, teacher, source, steps):
+    with pytest.raises(FloatingPointError, match="source must give finite values, got NaN or infinite ones"):
+        kegfast.distill(student, teacher, source, steps=steps)
+
+
+def test_one_sample_that_is_no_number_is_found_later(student, teacher):
+    samples = torch.randn(2000, 8)
+    samples[1234, 5] = float("inf")
+    with pytest.raises(FloatingPointError, match="source must give finite values"):
+        kegfast.distill(student, teacher, samples, steps=50, log_every=50)
+
+
+def test_answers_that_are_no_numbers_are_named(student, noise):
+    with pytest.raises(FloatingPointError, match="teacher must give finite values"):
+        kegfast.distill(student, Broken(), noise, steps=1)
+
+
+def test_a_run_that_diverges_is_told_apart(student, teacher, noise):
+    with pytest.raises(FloatingPointError, match="try a lower learning rate"):
+        kegfast.distill(student, teacher, noise, loss="logit_regression", optimizer="sgd", lr=1e6, steps=50)

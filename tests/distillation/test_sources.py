@@ -239,5 +239,5 @@ def test_what_is_no_source_is_refused(thing):
 
 
 def test_items_that_are_no_tensors_are_refused():
-    with pytest.raises(TypeError, match=r"^source must be items that are tensors"):
+    with pytest.raises(TypeError, match=r"^source must be a tensor, or a tuple or a dict of tensors"):
         as_source(["cat", "dog"]).sample(2)

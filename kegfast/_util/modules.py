@@ -1,0 +1,37 @@
+"""What is done to modules as a whole: copies, train and eval mode for a while."""
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import Tensor, nn
+
+
+def clone(model: nn.Module) -> nn.Module:
+    """A deep copy, also of a pruned model, whose masked weights torch itself does not copy."""
+    derived = (
+        value
+        for module in model.modules()
+        for value in vars(module).values()
+        if isinstance(value, Tensor) and not value.is_leaf
+    )
+    return copy.deepcopy(model, {id(value): value.detach().clone() for value in derived})
+
+
+@contextmanager
+def modes_kept(*models: nn.Module) -> Iterator[None]:
+    """Gives every module its own mode back at the end of the block."""
+    before = {module: module.training for model in models for module in model.modules()}
+    try:
+        yield
+    finally:
+        for module, training in before.items():
+            module.training = training
+
+
+@contextmanager
+def in_mode(model: nn.Module, *, training: bool) -> Iterator[None]:
+    """The whole model in one mode, within the block."""
+    with modes_kept(model):
+        model.train(training)
+        yield
