@@ -102,6 +102,8 @@ def boundary_loss(batch: Batch) -> Tensor:
     The paper's third term; like the paper it leaves out the factor T^2. It is 0 with fewer than two
     samples, of which BatchNorm could not take statistics.
     """
+    if batch.ask_teacher is None or batch.ask_student is None or not isinstance(batch.samples, Tensor):
+        raise TypeError(expected("batch", "of one tensor of samples, with both models to ask", batch.samples))
     found = boundary_samples(
         batch.ask_teacher,
         batch.samples,

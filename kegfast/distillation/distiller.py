@@ -173,7 +173,7 @@ def _drawer(
     """
 
     def to_device(labels: Tensor | None) -> Tensor | None:
-        return labels if labels is None else labels.to(device, non_blocking=True)
+        return None if labels is None else labels.to(device, non_blocking=True)
 
     def draw_and_ask(n: int) -> tuple[Inputs, Tensor | None, Tensor]:
         with torch.no_grad():  # a source may be a network
@@ -189,7 +189,11 @@ def _drawer(
     def look_up(n: int) -> tuple[Inputs, Tensor | None, Tensor]:
         index = source.draw(n)
         labels = None if source.labels is None else source.labels[index]
-        return move(take(source.samples, index), device), to_device(labels), to_device(answers[index])
+        return (
+            move(take(source.samples, index), device),
+            to_device(labels),
+            answers[index].to(device, non_blocking=True),
+        )
 
     return look_up
 

@@ -77,6 +77,8 @@ def place(student: nn.Module, teacher: nn.Module, device: torch.device | str | N
         student.to(device)
         teacher.to(device)
     own, other = _device("student", student), _device("teacher", teacher)
+    if own is None:
+        raise ValueError(expected("student", "a model with weights", type(student).__name__))
     if other is not None and own != other:
         what = f"on the student's device {own} (move one, or pass device=...)"
         raise ValueError(expected("teacher", what, str(other)))
@@ -85,7 +87,7 @@ def place(student: nn.Module, teacher: nn.Module, device: torch.device | str | N
 
 def _device(name: str, model: nn.Module) -> torch.device | None:
     devices = {tensor.device for tensor in [*model.parameters(), *model.buffers()]}
-    if len(devices) > 1 or (not devices and name == "student"):
+    if len(devices) > 1:
         raise ValueError(expected(name, "a model with weights on one device", devices))
     return devices.pop() if devices else None
 

@@ -13,6 +13,7 @@ from kegfast._util.check import expected
 from kegfast._util.logits import AsLogits
 from kegfast._util.modules import clone, in_mode
 from kegfast.extraction.moments import NormMoments, watched_norm
+from kegfast.extraction.networks import Range
 
 _log = logging.getLogger(__name__)
 
@@ -42,31 +43,20 @@ class FrozenTeacher:
             raise TypeError(expected("teacher", "a torch.nn.Module", teacher))
         if watch and faithful:
             raise ValueError(expected("faithful", "False with a term on BatchNorm statistics", faithful))
-<<<<<<< HEAD
-        self.model = copy.deepcopy(teacher).train(faithful).requires_grad_(False)
-        self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stubs lack it
-=======
         self.model = clone(teacher).train(faithful).float()
         for parameter in self.model.parameters():
             parameter.detach_().requires_grad_(False)  # TorchScript's copies are no leaves
-        self.model.to(memory_format=torch.channels_last)
->>>>>>> 7a5c52e (Nothing is taught in silence: one logit, softmax at the end, shared tensors, cut gradients, several inputs, NaN data)
+        self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stubs lack it
         self.faithful = faithful
         self._as_logits = AsLogits("teacher")
         self._copies = 1
         self._moments: list[NormMoments] = []
-<<<<<<< HEAD
-        for layer in self.model.modules():
-            if watch and isinstance(layer, _BATCH_NORMS) and layer.running_mean is not None:
-                setattr(layer, "forward", partial(self._watch, layer))  # noqa: B010
-=======
         for layer in self.model.modules() if watch else ():
             if isinstance(layer, _BATCH_NORMS) and layer.running_mean is not None:
-                layer.forward = partial(self._watch, layer)
+                setattr(layer, "forward", partial(self._watch, layer))  # noqa: B010
             elif getattr(layer, "original_name", "").startswith("BatchNorm"):
                 _log.warning("the BatchNorm statistics of a TorchScript teacher are not looked at")
                 break
->>>>>>> 7a5c52e (Nothing is taught in silence: one logit, softmax at the end, shared tensors, cut gradients, several inputs, NaN data)
 
     def _watch(self, layer: _BatchNorm, x: Tensor) -> Tensor:
         y, moments = watched_norm(x, layer, self._copies)
@@ -95,7 +85,7 @@ class FrozenTeacher:
         num_classes: int,
         sample_shape: Sequence[int],
         device: torch.device,
-        input_range: tuple[Tensor | float, Tensor | float] | None = None,
+        input_range: Range | None = None,
     ) -> Tensor:
         """Raises ValueError unless samples of that shape give finite logits of that many classes.
 
@@ -142,9 +132,7 @@ class FrozenTeacher:
             )
 
 
-def _probe(
-    sample_shape: Sequence[int], input_range: tuple[Tensor | float, Tensor | float] | None
-) -> Tensor:  # (n, *sample_shape)
+def _probe(sample_shape: Sequence[int], input_range: Range | None) -> Tensor:  # (n, *sample_shape)
     """Samples such as generators make, from a generator of its own."""
     draws = torch.Generator().manual_seed(0)
     if input_range is None:

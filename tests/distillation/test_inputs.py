@@ -77,7 +77,7 @@ def test_labels_come_with_their_samples(name):
 
 
 def test_boundary_samples_want_one_tensor():
-    with pytest.raises(TypeError, match=r"^samples must be a floating-point tensor, got a dict of 'words'"):
+    with pytest.raises(TypeError, match=r"^batch must be of one tensor of samples.*got a dict of 'words'"):
         kegfast.distill(Two(2), Two(1), NAMED, loss="boundary", steps=1)
 
 
