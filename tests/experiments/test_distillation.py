@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import readme
+from benchmarks import tables
 from kegfast.cli import main
 from kegfast.data.splits import DataInfo, Samples, Splits
 from kegfast.experiments import boundary, ensemble, few_data, hinton, lenets, missing, perceptrons, trial
@@ -62,7 +62,7 @@ def test_hinton(tmp_path, monkeypatch):
     errors = {"teacher": 67, "student alone": 146, "distilled": 88, "distilled on moved images": 83}
     errors |= {"one network": 200, "ensemble": 150, "distilled from the ensemble": 160}
     shown = found | {name: {"mean": float(n), "std": 1.5, "n": 3} for name, n in errors.items()}
-    table = readme.hinton(shown)
+    table = tables.hinton(shown)
     for row in (
         "| student alone | 146 | 146.0 ± 1.5 | 3 |",
         "| distilled: percent of the errors alone, 60 at most | 60.3 | no |",
@@ -140,7 +140,7 @@ def test_boundary(tmp_path, monkeypatch):
     assert len(list(tmp_path.glob("*-alone.pt"))) == 2  # one for both teachers, one of little data
     monkeypatch.setattr(lenets, "train", None)  # all is in the files
     assert boundary.run(tmp_path, config=config) == found
-    table = readme.boundary(found)
+    table = tables.boundary(found)
     assert f"| alone | {found['10 %, alone']['mean']:.2f} |" in table
     gain = found["10 %, hint"]["mean"] - found["10 %, alone"]["mean"]
     assert f"above the student alone | {gain:.3g} | {'yes' if gain > 0 else 'no'} |" in table
