@@ -1,16 +1,13 @@
 // diversity: POD parameters and kernel signatures, free of torch.
 //
-//   S = sum_ij w_ij d_ij over all ordered pairs, w_ij from the noises, d_ij from the samples, and its
-//   gradients.
+//   S = sum_ij w_ij d_ij over all ordered pairs, w_ij from the noises, d_ij from the samples, and its gradients.
 //
-// No B x B x D array is needed (zh: centred noises, a_i = |zh_i|^2, A = sum a, xh: centred samples):
-//   l1           with G_i = sum_j w_ij sign(x_i - x_j), one feature: S = 2 sum_i x_i G_i, dS/dx_i = 2 G_i.
-//   Squared noise
-//                distances are bilinear, w_ij = v_i^T J v_j with v = (sqrt2 zh, (a/c - c)/sqrt2, (a/c +
-//                c)/sqrt2) and J = diag(-1, ..., -1, 1), so that in sorted order G_i = 2 v_i^T J (P_i - T/2),
-//                P the prefix sums of v and T their total: O(D B (log B + nz)).
-//   sqeuclidean  dS/dx_i = 4 (B a_i + A) xh_i + 8 sum_k zh_ik C_k - 4 C_a with C = Zh^T Xh, C_a = sum_i a_i
-//   xh_i;
+// No B x B x D array is needed (zh: centered noises, a_i = |zh_i|^2, A = sum a, xh: centered samples):
+//   l1           with G_i = sum_j w_ij sign(x_i - x_j), one feature: S = 2 sum_i x_i G_i, dS/dx_i = 2 G_i. Squared
+//                noise distances are bilinear, w_ij = v_i^T J v_j with v = (sqrt2 zh, (a/c - c)/sqrt2,
+//                (a/c + c)/sqrt2) and J = diag(-1, ..., -1, 1), so that in sorted order
+//                G_i = 2 v_i^T J (P_i - T/2), P the prefix sums of v and T their total: O(D B (log B + nz)).
+//   sqeuclidean  dS/dx_i = 4 (B a_i + A) xh_i + 8 sum_k zh_ik C_k - 4 C_a with C = Zh^T Xh, C_a = sum_i a_i xh_i;
 //                S = 1/2 sum_i x_i dS/dx_i. cosine is half of it on rows of norm 1.
 //   any weights  pairs i < j, over tiles of features.
 #pragma once
