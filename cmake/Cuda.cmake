@@ -60,6 +60,7 @@ endfunction()
 # kegfast_cuda_library(<name> <file.cu>...)
 function(kegfast_cuda_library name)
   if(NOT KEGFAST_CUDA)
+    file(REMOVE "${CMAKE_LIBRARY_OUTPUT_DIRECTORY}/${name}.so") # of a build that had it
     return()
   endif()
   add_library(${name} MODULE ${ARGN})

@@ -1,8 +1,9 @@
-"""A progress bar with the current values and the time left; silent where nobody watches."""
+"""A progress bar with the current values and the time left; silent where nobody watches, or without rich."""
 
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from importlib.util import find_spec
 
 Update = Callable[[int, Mapping[str, float]], None]
 """Called with the number of steps done and the latest values."""
@@ -21,7 +22,7 @@ def progress_bar(label: str, total: int, *, done: int = 0, enabled: bool = True)
     Yields:
         The function to call after steps.
     """
-    if not (enabled and sys.stderr.isatty()):
+    if not (enabled and sys.stderr.isatty() and find_spec("rich")):
         yield lambda done, values: None
         return
     from rich.console import Console

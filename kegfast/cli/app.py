@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack, redirect_stdout
 from typing import NoReturn
 
+from kegfast._util.extras import MissingExtra
 from kegfast.cli import bench, compress, demo, distill, evaluate, extract, info, reproduce, shrink, train
 from kegfast.cli.config import with_defaults
 from kegfast.cli.memory import keep_freed_memory
@@ -34,7 +35,7 @@ USAGE_ERROR = 2
 INTERRUPTED = 130
 """What shells report for a program that Ctrl-C ended."""
 
-BAD_INPUT = (ValueError, TypeError, OSError, FloatingPointError)
+BAD_INPUT = (ValueError, TypeError, OSError, FloatingPointError, MissingExtra)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from kegfast._util import check
+from kegfast._util.extras import extra
 from kegfast.cli import options, sources
 from kegfast.cli.config import default_out
 
@@ -45,7 +46,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     import torch
-    from rich.console import Console
+
+    with extra("cli"):
+        from rich.console import Console
 
     from kegfast import compression, training
     from kegfast._util.files import write_json

@@ -2,6 +2,7 @@
 
 import argparse
 
+from kegfast._util.extras import extra
 from kegfast.cli import options
 
 
@@ -17,8 +18,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from rich.console import Console
-    from rich.table import Table
+    with extra("cli"):
+        from rich.console import Console
+        from rich.table import Table
 
     from kegfast.experiments.demo import DemoConfig, run_demo
     from kegfast.experiments.demo_report import demo_table, write_demo_report

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from kegfast._util.extras import extra
 from kegfast.cli import options
 
 DATASETS = ("mnist", "fashion-mnist", "svhn", "pendigits", "letter", "shuttle")
@@ -78,7 +79,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from rich.console import Console
+    with extra("cli"):
+        from rich.console import Console
 
     from kegfast._util.files import write_json
     from kegfast.experiments import tables
@@ -116,8 +118,9 @@ def _run_distillation(args: argparse.Namespace) -> None:
     from dataclasses import asdict, replace
     from importlib import import_module
 
-    from rich.console import Console
-    from rich.table import Table
+    with extra("cli"):
+        from rich.console import Console
+        from rich.table import Table
 
     from kegfast._util.check import expected
     from kegfast.training.processes import place

@@ -4,11 +4,10 @@ import warnings
 from dataclasses import dataclass
 from functools import cached_property
 
-import tensorly
 import torch
-from tensorly.decomposition import partial_tucker
 from torch import Tensor
 
+from kegfast._util.extras import extra
 from kegfast.compression.ranks import Side, explicit_rank
 from kegfast.nn.factors import Factors, reconstruct
 
@@ -115,6 +114,9 @@ def _hooi(weight: Tensor, ranks: dict[int, int]) -> tuple[Tensor, dict[int, Tens
     """The one place that calls tensorly; it takes a full SVD a step, which large weights do not stand."""
     if weight.numel() > TENSORLY_UNTIL:
         return _hooi_by_gram(weight, ranks)
+    with extra("compress"):
+        import tensorly
+        from tensorly.decomposition import partial_tucker
     with tensorly.backend_context("pytorch", local_threadsafe=True), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         (core, factors), _ = partial_tucker(

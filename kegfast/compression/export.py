@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from kegfast._util.check import expected
+from kegfast._util.extras import extra
 from kegfast._util.files import atomic_write
 from kegfast._util.modules import clone
 from kegfast.compression.surgery import replace_all, spell_out_addends, spell_out_pools, unfused
@@ -30,7 +31,7 @@ def unfuse(model: nn.Module) -> nn.Module:
 def export_onnx(model: nn.Module, path: str | Path, example_input: Tensor | Sequence[Tensor]) -> None:
     """Writes the model as an ONNX file, atomically; a factored layer becomes three Conv nodes.
 
-    Needs the packages onnx and onnxscript (`pip install kegfast[onnx]`).
+    Needs the extra `onnx`.
 
     Args:
         model: any module; it stays as it is.
@@ -40,7 +41,11 @@ def export_onnx(model: nn.Module, path: str | Path, example_input: Tensor | Sequ
 
     Raises:
         TypeError: no module, or an example that is no tensor with a batch dimension.
+        MissingExtra: onnx or onnxscript is not installed.
     """
+    with extra("onnx"):
+        import onnx  # noqa: F401
+        import onnxscript  # noqa: F401
     if not isinstance(model, nn.Module):
         raise TypeError(expected("model", "a torch.nn.Module", model))
     inputs = tuple(example_input) if isinstance(example_input, tuple | list) else (example_input,)

@@ -8,10 +8,10 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from scipy.optimize import brentq, minimize_scalar
 from torch import Tensor
 
 from kegfast._util.check import expected
+from kegfast._util.extras import extra
 
 Side = int | None
 RankRule = str | float | tuple[Side, Side]
@@ -74,6 +74,8 @@ def _detection_root(alpha: float) -> float:
         return math.log1p(z) / z - 0.5
 
     guess = 2.5129 * math.sqrt(alpha)
+    with extra("compress"):
+        from scipy.optimize import brentq
     return brentq(lambda tau: phi(tau) + phi(tau / alpha), guess / 8, guess * 8, xtol=1e-13)
 
 
@@ -97,10 +99,14 @@ def _free_energy(scaled: np.ndarray, alpha: float, x_detect: float, variance: fl
 
 
 def _bounded_minimum(free_energy: Callable[[float], float], lower: float, upper: float) -> float:
+    with extra("compress"):
+        from scipy.optimize import minimize_scalar
     return float(minimize_scalar(free_energy, bounds=(lower, upper), method="bounded").x)
 
 
 def _global_minimum(free_energy: Callable[[float], float], lower: float, upper: float) -> float:
+    with extra("compress"):
+        from scipy.optimize import minimize_scalar
     # A kink wherever a component passes the threshold, with a minimum beside each: a grid finds the
     # lowest, a bounded search refines it.
     grid = np.geomspace(lower, upper, 1024)

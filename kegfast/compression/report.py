@@ -5,12 +5,11 @@ from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from rich.table import Table
-
 from kegfast.compression.ranks import Side
 
-if TYPE_CHECKING:  # matplotlib is slow to import, and most who compress draw nothing
+if TYPE_CHECKING:  # of extras
     from matplotlib.axes import Axes
+    from rich.table import Table
 
     from kegfast._util.html import Page
 
@@ -127,7 +126,9 @@ class CompressionReport:
             page.chart(errors, caption, size=(7.2, 1.2 + 0.3 * len(ranked)))
         page.table(HEADINGS, list(self._rows()))
 
-    def __rich__(self) -> Table:
+    def __rich__(self) -> "Table":
+        from rich.table import Table  # rich itself asks
+
         table = Table(title="; ".join(self._totals()), title_justify="left")
         for heading in HEADINGS:
             table.add_column(heading, justify="right" if heading in NUMBERS else "left")

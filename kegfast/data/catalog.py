@@ -17,6 +17,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from kegfast._util.extras import extra
 from kegfast.data.formats import Arrays, read_idx, read_mat, read_table
 from kegfast.data.splits import DataInfo, Splits, make_splits
 
@@ -91,7 +92,8 @@ DIGITS = DataInfo("digits", 10, (1, SIDE, SIDE), (0.3053,), (0.3565,))
 
 def load_digits() -> Splits:
     """scikit-learn's bundled digits (1,797 of 8x8), shuffled and split 7:1:2."""
-    from sklearn.datasets import load_digits as bundled
+    with extra("data"):
+        from sklearn.datasets import load_digits as bundled
 
     images, labels = bundled(return_X_y=True)
     pixels = np.rint(images * (255 / 16)).astype(np.uint8).reshape(-1, 1, 8, 8)
@@ -123,7 +125,8 @@ def _from_files(entry: Entry, root: Path) -> list[Arrays]:
 def _from_openml(entry: Entry) -> list[Arrays]:
     if entry.openml is None:
         raise FileNotFoundError(f"{entry.info.name}: has to be given as files; {_advice(entry)}")
-    from sklearn.datasets import fetch_openml
+    with extra("data"):
+        from sklearn.datasets import fetch_openml
 
     name, train = entry.openml
     try:

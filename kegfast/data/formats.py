@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from kegfast._util.extras import extra
 from kegfast._util.files import read_tensors
 
 Arrays = tuple[np.ndarray, np.ndarray]
@@ -41,7 +42,8 @@ def read_mat(path: Path) -> Arrays:
         OSError: the file cannot be opened.
         ValueError: it is not such a file.
     """
-    from scipy.io import loadmat  # slow to import
+    with extra("data"):
+        from scipy.io import loadmat
 
     with open(path, "rb") as file:
         try:

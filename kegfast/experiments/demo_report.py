@@ -5,12 +5,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from matplotlib.axes import Axes
-
+from kegfast._util.extras import extra
 from kegfast._util.files import read_state_dict
 from kegfast._util.html import Page
 from kegfast.experiments.demo import SOURCES, TITLES
 from kegfast.training.loop import MetricsLog
+
+with extra("report"):
+    from matplotlib.axes import Axes
 
 GENERATED, OTHERS = "kegnet", 0.55
 """The source that stands out in the charts, and the opacity of the others."""

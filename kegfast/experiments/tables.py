@@ -5,10 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.box import SIMPLE
-from rich.table import Table
 from torch import Tensor
 
+from kegfast._util.extras import extra
 from kegfast._util.html import Page
 from kegfast.experiments.ledger import spread
 from kegfast.experiments.paper import METHODS
@@ -16,6 +15,10 @@ from kegfast.experiments.sources import Sources
 from kegfast.experiments.study import RANKS, Study, cell_name
 from kegfast.extraction import Generators
 from kegfast.extraction.generators import one_hot
+
+with extra("cli"):
+    from rich.box import SIMPLE
+    from rich.table import Table
 
 SHOWN = 1_000
 """Samples that the page's statistics are taken from."""

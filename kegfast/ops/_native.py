@@ -27,7 +27,9 @@ def _load() -> tuple[ModuleType | None, str]:
     try:
         return importlib.import_module("kegfast._C"), ""
     except ImportError as error:
-        return None, str(error)
+        # Written by setup.py where nothing could be compiled.
+        noted = Path(__file__).parents[1] / "_absent.txt"
+        return None, noted.read_text() if noted.exists() else str(error)
 
 
 # Loading _C registers torch.ops.kegfast; torch itself must be loaded first, as it is above.

@@ -7,11 +7,11 @@ from torch import Tensor
 from torch.compiler import is_compiling
 from torch.library import register_fake
 from torch.overrides import handle_torch_function, has_torch_function
-from torch.utils.flop_counter import register_flop_formula
 
 from kegfast._util.check import expected
 from kegfast.functional import Pair, _autocasts, _check_operands, pair
 from kegfast.ops import _native, reference
+from kegfast.ops._flops import register_flop_formula
 from kegfast.ops.tucker2 import reads_channels_last, tucker2_output_size
 
 Geometry = tuple[tuple[int, int], ...]  # stride, padding, pool, pool_stride, pool_padding
@@ -137,7 +137,7 @@ def _register() -> None:
         return 2 * x_shape[0] * p * q * weight.numel()
 
     register_fake("kegfast::conv_max_pool", fake)
-    register_flop_formula(torch.ops.kegfast.conv_max_pool)(flops)
+    register_flop_formula(torch.ops.kegfast.conv_max_pool, flops)
 
 
 if _native._C is not None:

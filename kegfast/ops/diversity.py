@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 from torch.library import Library, fallthrough_kernel, register_autograd, register_fake
-from torch.utils.flop_counter import register_flop_formula
 
 from kegfast.ops import _native  # noqa: F401  (loads the operators)
+from kegfast.ops._flops import register_flop_formula
 
 METRICS = {"l1": 0, "sqeuclidean": 1, "euclidean": 2, "cosine": 3}
 """The sample metrics by their number in `torch.ops.kegfast.diversity_forward`."""
@@ -163,7 +163,8 @@ def _register_diversity() -> None:
     register_autograd(name, _diversity_gradients, setup_context=_diversity_save)
     # _Diversity is its autograd: on the way to the kernel nothing is left to do.
     _library.impl("diversity_loss", fallthrough_kernel, "Autograd")
-    register_flop_formula([torch.ops.kegfast.diversity_forward, torch.ops.kegfast.diversity_loss])(formula)
+    register_flop_formula(torch.ops.kegfast.diversity_forward, formula)
+    register_flop_formula(torch.ops.kegfast.diversity_loss, formula)
 
 
 _library = Library("kegfast", "IMPL")  # registrations end with it

@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 from torch.library import register_autograd, register_fake
-from torch.utils.flop_counter import register_flop_formula
 
 from kegfast.ops import _native, reference  # noqa: F401  (native loads the operators)
+from kegfast.ops._flops import register_flop_formula
 
 
 def fused(
@@ -43,4 +43,4 @@ def _flops(student, teacher, temperature, want_gradient, *, out_shape=None, **_)
 if hasattr(torch.ops.kegfast, "soft_target_forward"):
     register_fake("kegfast::soft_target_forward", _fake)
     register_autograd("kegfast::soft_target_forward", _gradients, setup_context=_save)
-    register_flop_formula(torch.ops.kegfast.soft_target_forward)(_flops)
+    register_flop_formula(torch.ops.kegfast.soft_target_forward, _flops)

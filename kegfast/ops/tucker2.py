@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 from torch.library import register_autograd, register_fake
-from torch.utils.flop_counter import register_flop_formula
 
 from kegfast.ops import _native, reference  # noqa: F401  (native loads the operators)
+from kegfast.ops._flops import register_flop_formula
 
 Pair = tuple[int, int]
 
@@ -255,11 +255,11 @@ def _register_tucker2() -> None:
     register_fake("kegfast::tucker2_backward", _tucker2_backward_fake)
     register_fake("kegfast::tucker2_gradients", _tucker2_gradients_fake)
     register_autograd("kegfast::tucker2_forward", _tucker2_backward, setup_context=_tucker2_setup)
-    register_flop_formula(ops.tucker2)(tucker2_formula)
-    register_flop_formula(ops.tucker2_add)(tucker2_formula)
-    register_flop_formula(ops.tucker2_forward)(forward_formula)
-    register_flop_formula(ops.tucker2_backward)(backward_formula)
-    register_flop_formula(ops.tucker2_gradients)(gradients_formula)
+    register_flop_formula(ops.tucker2, tucker2_formula)
+    register_flop_formula(ops.tucker2_add, tucker2_formula)
+    register_flop_formula(ops.tucker2_forward, forward_formula)
+    register_flop_formula(ops.tucker2_backward, backward_formula)
+    register_flop_formula(ops.tucker2_gradients, gradients_formula)
 
 
 if _native._C is not None:
