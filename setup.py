@@ -1,7 +1,7 @@
 """Builds the native part by CMake and ninja. Sources and flags stand in CMakeLists.txt alone.
 
-KEGFAST_NATIVE=1 insists on it, =0 leaves it out. Otherwise it is tried, and where no compiler or CMake works the
-pure package is installed: it says so in the last line of the build, in `kegfast info` and when an operator runs.
+KEGFAST_NATIVE=1 insists on it, =0 leaves it out. Otherwise it is tried, and where no compiler or CMake
+works the pure package is installed: the last line of the build, `kegfast info` and a warning say so.
 """
 
 import importlib.util
