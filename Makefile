@@ -22,11 +22,11 @@ $(STAMPS)/venv: pyproject.toml $(if $(wildcard $(PYTHON)),,missing)
 	mkdir -p $(STAMPS) && touch $@
 
 $(STAMPS)/build: $(STAMPS)/venv $(NATIVE)
-	$(PYTHON) -m pip install --no-build-isolation -e .
+	$(PYTHON) -m pip install --no-build-isolation -e ".[all]"
 	touch $@
 
 $(STAMPS)/dev: $(STAMPS)/build
-	$(PYTHON) -m pip install --no-build-isolation -e ".[dev,onnx]"
+	$(PYTHON) -m pip install --no-build-isolation -e ".[all,dev]"
 	touch $@
 
 $(STAMPS)/docs: $(STAMPS)/build

@@ -4,6 +4,7 @@ KEGFAST_NATIVE=1 insists on it, =0 leaves it out. Otherwise it is tried, and whe
 works the pure package is installed: the last line of the build, `kegfast info` and a warning say so.
 """
 
+import atexit
 import importlib.util
 import os
 import re
@@ -90,8 +91,8 @@ class CMakeBuild(build_ext):
                 raise CompileError(f"kegfast's compiled kernels: {message}. Log: {log}") from None
             absent.write_text(f"not compiled when it was installed: {message}")
             self.distribution.ext_modules = []
-            sys.stdout.flush()
-            print(
+            atexit.register(
+                print,
                 f"kegfast is installed WITHOUT its compiled kernels: {message}. Log: {log}. "
                 "KEGFAST_NATIVE=1 makes this an error, KEGFAST_NATIVE=0 skips the attempt.",
                 file=sys.stderr,

@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import tempfile
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
@@ -16,9 +17,18 @@ _log = logging.getLogger(__name__)
 
 
 def cache_folder() -> Path:
-    """Where they are kept: $KEGFAST_CACHE, else kegfast/ in the user's cache folder."""
-    default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kegfast"
-    return Path(os.environ.get("KEGFAST_CACHE") or default)
+    """Where they are kept: $KEGFAST_CACHE, else kegfast/ in the user's cache folder.
+
+    A user without a home, as a container's often is, has one in the folder for temporary files.
+    """
+    if chosen := os.environ.get("KEGFAST_CACHE"):
+        return Path(chosen)
+    if caches := os.environ.get("XDG_CACHE_HOME"):
+        return Path(caches) / "kegfast"
+    try:
+        return Path.home() / ".cache" / "kegfast"
+    except RuntimeError:
+        return Path(tempfile.gettempdir()) / f"kegfast-{os.getuid()}"
 
 
 def versions() -> dict[str, object]:

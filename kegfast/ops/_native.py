@@ -25,11 +25,16 @@ _transformed, _traced = torch._C._are_functorch_transforms_active, torch._C._get
 
 def _load() -> tuple[ModuleType | None, str]:
     try:
-        return importlib.import_module("kegfast._C"), ""
+        compiled = importlib.import_module("kegfast._C")
     except ImportError as error:
         # Written by setup.py where nothing could be compiled.
         noted = Path(__file__).parents[1] / "_absent.txt"
         return None, noted.read_text() if noted.exists() else str(error)
+    try:
+        compiled.build_info()
+    except ValueError as error:
+        raise ValueError(f"KEGFAST_CPU_ISA: {error}") from None
+    return compiled, ""
 
 
 # Loading _C registers torch.ops.kegfast; torch itself must be loaded first, as it is above.

@@ -31,6 +31,10 @@ def architectures(tmp_path, names):
         ("9.0a 10.0", "90a-real;100-real"),
         ("5.0 7.5+PTX 8.0", "80-real"),
         ("7.5", ""),
+        ("native", "native"),
+        ("Ampere", "80-real;86-real;86-virtual"),
+        ("8.6 Ampere", "86-real;80-real;86-virtual"),
+        ("all", "80-real;86-real;89-real;90-real;100-real;120-real;120-virtual"),
     ],
 )
 def test_architectures_below_those_of_the_kernels_are_left_out_with_a_line(tmp_path, names, want):
@@ -42,7 +46,7 @@ def test_architectures_below_those_of_the_kernels_are_left_out_with_a_line(tmp_p
 
 @pytest.mark.skipif(shutil.which("cmake") is None, reason="needs cmake")
 def test_a_wrong_list_of_architectures_is_refused(tmp_path):
-    found, said = architectures(tmp_path, "Hopper")
+    found, said = architectures(tmp_path, "Fermi")
     assert found is None
     assert "must be a list like" in said
 
