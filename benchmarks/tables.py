@@ -23,7 +23,7 @@ def demo(runs: list[dict[str, Any]]) -> str:
         ["latency, batch 64 (ms)", _spread([t["latency_ms"] for t in teachers])]
         + [_spread([s[i]["latency_ms"] for s in students]) for i in range(len(first))],
     ]
-    for source in SOURCES:
+    for source in (name for name in SOURCES if name in first[0]["accuracy"]):
         own = _spread([t["accuracy"] for t in teachers]) if source == "tucker" else ""
         cells = [_spread([s[i]["accuracy"][source] for s in students]) for i in range(len(first))]
         rows.append([TITLES[source], own, *cells])

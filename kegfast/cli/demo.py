@@ -1,4 +1,4 @@
-"""Run the whole chain on real digits: train, extract, compress, distil, report. Minutes on two cores."""
+"""Run the whole chain on real digits, from a teacher to small students: minutes on two cores."""
 
 import argparse
 

@@ -1,42 +1,47 @@
 """The main job from end to end on data that ships with scikit-learn: minutes on two cores.
 
 A teacher is trained, knowledge is extracted from it, three students are cut from it, and each is taught with
-samples from every source: none, noise, generators, and, as the bound, real unlabelled data. All students
-and sources get the same schedule and the same number of samples.
+samples from every source: none, noise, generators, and, as the bound, real unlabelled data. All of these get
+the same schedule and the same number of samples. `kegfast.shrink` makes students of the same sizes its own
+way, without data.
 """
 
 import copy
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from fnmatch import fnmatchcase
 from functools import cache, partial
 from pathlib import Path
+from shutil import rmtree
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from kegfast import data
 from kegfast._util import check
 from kegfast._util.check import expected
 from kegfast._util.files import load_weights, save_tensors, write_json
 from kegfast._util.timing import interleaved
-from kegfast.compression import compress
+from kegfast.compression import compress, load, save
 from kegfast.distillation import GaussianNoise, InMemory, Pool, UniformNoise, distill
 from kegfast.experiments.demo_images import save_images
 from kegfast.experiments.ledger import Ledger
 from kegfast.extraction import RECIPES, Generators, extract
 from kegfast.models import ResNet14
+from kegfast.recovery.front import recovery
 from kegfast.training import evaluate, train
 from kegfast.training.loop import MetricsLog, mix, seeded
 
-SOURCES = ("tucker", "uniform", "gaussian", "kegnet", "real")
-"""What a student is taught with: nothing, noise, generated samples, real unlabelled ones."""
+SOURCES = ("tucker", "uniform", "gaussian", "kegnet", "shrink", "real")
+"""What a student is taught with: nothing, noise, generated samples, `shrink`'s, real unlabelled ones."""
 TITLES = {
     "tucker": "Tucker only",
     "uniform": "+ uniform noise",
     "gaussian": "+ Gaussian noise",
     "kegnet": "+ KegNet",
+    "shrink": "kegfast.shrink, no data",
     "real": "+ real data (oracle)",
 }
 
@@ -62,17 +67,18 @@ class DemoConfig:
         student_steps, student_batch, student_lr, temperature: Distillation.
         batchnorm: Per source, whether students re-estimate BatchNorm statistics ("train") or keep the
             teacher's ("eval"): what suits it best, for noise is so unlike data that it needs the latter.
+        share: Of `shrink`'s usual samples and steps.
         latency_batch, latency_rounds: Samples per timed call, and timed calls per model.
     """
 
     dataset: str = "digits"
     seed: int = 0
     amp: bool | None = None
-    teacher_steps: int = 300
+    teacher_steps: int = 200
     teacher_batch: int = 64
     teacher_lr: float = 3e-3
-    generators: int = 5
-    generator_steps: int = 500
+    generators: int = 3
+    generator_steps: int = 100
     generator_batch: int = 64
     generator_lr: float = 2e-3
     batch_norm: float = 0.1
@@ -80,11 +86,12 @@ class DemoConfig:
     ranks: tuple[float, ...] = (0.5, 0.3, 0.12)
     trained: tuple[str, ...] = ("layers3*", "linear*")
     pool: int = 6400
-    student_steps: int = 300
+    student_steps: int = 120
     student_batch: int = 64
     student_lr: float = 5e-4
     temperature: float = 1.0
     batchnorm: Mapping[str, str] = field(default_factory=lambda: dict(_BATCHNORM))
+    share: float = 0.08
     latency_batch: int = 64
     latency_rounds: int = 15
 
@@ -150,6 +157,7 @@ class _Demo:
         self.cells = Ledger(out / "cells.json", asdict(config))
         write_json(out / "config.json", asdict(config))
         self.metrics = MetricsLog(out / "metrics.jsonl")
+        self.made: dict[str, Tensor] = {}
 
     def run(self) -> dict[str, Any]:
         teacher = self.teacher()
@@ -264,6 +272,9 @@ class _Demo:
         label = f"students/{name}-{source}"
         if source == "tucker":
             return self.accuracy(label, student)
+        if source == "shrink":
+            ratio = _parameters(teacher) / _parameters(student)
+            return self.accuracy(label, self.shrunk(name, ratio, teacher))
         config = self.config
         student = self.trained(
             label,
@@ -282,6 +293,32 @@ class _Demo:
             ),
         )
         return self.accuracy(label, student)
+
+    def shrunk(self, name: str, ratio: float, teacher: nn.Module) -> nn.Module:
+        """The student that `shrink` makes without data; those of all ratios see the same samples."""
+        path = self.out / f"students/{name}-shrink.safetensors"
+        if path.exists():
+            return load(path).to(self.device)
+        folder, info, start = path.with_suffix(""), self.info, time.monotonic()
+        with recovery(
+            teacher,
+            info.sample_shape,
+            ratio=ratio,
+            mean=info.mean,
+            std=info.std,
+            seed=self.config.seed,
+            out=folder,
+            resume=True,
+            share=self.config.share,
+            progress=self.progress,
+        ) as run:
+            run.made.keep(self.made)
+            student = run.student()
+            self.made = run.made.kept
+        save(student, path)
+        rmtree(folder)
+        self.metrics.write(f"{name} shrink", 1, time.monotonic() - start, {})
+        return student
 
     def options(self, checkpoint: Path) -> dict[str, Any]:
         """What the training of every model is given, besides its own."""

@@ -14,7 +14,7 @@ from kegfast.training.loop import MetricsLog
 with extra("report"):
     from matplotlib.axes import Axes
 
-GENERATED, OTHERS = "kegnet", 0.55
+GENERATED, OTHERS = "shrink", 0.55
 """The source that stands out in the charts, and the opacity of the others."""
 
 
@@ -37,7 +37,8 @@ def write_demo_report(out: Path) -> Path:
         "Accuracy on the real test set, percent",
         "Each student is cut from the teacher by Tucker-2 decomposition and then taught with samples from "
         "one source, all with the same schedule and number of samples; students of noise keep the teacher's "
-        "BatchNorm statistics, which suits them better. Only the last row sees real data.",
+        "BatchNorm statistics, which suits them better. kegfast.shrink spends the same number of parameters "
+        "over all layers and makes its own samples. Only the last row sees real data.",
     )
     header, rows = demo_table(results)
     page.table(header, rows, best=[i for i, row in enumerate(rows) if row[0] == TITLES[GENERATED]])
