@@ -208,11 +208,11 @@ def choose(
     """
     if evidence.samples is None:
         return next(iter(found)), {}
-    outputs = _outputs(teacher, evidence)
+    outputs = outputs_of(teacher, evidence)
     distances: dict[str, float] = {}
     for way, plan in found.items():
         same = next((other for other in distances if found[other] == plan), None)
-        distances[way] = distances[same] if same else _distance(outputs, _outputs(trial(plan), evidence))
+        distances[way] = distances[same] if same else distance(outputs, outputs_of(trial(plan), evidence))
         log.info("ranks by %s: outputs change by %.4f", way, distances[way])
     best = min(distances, key=distances.__getitem__)
     if evidence.synthetic and distances.get(USUAL, math.inf) <= (1 + ROUGH) * distances[best]:
@@ -221,7 +221,7 @@ def choose(
 
 
 @torch.no_grad()
-def _outputs(model: nn.Module, evidence: Evidence) -> list[Tensor]:
+def outputs_of(model: nn.Module, evidence: Evidence) -> list[Tensor]:
     """All outputs, in one tensor per place in what the model returns; on noise by its own statistics."""
     with evaluation(model):
         if evidence.probes:
@@ -231,7 +231,7 @@ def _outputs(model: nn.Module, evidence: Evidence) -> list[Tensor]:
     return [torch.cat(parts).float() for parts in zip(*chunks, strict=True)]
 
 
-def _distance(wanted: Sequence[Tensor], found: Sequence[Tensor]) -> float:
+def distance(wanted: Sequence[Tensor], found: Sequence[Tensor]) -> float:
     """Squared error of the outputs, as a share of their own variance; plus the share of other answers.
 
     The answer is the largest output, where they are one table as a classifier's. By squares alone a plan

@@ -17,6 +17,7 @@ from kegfast.compression import costs, ranks
 from kegfast.compression.allocation import Plan, choose, plans
 from kegfast.compression.budget import Rank
 from kegfast.compression.choice import keep_fastest
+from kegfast.compression.damage import warn_of_damage
 from kegfast.compression.decompose import Decomposition, Metric, relative_error
 from kegfast.compression.evidence import Evidence, collect
 from kegfast.compression.norms import has_norms, reestimate_norms, transfer_norms
@@ -153,6 +154,8 @@ def compress(
         )
     _adapt(student, teacher, evidence, report)
     _finish(report, student)
+    if budget is None and isinstance(rank, str | float):  # a rule, not ranks that someone chose
+        warn_of_damage(student, teacher, evidence, report)
     return student, report
 
 

@@ -12,6 +12,7 @@ from kegfast.compression.samples import gather
 from kegfast.distillation.sources import Source, as_source
 from kegfast.recovery.pixels import Pixels
 from kegfast.recovery.subject import Subject
+from kegfast.training.loop import seeded
 
 MOST = 10_000
 """Samples of data that are used, of up to `NUMBERS` numbers in all."""
@@ -23,6 +24,8 @@ BEYOND = 0.5
 """Samples may leave the range of pixels by this share of it."""
 LOOK = 256
 """Samples that BatchNorm is shown."""
+LOOKED_AT = 16
+"""Samples of a source that are looked at before anything is made of it."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +79,8 @@ def take_source(subject: Subject, pixels: Pixels | None, source: Any) -> Source:
         TypeError, ValueError: it gives none.
     """
     found = as_source(source)
-    drawn = found.sample(2)
+    with seeded(0):
+        drawn = found.sample(LOOKED_AT)
     samples = drawn[0] if isinstance(drawn, tuple | list) else drawn
     if not isinstance(samples, Tensor) or not samples.is_floating_point():
         raise TypeError(expected("source", "a source of floating-point samples", samples))

@@ -20,6 +20,8 @@ PLAIN = (0.5, 0.25)
 """Mean and deviation of grays where a normalization does not tell: it only moves the range."""
 TRIED = 128
 """Dead leaves that candidates are tried on."""
+FOREIGN = 5.0
+"""Deviations of BatchNorm's statistics that no normalization may leave images away from them."""
 KNOWN = {
     "mean 0.5, std 0.25": (0.5, 0.25),
     "pixels in [0, 1]": (0.0, 1.0),
@@ -115,7 +117,10 @@ def _search(subject: Subject) -> Pixels:
             leaves = pixels.paint(DeadLeaves, subject.sample_shape, subject.device).sample(TRIED)[0]
         score = _unfamiliar(subject, leaves) if subject.has_norms else -_sureness(subject, leaves)
         found.append((score, pixels))
-    best = min(found, key=lambda pair: pair[0])[1]
+    score, best = min(found, key=lambda pair: pair[0])
+    if score > FOREIGN:
+        what = "given: BatchNorm remembers other inputs than any usual normalization makes"
+        raise ValueError(expected("mean and std", what, None))
     how = "closest to BatchNorm's statistics" if subject.has_norms else "surest answers of most kinds"
     return Pixels(best.mean, best.std, f"{best.origin}: {how} of {len(found)} tried", guessed=True)
 

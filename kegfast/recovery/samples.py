@@ -49,7 +49,7 @@ def amounts(subject: Subject) -> Amounts:
     """As many as pay, by what the network is and how large its samples are."""
     if subject.kind == "image" and subject.has_norms:
         share = min(1.0, 3 * SIDE * SIDE / subject.numbers)
-        return Amounts(_part(8_192, share), _part(512, share), _part(256, share), _part(128, share))
+        return Amounts(_part(8_192, share), _part(384, share), _part(128, share), _part(192, share))
     share = min(1.0, SIDE * SIDE / subject.numbers)
     return Amounts(_part(65_536, share), 0, _part(2_000, share), _part(512, share))
 

@@ -10,14 +10,13 @@ from torch import Tensor, nn
 
 from kegfast._util import check
 from kegfast._util.check import expected
+from kegfast._util.logits import are_probabilities
 from kegfast.compression.norms import has_norms
 from kegfast.compression.traffic import evaluation
 from kegfast.training.loop import seeded
 
 PROBES = 8
 """Samples of noise that a model is first shown."""
-SUM = 1e-3
-"""Rows of probabilities sum to one within so much, also in half precision."""
 
 
 class Logarithm(nn.Module):
@@ -105,9 +104,7 @@ def examine(model: nn.Module, sample_shape: Sequence[int], num_classes: int | No
     found = _classes(output)
     if num_classes is not None and check.count("num_classes", num_classes, least=2) != found:
         raise ValueError(expected("num_classes", f"{found}, the model's outputs,", num_classes))
-    sums = output.float().sum(1)
-    probabilities = bool((output >= 0).all()) and bool(((sums - 1).abs() < SUM).all())
-    return Subject(model, shape, found, probabilities)
+    return Subject(model, shape, found, are_probabilities(output))
 
 
 def _classes(output: Any) -> int:

@@ -59,6 +59,11 @@ def test_images_lie_in_the_range_that_the_normalization_gives(kind, mean, std):
     assert float(images.std()) > 0.1 * (high - low)
 
 
+def test_batchnorm_that_knows_none_of_them_asks_for_it():
+    with pytest.raises(ValueError, match="mean and std must be given"):
+        find_pixels(examine(network(-40.0, 1e-3), SHAPE), None, None, None)
+
+
 def test_a_range_stands_for_a_normalization():
     model = nn.Sequential(nn.Flatten(), nn.Linear(768, 3))
     found = find_pixels(examine(model, SHAPE), None, None, (-1, 1))
