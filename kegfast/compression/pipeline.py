@@ -154,7 +154,7 @@ def compress(
         )
     _adapt(student, teacher, evidence, report)
     _finish(report, student)
-    if budget is None and isinstance(rank, str | float):  # a rule, not ranks that someone chose
+    if budget is None and isinstance(rank, str):  # a rule, not a size that someone chose
         warn_of_damage(student, teacher, evidence, report)
     return student, report
 

@@ -74,11 +74,11 @@ class DemoConfig:
     dataset: str = "digits"
     seed: int = 0
     amp: bool | None = None
-    teacher_steps: int = 200
+    teacher_steps: int = 150
     teacher_batch: int = 64
     teacher_lr: float = 3e-3
     generators: int = 3
-    generator_steps: int = 100
+    generator_steps: int = 80
     generator_batch: int = 64
     generator_lr: float = 2e-3
     batch_norm: float = 0.1
@@ -86,12 +86,12 @@ class DemoConfig:
     ranks: tuple[float, ...] = (0.5, 0.3, 0.12)
     trained: tuple[str, ...] = ("layers3*", "linear*")
     pool: int = 6400
-    student_steps: int = 120
+    student_steps: int = 80
     student_batch: int = 64
     student_lr: float = 5e-4
     temperature: float = 1.0
     batchnorm: Mapping[str, str] = field(default_factory=lambda: dict(_BATCHNORM))
-    share: float = 0.08
+    share: float = 0.06
     latency_batch: int = 64
     latency_rounds: int = 15
 

@@ -97,6 +97,7 @@ def shrink(
         progress=progress,
     ) as run:
         student = run.student()
+        run.illustrate()
         if out is not None:
             compression.save(student, run.folder / STUDENT)
             write_json(run.folder / RESULTS, run.report.to_dict())

@@ -20,6 +20,8 @@ TIMED = 32
 """Samples of a batch whose passes are timed."""
 STEP = 1.5
 """A step of teaching takes so many passes forward and back: the teacher's forward one is the rest."""
+SMALL = 8
+"""Batches become smaller where there are less than 1 / `SMALL` of the usual steps."""
 LEAST = 16
 """Samples or steps, of whatever there are any."""
 
@@ -70,7 +72,10 @@ def cut(pace: Pace, share: float) -> Pace:
     """A share of the samples and steps, but of none too few."""
     counts = {name: _cut(count, share) for name, count in asdict(pace.amounts).items()}
     counts["calibration"] = min(pace.amounts.calibration, counts["matched"] or pace.amounts.calibration)
-    plans = tuple(replace(plan, steps=_cut(plan.steps, share)) for plan in pace.lessons)
+    small = min(1.0, SMALL * share)
+    plans = tuple(
+        replace(plan, steps=_cut(plan.steps, share), batch=_cut(plan.batch, small)) for plan in pace.lessons
+    )
     return Pace(Amounts(**counts), plans, share)
 
 

@@ -110,22 +110,23 @@ class Recovery:
         if pixels is not None:
             mean, std = (", ".join(f"{value:.4g}" for value in part) for part in (pixels.mean, pixels.std))
             self.report.decisions["normalization"] = f"mean {mean}, std {std}: {pixels.origin}"
+        strange: Tensor | None = None
         if data is not None and not data.trusted:
-            known = "BatchNorm does not know such samples: they are changed like artificial ones"
-            self.report.decisions["data"] = known
-            source = Mixture([part for part in (source, InMemory(data.taught)) if part is not None])
-            data = None
+            text = "BatchNorm does not know such samples: half of those that it is matched by start from them"
+            self.report.decisions["data"] = text
+            strange, data = torch.cat([data.taught, data.held]), None
         self.data = data
         self.pace = pace
         if pace.share < 1:
             self.report.decisions["time"] = f"{pace.share:.0%} of the usual samples and steps"
-        self.made = Made(subject, pixels, seed, source, self.pace.amounts)
+        self.made = Made(subject, pixels, seed, source, strange, self.pace.amounts)
 
     def student(self) -> nn.Module:
         """The student, after every stage."""
         with self._stage("samples", 0.4):
             self._make()
-            judge = Judge(self.subject, self.made.judge(), None if self.data is None else self.data.held)
+            held = None if self.data is None else self.data.held
+            self.judge = judge = Judge(self.subject, self.made.judge(), held)
         with self._stage("factors", 0.2):
             starts = self._starts()
             judged = [_candidate(name, model, judge) for name, (model, _) in starts.items()]
@@ -146,11 +147,15 @@ class Recovery:
         self.report.decisions["teaching"] = str(plan)
         self.report.predicted = self._predicted(self.report.chosen)
         student = self.students[self.report.chosen.name].eval()
-        with self._stage("report", 0.1):
-            self.report.latency = latencies(self.subject, student)
-            self.report.images = grid(self.made.shown())
-            self.report.curve = self._curve(judge)
         return student
+
+    def illustrate(self) -> None:
+        """What the report shows beside the student: latencies, samples, other ratios."""
+        with self._stage("report", 0.1):
+            assert self.report.chosen is not None
+            self.report.latency = latencies(self.subject, self.students[self.report.chosen.name])
+            self.report.images = grid(self.made.shown())
+            self.report.curve = self._curve()
 
     def _make(self) -> None:
         """The samples that take long to make, from the run's folder where they are."""
@@ -209,14 +214,14 @@ class Recovery:
         )
         return taught
 
-    def _curve(self, judge: Judge) -> list[tuple[float, Prediction]]:
+    def _curve(self) -> list[tuple[float, Prediction]]:
         found = []
         for fraction in self.budget.others():
             try:
                 student, report = self.budget.spent({"params": fraction}, self.made.calibration())
             except ValueError:  # beyond what low ranks reach
                 continue
-            predicted = self._predicted(_candidate("", student, judge))
+            predicted = self._predicted(_candidate("", student, self.judge))
             if predicted is not None:
                 found.append((report.ratio, predicted))
         return found

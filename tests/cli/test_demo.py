@@ -5,12 +5,14 @@ from functools import partial
 
 from cli_support import run
 
+from kegfast.compression import matching
 from kegfast.experiments import demo
 
 
 def test_demo_leaves_a_table_and_a_report(home, capsys, monkeypatch):
     small = {"teacher_batch": 8, "generator_batch": 4, "student_batch": 8, "ranks": (0.4, 0.1)}
-    small |= {"pool": 32, "latency_batch": 2, "latency_rounds": 3}
+    small |= {"pool": 32, "latency_batch": 2, "latency_rounds": 3, "share": 0.01}
+    monkeypatch.setattr(matching, "STEPS", 2)
     monkeypatch.setattr(demo, "DemoConfig", partial(demo.DemoConfig, **small))
     command = "demo --teacher-steps 2 --generators 2 --generator-steps 3 --student-steps 2 --seed 7 --no-amp"
     assert run(command) == 0

@@ -6,6 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from kegfast.compression import matching
 from kegfast.experiments.demo import SOURCES, DemoConfig, run_demo
 from kegfast.experiments.demo_report import demo_table, write_demo_report
 from kegfast.extraction import Generators
@@ -24,6 +25,13 @@ TINY = DemoConfig(
     latency_batch=2,
     latency_rounds=3,
 )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def short_matching():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(matching, "STEPS", 2)
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -9,6 +9,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import kegfast
+from kegfast.compression.norms import has_norms
 from kegfast.recovery import judge, samples, teaching
 from kegfast.recovery.samples import Amounts
 from kegfast.training import train
@@ -192,3 +193,13 @@ def test_the_choice_asks_of_more_learning_to_be_surely_better():
     assert judge.choice([1.0, 0.95]) == 0
     assert judge.choice([1.0, 0.85]) == 1
     assert judge.choice([1.0, 0.85, 0.8]) == 1
+
+
+def test_data_that_batchnorm_does_not_know_are_changed_until_it_does(teacher):
+    images = torch.rand(100, *SHAPE).mul(0.02).sub(1.9)  # all but black
+    student, report = shrink(teacher, data=images)
+    if has_norms(teacher):
+        assert "does not know" in report.decisions["data"]
+        assert set(report.candidates[0].verdicts) == {"made"}
+    without, _ = shrink(teacher)
+    assert agreement(student, teacher) > agreement(without, teacher) - 5
