@@ -3,6 +3,7 @@
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +80,8 @@ def shrink(
         TypeError, ValueError: an argument is wrong, the model is no such classifier, the ratio cannot be
             reached, or `data` or `source` do not fit; said before anything is computed that takes long.
     """
+    if out is not None:
+        import_module("kegfast._util.html")  # what the page needs and is not installed is said now
     with recovery(
         model,
         sample_shape,
