@@ -18,7 +18,7 @@ build: $(STAMPS)/build
 $(STAMPS)/venv: pyproject.toml $(if $(wildcard $(PYTHON)),,missing)
 	test -x $(PYTHON) || python3 -m venv .venv
 	$(PYTHON) -c "import torch" 2>/dev/null || $(PYTHON) -m pip install $(TORCH)
-	$(PYTHON) -m pip install "cmake>=3.22" ninja "setuptools>=77" wheel
+	$(PYTHON) -m pip install "cmake>=3.22" ninja "pybind11>=2.13" "setuptools>=77" wheel
 	mkdir -p $(STAMPS) && touch $@
 
 $(STAMPS)/build: $(STAMPS)/venv $(NATIVE)
