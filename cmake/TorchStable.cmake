@@ -18,4 +18,4 @@ add_library(torch_stable INTERFACE IMPORTED)
 target_include_directories(torch_stable SYSTEM INTERFACE "${KEGFAST_TORCH_DIR}/include")
 target_compile_definitions(torch_stable INTERFACE TORCH_TARGET_VERSION=0x020b000000000000 TORCH_STABLE_ONLY)
 # torch is imported, hence loaded, before kegfast: the library's name alone is enough at run time.
-target_link_libraries(torch_stable INTERFACE "${KEGFAST_TORCH_DIR}/lib/libtorch_cpu.so")
+target_link_libraries(torch_stable INTERFACE "${KEGFAST_TORCH_DIR}/lib/libtorch_cpu${CMAKE_SHARED_LIBRARY_SUFFIX}")

@@ -24,6 +24,8 @@ py::dict build_info() {
   info["compiler"] = "gcc " __VERSION__;
 #endif
   info["isa_compiled"] = kegfast::compiled_isas();
+  if (const std::string left_out = kegfast::isas_left_out(); !left_out.empty())
+    info["isa_left_out"] = left_out + ": the compiler does not know it";
   info["isa_detected"] = kegfast::isa_name(kegfast::detected_isa());
   info["isa_active"] = kegfast::isa_name(kegfast::active_isa());
   return info;

@@ -26,6 +26,8 @@ inline Keys kmin(Keys a, Keys b) {
   return (Keys)_mm512_min_epu32((__m512i)a, (__m512i)b);
 #elif defined(__AVX2__)
   return (Keys)_mm256_min_epu32((__m256i)a, (__m256i)b);
+#elif defined(__ARM_NEON)
+  return (Keys)vminq_u32((uint32x4_t)a, (uint32x4_t)b);
 #else
   return a < b ? a : b;
 #endif
@@ -35,6 +37,8 @@ inline Keys kmax(Keys a, Keys b) {
   return (Keys)_mm512_max_epu32((__m512i)a, (__m512i)b);
 #elif defined(__AVX2__)
   return (Keys)_mm256_max_epu32((__m256i)a, (__m256i)b);
+#elif defined(__ARM_NEON)
+  return (Keys)vmaxq_u32((uint32x4_t)a, (uint32x4_t)b);
 #else
   return a < b ? b : a;
 #endif
@@ -46,7 +50,7 @@ inline void exchange(Keys& a, Keys& b) {
   a = low;
 }
 
-#if defined(__AVX512F__)
+#if defined(__AVX512F__) || defined(__ARM_NEON)
 constexpr int kLevels = 4;  // 16 vectors at a time in 32 registers
 #else
 constexpr int kLevels = 3;
@@ -210,6 +214,8 @@ inline uint32_t lanes_below(Keys a, uint32_t bound) {  // bit l: a[l] < bound
   return _mm512_cmplt_epu32_mask((__m512i)a, _mm512_set1_epi32(static_cast<int>(bound)));
 #elif defined(__AVX2__)
   return _mm256_movemask_ps((__m256)(a < bound));
+#elif defined(__ARM_NEON)
+  return vaddvq_u32((uint32x4_t)((Keys)(a < bound) & Keys{1, 2, 4, 8}));
 #else
   uint32_t mask = 0;
   for (int l = 0; l < L; ++l) mask |= static_cast<uint32_t>(a[l] < bound) << l;

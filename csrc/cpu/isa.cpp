@@ -36,9 +36,10 @@ bool grants_amx() {
 #endif
 
 Isa detect() {
-#if defined(__x86_64__)
+#if defined(KEGFAST_HAS_AVX2)
   __builtin_cpu_init();
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+#if defined(KEGFAST_HAS_AVX512)
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
                       __builtin_cpu_supports("avx512vl");
@@ -51,6 +52,7 @@ Isa detect() {
   }
 #endif
   if (avx512) return Isa::avx512;
+#endif
   if (avx2) return Isa::avx2;
 #endif
   return Isa::baseline;
@@ -92,6 +94,14 @@ Isa set_isa(const std::string& name) {
 
 std::vector<std::string> compiled_isas() {
   return {std::begin(kNames), std::end(kNames)};
+}
+
+std::string isas_left_out() {
+#if defined(KEGFAST_ISA_LEFT_OUT)
+  return KEGFAST_ISA_LEFT_OUT;
+#else
+  return {};
+#endif
 }
 
 const char* isa_name(Isa isa) {

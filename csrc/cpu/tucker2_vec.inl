@@ -7,7 +7,11 @@
 namespace kegfast::KEGFAST_ISA {
 
 constexpr int kLanes = lanes<float>;
-constexpr int kRegisters = kLanes == 16 ? 32 : 16;
+#if defined(__AVX512F__) || defined(__ARM_NEON)
+constexpr int kRegisters = 32;
+#else
+constexpr int kRegisters = 16;
+#endif
 
 KEGFAST_INLINE Floats relu(Floats v) {
   return v < Floats{} ? Floats{} : v;
@@ -20,6 +24,10 @@ KEGFAST_INLINE Floats load_first(const float* p, int n) {
 #elif defined(__AVX2__)
   const __m256i lanes = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
   return (Floats)_mm256_maskload_ps(p, _mm256_cmpgt_epi32(_mm256_set1_epi32(n), lanes));
+#elif defined(__ARM_NEON)
+  if (n == 4) return load_unaligned(p);
+  if (n == 1) return Floats{p[0]};
+  return n == 2 ? Floats{p[0], p[1]} : Floats{p[0], p[1], p[2]};
 #else
   Floats v{};
   for (int i = 0; i < n; ++i) v[i] = p[i];
@@ -34,6 +42,10 @@ KEGFAST_INLINE void store_first(float* p, Floats v, int n) {
   if (n == 8) return _mm256_storeu_ps(p, _mm512_castps512_ps256((__m512)v));
   if (n == 4) return _mm_storeu_ps(p, _mm512_castps512_ps128((__m512)v));
   _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << n) - 1), (__m512)v);
+#elif defined(__ARM_NEON)
+  p[0] = v[0];
+  if (n > 1) p[1] = v[1];
+  if (n > 2) p[2] = v[2];
 #else
   for (int i = 0; i < n; ++i) p[i] = v[i];
 #endif

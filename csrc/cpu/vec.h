@@ -13,6 +13,8 @@
 #include <immintrin.h>
 #elif defined(__SSE2__)
 #include <emmintrin.h>
+#elif defined(__ARM_NEON)
+#include <arm_neon.h>
 #endif
 
 #if !defined(__clang__)
@@ -117,6 +119,8 @@ inline Vec<float> vsqrt(Vec<float> v) {
   return (Vec<float>)_mm256_sqrt_ps((__m256)v);
 #elif defined(__SSE2__)
   return (Vec<float>)_mm_sqrt_ps((__m128)v);
+#elif defined(__ARM_NEON)
+  return (Vec<float>)vsqrtq_f32((float32x4_t)v);
 #else
   for (int i = 0; i < lanes<float>; ++i) v[i] = __builtin_sqrtf(v[i]);
   return v;
@@ -129,6 +133,8 @@ inline Vec<float> load_bf16(const uint16_t* p) {
   return (Vec<float>)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16);
 #elif defined(__AVX2__)
   return (Vec<float>)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16);
+#elif defined(__ARM_NEON)
+  return (Vec<float>)vshll_n_u16(vld1_u16(p), 16);
 #else
   Vec<uint32_t> bits;
   for (int i = 0; i < lanes<float>; ++i) bits[i] = static_cast<uint32_t>(p[i]) << 16;
@@ -140,6 +146,8 @@ inline Vec<float> load_f16(const uint16_t* p) {
   return (Vec<float>)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
 #elif defined(__AVX2__)
   return (Vec<float>)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
+#elif defined(__ARM_NEON)
+  return (Vec<float>)vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p)));
 #else
   Vec<float> v;
   for (int i = 0; i < lanes<float>; ++i) v[i] = half_to_float(p[i]);
@@ -153,6 +161,8 @@ inline void store_f16(uint16_t* p, Vec<float> v, int n) {
   _mm256_storeu_si256((__m256i*)bits, _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT));
 #elif defined(__AVX2__)
   _mm_storeu_si128((__m128i*)bits, _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__ARM_NEON)
+  vst1_u16(bits, vreinterpret_u16_f16(vcvt_f16_f32((float32x4_t)v)));
 #else
   for (int i = 0; i < lanes<float>; ++i) bits[i] = float_to_half(v[i]);
 #endif
