@@ -46,28 +46,13 @@ def test_without_the_compiled_part_all_runs_and_says_so_once():
 
 
 @needs_native
-def test_an_unknown_instruction_set_is_refused_by_name():
-    done = run("import kegfast; kegfast.build_info()", KEGFAST_CPU_ISA="sse9")
+def test_the_import_refuses_an_unknown_instruction_set_by_name():
+    done = run("import kegfast", KEGFAST_CPU_ISA="sse9")
     assert done.returncode == 1
-    assert "instruction set must be one of auto, baseline" in done.stderr
-    assert "sse9" in done.stderr
+    assert "KEGFAST_CPU_ISA: instruction set must be one of auto, baseline" in done.stderr
+    assert "got 'sse9'" in done.stderr
     with pytest.raises(ValueError, match="instruction set must be one of"), kegfast.cpu_isa("sse9"):
         pass
-
-
-@needs_native
-def test_an_operator_under_an_unknown_instruction_set_does_not_crash():
-    done = run(
-        """
-        import torch, kegfast
-        try:
-            kegfast.functional.diversity_loss(torch.randn(4, 2), torch.randn(4, 3))
-        except (RuntimeError, ValueError):
-            print("refused")
-        """,
-        KEGFAST_CPU_ISA="sse9",
-    )
-    assert (done.returncode, done.stdout.strip()) == (0, "refused"), done.stderr
 
 
 @needs_native
