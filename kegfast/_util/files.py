@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from errno import EINVAL
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,18 @@ def write_json(path: str | Path, obj: Any) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
+def parse_json(text: str | bytes, path: str | Path) -> Any:
+    """What a JSON text that stands in `path` says.
+
+    Raises:
+        ValueError: it is no JSON, or nested deeper than anything that was written here.
+    """
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: expected JSON, got {error}") from error
+
+
 def read_json(path: str | Path) -> dict[str, Any]:
     """Read a JSON object, such as `write_json` wrote of a dict.
 
@@ -78,10 +91,7 @@ def read_json(path: str | Path) -> dict[str, Any]:
         OSError: the file cannot be opened.
         ValueError: it is no JSON, or no object.
     """
-    try:
-        found = json.loads(as_path("path", path).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: expected JSON, got {error}") from error
+    found = parse_json(as_path("path", path).read_bytes(), path)
     if not isinstance(found, dict):
         raise ValueError(f"{path}: expected a JSON object, got a {type(found).__name__}")
     return found
@@ -223,7 +233,35 @@ def load_weights(model: nn.Module, path: str | Path) -> nn.Module:
 
 
 def _is_entry(item: tuple[Any, Any]) -> bool:
-    return isinstance(item[0], str) and isinstance(item[1], Tensor)
+    """A name, and a tensor with values: neither sparse nor without any."""
+    name, tensor = item
+    dense = isinstance(tensor, Tensor) and tensor.layout == torch.strided and not tensor.is_meta
+    return isinstance(name, str) and dense
+
+
+def digest(value: Any) -> bytes:
+    """A hash of plain containers, numbers, text and tensors: equal only while all of them are."""
+    found = blake2b(digest_size=16)
+    _feed(found, value)
+    return found.digest()
+
+
+def _feed(found: blake2b, value: Any) -> None:
+    if isinstance(value, Mapping):
+        found.update(f"mapping {len(value)}".encode())
+        for key, part in value.items():
+            _feed(found, key)
+            _feed(found, part)
+    elif isinstance(value, list | tuple):
+        found.update(f"sequence {len(value)}".encode())
+        for part in value:
+            _feed(found, part)
+    elif isinstance(value, Tensor):
+        found.update(f"{value.dtype} {tuple(value.shape)} {value.layout}".encode())
+        if value.layout == torch.strided and not value.is_meta:
+            found.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    else:
+        found.update(f"{type(value).__name__} {value!r};".encode())
 
 
 def _summary(found: Any) -> str:

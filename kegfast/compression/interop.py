@@ -83,11 +83,13 @@ def _factors(
     first, core, last = parts
     outputs, inputs, *kernel = module.weight.shape
     fits = (
-        first.shape[1] == inputs
+        min(part.dim() for part in parts) >= 2
+        and all(part.numel() for part in parts)
+        and first.shape[1] == inputs
         and last.shape[0] == outputs
         and core.shape[:2] == (last.shape[1], first.shape[0])
         and list(core.shape[2:]) == kernel
-        and first[0, 0].numel() == last[0, 0].numel() == 1
+        and first.shape[2:].numel() == last.shape[2:].numel() == 1
         and (bias is None) == (module.bias is None)
     )
     if not fits:

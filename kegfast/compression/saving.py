@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from kegfast._util.check import expected
-from kegfast._util.files import read_tensors, save_tensors
+from kegfast._util.files import parse_json, read_tensors, save_tensors
 from kegfast.compression.structure import (
     container,
     graph_from,
@@ -107,12 +107,14 @@ def load(path: str | Path, model: nn.Module | None = None, *, factory: Factory |
     if bad:
         raise ValueError(f"{path}: expected finite weights, got NaN or infinity in {', '.join(bad[:3])}")
     try:
-        structure = json.loads(metadata["structure"])
+        structure = parse_json(metadata["structure"], path)
         base = _base(model, factory, structure, tensors, metadata.get("factory"))
         alone = model is None and factory is None and "" not in structure["modules"]
         found = graph_from(structure["graph"], base) if alone and structure["graph"] is not None else base
         found.load_state_dict(_with_shared(found, tensors), assign=True)
-    except (KeyError, TypeError, AttributeError, RuntimeError, json.JSONDecodeError) as error:
+        if any(tensor.is_meta for tensor in [*found.parameters(), *found.buffers()]):
+            raise ValueError(f"{path}: expected all tensors of the model, got some of them")
+    except (KeyError, TypeError, AttributeError, RuntimeError) as error:
         reason = str(error).strip().splitlines()
         raise ValueError(f"{path}: expected a model that fits, got {' '.join(reason)[:300]}") from error
     return found.eval()
@@ -128,9 +130,9 @@ def _base(
     if model is None and factory is not None:
         model = resolve(factory)()
     if model is None and "" in structure["modules"]:  # a layer by itself
-        return module_from(structure["modules"][""])
+        return _empty(structure["modules"][""])
     if model is None and structure["graph"] is None:
-        if not hint or not hint.startswith("kegfast."):  # never import what a file asks for
+        if not hint or not hint.startswith("kegfast.models:"):  # never call what a file asks for
             wanted = f"factory={hint!r}" if hint else "the architecture"
             raise ValueError(f"model or factory must be given, this file cannot be traced; pass {wanted}")
         model = resolve(hint)()
@@ -140,7 +142,7 @@ def _base(
         return _adapt(model, structure)
     root = nn.Module()
     for name, spec in structure["modules"].items():
-        _hang(root, name, module_from(spec))
+        _hang(root, name, _empty(spec))
     for alias, name in structure["aliases"].items():
         _hang(root, alias, root.get_submodule(name))
     for name, kind in structure["loose"].items():
@@ -171,11 +173,17 @@ def _adapt(model: nn.Module, structure: Mapping[str, Any]) -> nn.Module:
         old = model.get_submodule(name)
         if module_spec(old) != spec:
             shared = [n for n, m in model.named_modules(remove_duplicate=False) if m is old]
-            new = module_from(spec)
+            new = _empty(spec)
             if isinstance(new, TuckerConv2d) and name in adding:
                 new.activation = None  # the model's own code adds, and rectifies then
             model = replace(model, Site(name, new, shared), new)
     return model
+
+
+def _empty(spec: Mapping[str, Any]) -> nn.Module:
+    """The module of a spec, whose values the file has: sizes that are not the file's take no memory."""
+    with torch.device("meta"):
+        return module_from(spec)
 
 
 def _hang(root: nn.Module, name: str, module: nn.Module) -> None:

@@ -23,6 +23,8 @@ Plain = Any  # what JSON can hold
 
 OWN = {cls.__name__: cls for cls in (TuckerConv2d, TuckerLinear, FactorChain)}
 NAME = re.compile(r"[A-Za-z_0-9]+(\.[A-Za-z_0-9]+)*")
+MOST_LAYERS = 1000
+"""In one module of torch.nn: a file must not ask for billions of them, which would take hours to make."""
 ATTRIBUTES = {"shape", "ndim"}
 METHOD_NAMES = """
     abs add amax amin argmax bmm chunk clamp clamp_min contiguous dim div exp expand expand_as flatten
@@ -177,7 +179,10 @@ def module_from(spec: Mapping[str, Plain]) -> nn.Module:
     if not inspect.isclass(kind) or not issubclass(kind, nn.Module):
         raise ValueError(expected("structure", "a module of torch.nn or kegfast", name))
     try:
-        return kind(**{key: decode(value, {}) for key, value in spec["arguments"].items()})
+        arguments = {key: decode(value, {}) for key, value in spec["arguments"].items()}
+        if any(key.endswith("layers") and value > MOST_LAYERS for key, value in arguments.items()):
+            raise ValueError(expected("structure", f"at most {MOST_LAYERS} layers in a module", spec))
+        return kind(**arguments)
     except (TypeError, RuntimeError, KeyError, AttributeError) as error:
         raise ValueError(f"structure must hold arguments of {name}, got {spec}") from error
 

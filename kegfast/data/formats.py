@@ -1,9 +1,12 @@
 """Readers for the files in which the data sets are published; none of them executes anything."""
 
 import gzip
+import math
+import os
 import struct
-import zipfile
 import zlib
+from contextlib import nullcontext
+from errno import EINVAL
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +14,8 @@ import numpy as np
 from kegfast._util.extras import extra
 from kegfast._util.files import read_tensors
 
+MOST_DEFLATED = 1032
+"""Bytes that one byte of a gzip file can stand for."""
 Arrays = tuple[np.ndarray, np.ndarray]
 """Samples and integer labels."""
 
@@ -23,15 +28,21 @@ def read_idx(path: Path) -> np.ndarray:
         ValueError: it is not such a file, or not all of it.
     """
     try:
-        content = path.read_bytes()
-        if content[:2] == b"\x1f\x8b":
-            content = gzip.decompress(content)
-        zeros, dtype, ndim = struct.unpack_from(">HBB", content)
-        shape = struct.unpack_from(f">{ndim}I", content, 4)
-        if zeros != 0 or dtype != 8:
-            raise ValueError("no IDX header of unsigned bytes")
-        return np.frombuffer(content, np.uint8, offset=4 + 4 * ndim).reshape(shape)
-    except (EOFError, zlib.error, gzip.BadGzipFile, struct.error, ValueError) as error:
+        with open(path, "rb") as raw:
+            compressed = raw.read(2) == b"\x1f\x8b"
+            most = raw.seek(0, os.SEEK_END) * MOST_DEFLATED
+            raw.seek(0)
+            with gzip.GzipFile(fileobj=raw) if compressed else nullcontext(raw) as file:
+                zeros, dtype, ndim = struct.unpack(">HBB", file.read(4))
+                if zeros != 0 or dtype != 8:
+                    raise ValueError("no IDX header of unsigned bytes")
+                shape = struct.unpack(f">{ndim}I", file.read(4 * ndim))
+                size = math.prod(shape)
+                if size > most:
+                    raise ValueError(f"a header of shape {shape}")
+                content = file.read(size + 1)
+                return np.frombuffer(content, np.uint8).reshape(shape)
+    except (EOFError, zlib.error, gzip.BadGzipFile, struct.error, ValueError, MemoryError) as error:
         raise ValueError(f"{path}: expected a whole IDX file of bytes, got {error}") from error
 
 
@@ -48,8 +59,11 @@ def read_mat(path: Path) -> Arrays:
     with open(path, "rb") as file:
         try:
             content = loadmat(file)
-            images, labels = content["X"], content["y"]
-            return images.transpose(3, 2, 0, 1), labels.ravel().astype(np.int64) % 10
+            images, labels = content["X"].transpose(3, 2, 0, 1), content["y"].ravel()
+            whole = np.array_equal(labels, labels.astype(np.int64))
+            if images.dtype != np.uint8 or len(images) != len(labels) or not whole:
+                raise ValueError(f"X of {images.dtype} {images.shape}, y of {labels.dtype} {labels.shape}")
+            return images, labels.astype(np.int64) % 10
         except Exception as error:  # scipy has no one error for a damaged file
             raise ValueError(f"{path}: expected a MATLAB file with X and y, got {error!r}") from error
 
@@ -68,6 +82,10 @@ def read_table(path: Path) -> Arrays:
         raise ValueError(f"{path}: expected a table of numbers, got {error}") from error
     if rows.shape[0] == 0 or rows.shape[1] < 3:
         raise ValueError(f"{path}: expected index, features and class, got {rows.shape} numbers")
+    largest = np.abs(rows).max(0)  # infinite and NaN ones stay
+    numbers = (largest[:-1] <= np.finfo(np.float32).max).all()
+    if not (numbers and largest[-1] < 2**31 and (rows[:, -1] % 1 == 0).all()):
+        raise ValueError(f"{path}: expected finite numbers and whole classes, got others")
     return rows[:, 1:-1].astype(np.float32), rows[:, -1].astype(np.int64)
 
 
@@ -83,5 +101,7 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
     try:
         with np.load(path, allow_pickle=False) as file:
             return dict(file)
-    except (ValueError, EOFError, zipfile.BadZipFile, TypeError) as error:
+    except Exception as error:  # numpy has no one error for a damaged file
+        if isinstance(error, OSError) and error.errno not in (None, EINVAL):
+            raise
         raise ValueError(f"{path}: expected an .npz file without pickled objects, got {error}") from error

@@ -1,6 +1,5 @@
 """The files in which `autotune` keeps the forms that it measured as fastest, one a kind of device."""
 
-import json
 import logging
 import os
 import tempfile
@@ -10,7 +9,7 @@ from pathlib import Path
 import torch
 
 from kegfast._util.check import expected
-from kegfast._util.files import write_json
+from kegfast._util.files import parse_json, write_json
 from kegfast.version import __version__
 
 _log = logging.getLogger(__name__)
@@ -51,10 +50,7 @@ def read_choices(path: Path, forms: Collection[str]) -> dict[str, str]:
     Raises:
         ValueError: for a file that holds anything else than `forms`.
     """
-    try:
-        content = json.loads(path.read_text())
-    except ValueError as error:
-        raise _wrong(path) from error
+    content = parse_json(path.read_bytes(), path)
     found = checked_forms(content, forms, path)
     if content.get("versions") != versions():
         _log.info("%s was measured under %s and is left aside", path, content.get("versions"))

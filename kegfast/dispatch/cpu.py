@@ -6,7 +6,6 @@ measured, the shapes where that is not the fastest form; what `autotune` measure
 and goes before it.
 """
 
-import json
 import logging
 import re
 from collections.abc import Iterator
@@ -19,7 +18,7 @@ import torch
 from torch import Tensor
 
 from kegfast._util.check import expected
-from kegfast._util.files import write_json
+from kegfast._util.files import read_json, write_json
 from kegfast._util.timing import interleaved
 from kegfast.dispatch.cache import cache_folder, checked_forms, keep_choices, read_choices, releases
 from kegfast.ops import _native
@@ -213,9 +212,7 @@ def read_packaged(path: Path) -> dict[Shape, Form]:
     Raises:
         ValueError: for a file that holds anything else.
     """
-    content = json.loads(path.read_text())
-    if not isinstance(content, dict):
-        raise ValueError(expected("path", "a file of forms by class of machines", path))
+    content = read_json(path)
     found = content.get(machine_class(), {"forms": {}})
     forms = _by_shape(checked_forms(found, FORMS, path), path)
     return forms if found.get("releases") == releases() else {}
@@ -223,7 +220,7 @@ def read_packaged(path: Path) -> dict[Shape, Form]:
 
 def write_packaged(found: dict[Shape, Form], path: Path = PACKAGED) -> None:
     """Puts this machine's class into the packaged table; other classes stay."""
-    content = json.loads(path.read_text()) if path.exists() else {}
+    content = read_json(path) if path.exists() else {}
     forms = {" ".join(map(str, shape)): form for shape, form in sorted(found.items())}
     write_json(path, content | {machine_class(): {"releases": releases(), "forms": forms}})
 

@@ -7,7 +7,6 @@ none, or None. It draws from torch's global generator, so that whoever seeds tha
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from hashlib import blake2b
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -16,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 from kegfast._util import check
 from kegfast._util.check import expected
+from kegfast._util.files import digest
 from kegfast._util.inputs import Inputs, as_inputs, call, concat, each, move, split, take, tensors_in, unpack
 from kegfast._util.inputs import count as count_of
 from kegfast.distillation.logit import UNLABELLED
@@ -132,7 +132,7 @@ class InMemory:
         Raises:
             TypeError, ValueError: It does not take the samples, or does not answer with one tensor.
         """
-        key = _fingerprint(teacher)
+        key = digest([repr(teacher), teacher.state_dict()])  # equal only while the model answers the same
         if self._answers is None or self._answers[0] != key:
             with torch.no_grad():
                 parts = [self._ask(teacher, part, device) for part in split(self.samples, batch_size)]
@@ -377,12 +377,3 @@ def _nearest(x: Tensor, rows: int = 1024) -> Tensor:  # (N, D) -> (N,)
         distance.diagonal(start).fill_(float("inf"))
         found.append(distance.argmin(dim=1))
     return torch.cat(found)
-
-
-def _fingerprint(model: nn.Module) -> bytes:
-    """A digest of every parameter and buffer: equal only while the model answers the same."""
-    digest = blake2b(repr(model).encode(), digest_size=16)
-    for name, tensor in model.state_dict().items():
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
-    return digest.digest()

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kegfast._util import check
 from kegfast._util.check import expected
-from kegfast._util.files import read_tensors, save_tensors
+from kegfast._util.files import parse_json, read_tensors, save_tensors
 from kegfast.extraction.networks import Range, make_generator
 from kegfast.extraction.recipe import Labels, check_labels
 
@@ -148,7 +148,7 @@ class Generators:
         if not all(bool(t.isfinite().all()) for t in tensors.values()):
             raise ValueError(f"{path}: expected finite parameters, got NaN or infinite ones")
         try:
-            config = json.loads(metadata["config"])
+            config = parse_json(metadata["config"], path)
             with torch.device("meta"):  # sizes that are not the file's take no memory
                 empty = make_generator(
                     config["copies"],

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from kegfast._util import check
 from kegfast._util.check import expected
-from kegfast._util.files import as_path, atomic_write, read_checkpoint, save_checkpoint
+from kegfast._util.files import as_path, atomic_write, digest, read_checkpoint, save_checkpoint
 from kegfast._util.progress import progress_bar
 from kegfast.training.finite import Given
 
@@ -190,7 +190,7 @@ class _Run:
             "seconds": self.seconds(),
             "state": {name: part.state_dict() for name, part in self.state.items()},
         }
-        save_checkpoint(self.path, content)
+        save_checkpoint(self.path, content | {"digest": digest(content)})
         self.saved = time.monotonic()
 
     def load(self) -> None:
@@ -199,6 +199,8 @@ class _Run:
         found = {key: content.get(key) for key in self.identity} if isinstance(content, dict) else content
         if found != self.identity:
             raise ValueError(f"{self.path}: expected the checkpoint of {self.identity}, got that of {found}")
+        if content.pop("digest", None) != digest(content):
+            raise ValueError(f"{self.path}: expected a whole checkpoint, got one whose values were changed")
         try:
             for name, part in self.state.items():
                 part.load_state_dict(content["state"][name])
@@ -226,9 +228,11 @@ def _read(
 def _parse(line: str) -> dict[str, Any] | None:
     try:
         entry = json.loads(line)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         return None
-    return entry if isinstance(entry, dict) and {"stage", "step", "seconds"} <= entry.keys() else None
+    kinds = {"stage": str, "step": int, "seconds": int | float}
+    known = isinstance(entry, dict) and all(isinstance(entry.get(key), kind) for key, kind in kinds.items())
+    return entry if known else None
 
 
 @contextmanager

@@ -2,6 +2,8 @@
 
 import copy
 import json
+import resource
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from kegfast import compress, densify, fuse, load, save
+from kegfast._util.files import read_tensors, save_tensors
 from kegfast.compression.structure import graph_from
 from kegfast.models import MLP, LeNet5, ResNet14
 
@@ -171,6 +174,41 @@ def test_broken_and_foreign_files(tmp_path):
         save(student, path, factory="no path")
     with pytest.raises(TypeError, match="model must be"):
         save({"a": 1}, path)
+
+
+LARGER = '"in_features": 84, "out_features": 10', '"in_features": 84000, "out_features": 2000'
+DEEPER = "{", "[" * 100_000
+
+
+@pytest.mark.parametrize("change", [LARGER, DEEPER])
+def test_structures_that_are_not_the_files_take_no_memory(tmp_path, change):
+    save(LeNet5(), tmp_path / "m.safetensors")
+    with_structure(tmp_path / "m.safetensors", *change)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(ValueError, match=r"m\.safetensors: expected"):
+        load(tmp_path / "m.safetensors")
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak < 200_000  # kilobytes
+
+
+def with_structure(path: Path, old: str, new: str) -> None:
+    """The file with another text in its structure."""
+    tensors, metadata = read_tensors(path)
+    assert old in metadata["structure"]
+    save_tensors(path, tensors, metadata | {"structure": metadata["structure"].replace(old, new, 1)})
+
+
+def test_billions_of_layers_are_refused(tmp_path):
+    save(nn.LSTM(3, 4), tmp_path / "m.safetensors")
+    with_structure(tmp_path / "m.safetensors", '"num_layers": 1', '"num_layers": 1000000000')
+    with pytest.raises(ValueError, match="at most 1000 layers"):
+        load(tmp_path / "m.safetensors")
+
+
+@pytest.mark.parametrize("hint", ["kegfast.training.processes:place", "kegfast.cli:main", "os:getcwd"])
+def test_no_function_is_called_because_a_file_asks_for_it(tmp_path, hint):
+    save(Branching(), tmp_path / "m.safetensors", factory=hint)
+    with pytest.raises(ValueError, match="this file cannot be traced"):
+        load(tmp_path / "m.safetensors")
 
 
 @pytest.mark.parametrize(

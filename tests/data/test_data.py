@@ -210,12 +210,16 @@ def test_damaged_files_are_named(tmp_path):
         b"text",
         whole[: len(whole) // 2],
         gzip.compress(idx(np.ones((3, 2), np.uint8))[:-1]),
+        gzip.compress(idx(np.ones((3, 2), np.uint8)) + bytes(1 << 28), 1),  # a quarter of a gigabyte
+        gzip.compress(b"\0\0\x08\x03" + b"\x7f\xff\xff\xff" * 3),
     ):
         images.write_bytes(content)
         with pytest.raises(ValueError, match="train-images"):
             load("mnist", tmp_path)
     (tmp_path / "uci/letter").mkdir(parents=True)
-    for text in ("", "header\n", "a\tb\tc\n1\tx\t0\n", "a\tb\n1\t2\n"):
+    wrong = ("1\t2\tnan", "1\tinf\t0", "1\t2\t0.5", "1\t2\t1e30", "1\t1e300\t0")
+    texts = "", "header\n", "a\tb\tc\n1\tx\t0\n", "a\tb\n1\t2\n", *(f"a\tb\tc\n{line}\n" for line in wrong)
+    for text in texts:
         (tmp_path / "uci/letter/letter_R.dat").write_text(text)
         with pytest.raises(ValueError, match="letter_R"):
             load("letter", tmp_path)

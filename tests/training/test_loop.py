@@ -172,6 +172,30 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path):
         toy.run(checkpoint=tmp_path / "run.pt", resume=True)
 
 
+@pytest.mark.parametrize(
+    "value", [{"done": "many"}, {"history": 3}, {"seconds": None}, {"state": {"model": 1}}]
+)
+def test_a_checkpoint_whose_values_were_changed_is_refused(tmp_path, value):
+    toy = Toy()
+    toy.run(checkpoint=tmp_path / "run.pt")
+    content = loop.read_checkpoint(tmp_path / "run.pt")
+    torch.save(content | value, tmp_path / "run.pt")
+    with pytest.raises(ValueError, match=r"run\.pt: expected a whole checkpoint"):
+        toy.run(checkpoint=tmp_path / "run.pt", resume=True)
+
+
+@pytest.mark.parametrize(
+    "line", ['{"stage": "a"}', '{"stage": "a", "step": "3", "seconds": 1}', "[" * 200_000, "3"]
+)
+def test_lines_of_a_log_that_are_none_are_skipped(tmp_path, line):
+    log = MetricsLog(tmp_path / "m.jsonl")
+    log.write("a", 1, 0.5, {"loss": 2.0})
+    with open(log.path, "a", encoding="utf-8") as file:
+        file.write(line + "\n")
+    log.rewind("a", 5)
+    assert log.read() == [{"stage": "a", "step": 1, "seconds": 0.5, "loss": 2.0}]
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_divergence_stops_the_run_and_keeps_the_last_checkpoint(tmp_path, monkeypatch, bad):
     monkeypatch.setattr(loop, "CHECKPOINT_SECONDS", 0.0)

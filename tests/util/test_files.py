@@ -14,6 +14,7 @@ from torch import nn
 
 from kegfast._util.files import (
     atomic_write,
+    digest,
     load_weights,
     read_json,
     read_state_dict,
@@ -181,7 +182,9 @@ def test_damaged_files_are_value_errors_that_name_the_file(tmp_path, name, conte
         read_state_dict(tmp_path / name)
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"3", b"null", b"\xff\xfe"])
+@pytest.mark.parametrize(
+    "content", [b"", b"{", b"[]", b"3", b"null", b"\xff\xfe", b"[" * 200_000, b"1" * 9999]
+)
 def test_what_is_no_json_object_is_a_value_error_that_names_the_file(tmp_path, content):
     (tmp_path / "o.json").write_bytes(content)
     with pytest.raises(ValueError, match=r"o\.json: expected"):
@@ -205,11 +208,31 @@ def test_a_number_is_no_path(path):
         save_tensors(path, {})
 
 
-@pytest.mark.parametrize("content", [[torch.ones(1)], {"a": 1}, {}, {"model_state": {}}, torch.ones(2)])
+NO_STATE_DICTS = [
+    [torch.ones(1)],
+    {"a": 1},
+    {},
+    {"model_state": {}},
+    torch.ones(2),
+    {"a": torch.ones(2, device="meta")},
+    {"a": torch.ones(2).to_sparse()},
+]
+
+
+@pytest.mark.parametrize("content", NO_STATE_DICTS)
 def test_what_is_no_state_dict_is_refused(tmp_path, content):
     torch.save(content, tmp_path / "w.pth")
     with pytest.raises(ValueError, match=r"w\.pth: expected a state dict"):
         read_state_dict(tmp_path / "w.pth")
+
+
+def test_a_digest_tells_apart_what_differs():
+    values = [
+        {"a": 1}, {"a": 1.0}, {"a": "1"}, {"a": [1]}, {"a": True}, {"b": 1}, [{"a": 1}], [1, [2]], [[1], 2],
+        torch.ones(4), torch.ones(2, 2), torch.ones(4).double(), torch.ones(4).bfloat16(), None,
+    ]  # fmt: skip
+    assert len({digest(value) for value in values}) == len(values)
+    assert digest({"a": [torch.ones(2, 3).T, 0.5]}) == digest({"a": (torch.ones(3, 2), 0.5)})
 
 
 def test_weights_go_into_modules_alone(tmp_path):
