@@ -74,23 +74,31 @@ def run(
             continue
         splits = entry.splits(root)
         teacher = entry.teacher(splits, pretrained, output / f"{name}.safetensors")
+        kept: dict[int, tuple[dict[str, Tensor], float]] = {}
         for ratio, count, seed, key in missing:
             if seconds is not None and time.monotonic() - start > seconds:
                 left.append(key)
                 continue
             log.info("%s", key)
             folder = output / key.replace("/", "-")
-            ledger.cell(key, lambda: _cell(entry, splits, teacher, ratio, count, seed, folder))  # noqa: B023
+            ledger.cell(key, lambda: _cell(entry, splits, teacher, ratio, count, seed, folder, kept))  # noqa: B023
     return ledger.cells, left
 
 
 def _cell(
-    entry: Network, splits: Splits, teacher: nn.Module, ratio: float, count: int, seed: int, folder: Path
+    entry: Network,
+    splits: Splits,
+    teacher: nn.Module,
+    ratio: float,
+    count: int,
+    seed: int,
+    folder: Path,
+    kept: dict[int, tuple[dict[str, Tensor], float]],
 ) -> dict[str, Any]:
     info = splits.info
     normalization = {"mean": info.mean, "std": info.std} if info.mean else {}
-    data = splits.train.tensors[0][:count] if count else None
-    start = time.process_time()
+    data, resumed = splits.train.tensors[0][:count] if count else None, folder.exists()
+    start, shared = time.process_time(), kept.get(seed)
     with recovery(
         teacher,
         info.sample_shape,
@@ -101,8 +109,14 @@ def _cell(
         resume=True,
         **normalization,
     ) as run:
+        if shared is not None and run.made.strange is None:
+            run.made.keep(shared[0])
+            start -= shared[1]
+        run.make()
+        if run.made.strange is None:
+            kept[seed] = run.made.kept, time.process_time() - start
         chosen = run.student()
-        seconds = time.process_time() - start
+        seconds = None if resumed else time.process_time() - start
         report = run.report
         accuracy = {name: evaluate(student, splits.test) for name, student in run.students.items()}
     predicted = report.predicted
@@ -147,7 +161,10 @@ HEADINGS = [
 
 
 def rows(cells: dict[str, Any]) -> list[dict[str, Any]]:
-    """The table: one row per network, ratio and number of data, over the seeds that there are."""
+    """The table: one row per network, ratio and number of data, over the seeds that there are.
+
+    CPU seconds are those of cells that were not interrupted.
+    """
     groups: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
     for key, cell in cells.items():
         name, ratio, count, _ = key.split("/")
@@ -155,8 +172,9 @@ def rows(cells: dict[str, Any]) -> list[dict[str, Any]]:
     found = []
     for (name, ratio, count), own in groups.items():
         row: dict[str, Any] = {"network": name, "asked": ratio, "data": int(count), "seeds": len(own)}
-        for value in ("teacher", "before", "accuracy", "best", "agreement", "ratio", "seconds"):
+        for value in ("teacher", "before", "accuracy", "best", "agreement", "ratio"):
             row[value] = spread([cell[value] for cell in own])
+        row["seconds"] = [cell["seconds"] for cell in own if cell["seconds"] is not None]
         row["predicted"] = [cell["predicted"] for cell in own]
         found.append(row)
     return found
@@ -174,7 +192,7 @@ def lines(found: Sequence[dict[str, Any]]) -> list[list[str]]:
             f"{row['accuracy']['mean']:.2f} ± {row['accuracy']['std']:.2f}",
             f"{row['agreement']['mean']:.1f}",
             _predicted(row["predicted"]),
-            f"{row['seconds']['mean']:.0f}",
+            f"{min(row['seconds']):.0f}" if row["seconds"] else "",
             str(row["seeds"]),
         ]
         for row in found

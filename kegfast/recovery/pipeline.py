@@ -124,7 +124,7 @@ class Recovery:
     def student(self) -> nn.Module:
         """The student, after every stage."""
         with self._stage("samples", 0.4):
-            self._make()
+            self.make()
             held = None if self.data is None else self.data.held
             self.judge = judge = Judge(self.subject, self.made.judge(), held)
         with self._stage("factors", 0.2):
@@ -145,7 +145,7 @@ class Recovery:
         self.report.chosen = courses[kept]
         plan = self.pace.lessons[kept - 1] if kept else "none: no course made the student surely closer"
         self.report.decisions["teaching"] = str(plan)
-        self.report.predicted = self._predicted(self.report.chosen)
+        self.report.predicted = self._predicted(self.report.chosen, before if kept else None)
         student = self.students[self.report.chosen.name].eval()
         return student
 
@@ -157,7 +157,7 @@ class Recovery:
             self.report.images = grid(self.made.shown())
             self.report.curve = self._curve()
 
-    def _make(self) -> None:
+    def make(self) -> None:
         """The samples that take long to make, from the run's folder where they are."""
         path = self.folder / SAMPLES
         if path.exists():
@@ -226,9 +226,9 @@ class Recovery:
                 found.append((report.ratio, predicted))
         return found
 
-    def _predicted(self, candidate: Candidate) -> Prediction | None:
+    def _predicted(self, candidate: Candidate, before: Candidate | None = None) -> Prediction | None:
         held = 0 if self.data is None else len(self.data.held)
-        return predict(self.subject, candidate, held, artificial=self.made.own is None)
+        return predict(self.subject, candidate, before, held, artificial=self.made.own is None)
 
     @contextmanager
     def _stage(self, name: str, share: float) -> Iterator[None]:

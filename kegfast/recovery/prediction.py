@@ -52,17 +52,27 @@ class Line:
 PLAIN = Line(0.05, 0.98, 0.4)
 """Of networks without BatchNorm, by held-out images of all kinds."""
 NORMS = Line(-1.85, 0.82, 0.5)
-"""Of networks with it, by held-out images that it finds familiar."""
+"""Of networks with it, by held-out images that it finds familiar, before any teaching."""
+
+
+TAUGHT = 0.25
+"""Teaching on images that BatchNorm finds familiar takes the divergence on others of them down by more than
+the disagreement on real ones, which goes down by this power of it."""
 
 
 def predict(
-    subject: Subject, candidate: "Candidate", held: int = 0, artificial: bool = True
+    subject: Subject,
+    candidate: "Candidate",
+    before: "Candidate | None" = None,
+    held: int = 0,
+    artificial: bool = True,
 ) -> Prediction | None:
     """What a judged student's agreement will be.
 
     Args:
         subject: its teacher.
         candidate: the student and its verdicts.
+        before: the student that it was taught from; None for one that was not taught.
         held: how many real samples judged.
         artificial: whether the other judges are the recipe's own samples, of which experience tells.
 
@@ -75,6 +85,9 @@ def predict(
         return None
     line = NORMS if subject.has_norms else PLAIN
     divergence = candidate.verdicts["made"].divergence
+    if before is not None and subject.has_norms:
+        start = before.verdicts["made"].divergence
+        divergence = start * (divergence / start) ** (TAUGHT / line.slope) if start > 0 else divergence
     low, middle, high = (line.agreement(divergence, k * NINE_IN_TEN) for k in (-1, 0, 1))
     return Prediction(middle, low, high, "artificial samples, and networks whose data are known")
 

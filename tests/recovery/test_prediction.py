@@ -64,3 +64,12 @@ def test_the_more_data_the_more_they_count():
         found.append(abs(judge.divergence(verdicts) - real) / abs(real - verdicts["made"].divergence + 1e-9))
     assert found[0] < 1e-6
     assert found[2] < found[1]
+
+
+def test_teaching_beside_batchnorm_is_believed_less_than_a_better_start():
+    subject = examine(NORMS, (1, 8, 8))
+    start, fresh = candidate(1.0), predict(subject, candidate(0.1))
+    taught = predict(subject, candidate(0.1), before=start)
+    assert predict(subject, start).agreement < taught.agreement < fresh.agreement
+    plain = examine(IMAGES, (1, 8, 8))
+    assert predict(plain, candidate(0.1), before=start) == predict(plain, candidate(0.1))
