@@ -108,7 +108,8 @@ struct Tucker2GradParams {
   void* dx;  // (N, C, H, W) dense in g's layout, of x's type; null: not needed
   // Sums to add to, null: not needed. core: per segment of the window (R2, length); last: (R2, K) or, where g
   // is planes, (K, R2); first: (R1, C) or, where x is planes, (C, R1).
-  float *first, *core, *last, *bias;
+  float *first, *core, *last;
+  double* bias;
 
   // Filled by tucker2_gradient_plan: the operator run backwards, and where a thread keeps what.
   Tucker2Params back;

@@ -17,11 +17,12 @@ static inline float bits_to_float(uint32_t bits) {
   return bits_to_float(static_cast<uint32_t>(b) << 16);
 }
 
+// Subnormal numbers as integers: a float made of their bits would be one too, and may be flushed.
 [[maybe_unused]] static inline float half_to_float(uint16_t h) {
   const uint32_t magnitude = h & 0x7fffu;
-  // The product is exact; it normalises subnormal numbers.
-  const float value = magnitude < 0x7c00u ? bits_to_float(magnitude << 13) * 0x1p112f
-                                          : bits_to_float((magnitude << 13) + 0x70000000u);
+  const float value = magnitude >= 0x7c00u   ? bits_to_float((magnitude << 13) + 0x70000000u)
+                      : magnitude >= 0x0400u ? bits_to_float((magnitude << 13) + 0x38000000u)
+                                             : static_cast<float>(static_cast<int32_t>(magnitude)) * 0x1p-24f;
   return h & 0x8000u ? -value : value;
 }
 

@@ -121,17 +121,18 @@ Gradients tucker2_gradients(const Tensor& gradient, const std::optional<Tensor>&
   auto& [dx, dfirst, dcore, dlast, dbias] = grads;
   if (need_x) g.dx = dx.mutable_data_ptr();
   const int64_t first_floats = dfirst.numel(), core_floats = dcore.numel(), last_floats = dlast.numel();
-  const int64_t copy_floats = first_floats + core_floats + last_floats + dbias.numel();
+  const int64_t copy_floats = first_floats + core_floats + last_floats;
   const int64_t parts = std::max<int64_t>(1, std::min(threads_for(multiply_adds(p), p.images), p.images));
   const Tensor sums = empty_flat(parts * copy_floats);
   float* const base = sums.mutable_data_ptr<float>();
   std::memset(base, 0, static_cast<size_t>(parts * copy_floats) * sizeof(float));
+  std::vector<double> bias_sums(parts * dbias.numel());
   const auto point = [&](int64_t part) {
     float* const copy = base + part * copy_floats;
     g.first = need_first ? copy : nullptr;
     g.core = need_core ? copy + first_floats : nullptr;
     g.last = need_last ? copy + first_floats + core_floats : nullptr;
-    g.bias = need_bias ? copy + first_floats + core_floats + last_floats : nullptr;
+    g.bias = need_bias ? bias_sums.data() + part * p.features : nullptr;
     return g;
   };
   point(0);
@@ -167,11 +168,10 @@ Gradients tucker2_gradients(const Tensor& gradient, const std::optional<Tensor>&
     const bool wide = g.grad_channels_last;
     reduce({at, parts, copy_floats, wide ? 1 : r2, wide ? k : 1, 0, 0}, dlast);
   }
-  at += last_floats;
   for (int64_t i = 0; need_bias && i < k; ++i) {
-    float sum = 0;
-    for (int64_t copy = 0; copy < parts; ++copy) sum += at[copy * copy_floats + i];
-    dbias.mutable_data_ptr<float>()[i] = sum;
+    double sum = 0;
+    for (int64_t part = 0; part < parts; ++part) sum += bias_sums[part * k + i];
+    dbias.mutable_data_ptr<float>()[i] = static_cast<float>(sum);
   }
   return grads;
 }

@@ -181,34 +181,63 @@ void core_gradient(const Tucker2Params& p, const Rows& t1, const Rows& dz2, int6
   }
 }
 
+// A sum of vectors by blocks of blocks: an addend meets no more than a few dozen others in float32, and the blocks'
+// sums meet in double.
+template <int Vectors>
+struct BlockedSum {
+  static constexpr int64_t kBlock = 16, kBlocks = 16;
+  Floats sum[Vectors] = {};
+
+  // Takes add(part) for each step first <= step < last, at most kBlock * kBlocks of them.
+  template <class Add>
+  KEGFAST_INLINE void take(int64_t first, int64_t last, const Add& add) {
+    while (first < last) {
+      Floats part[Vectors] = {};
+      for (const int64_t end = smaller(first + kBlock, last); first < end; ++first) add(first, part);
+      KEGFAST_UNROLL
+      for (int v = 0; v < Vectors; ++v) sum[v] += part[v];
+    }
+  }
+};
+
 // sums (K) += the pixels of g.
-void bias_gradient(const Image& g, int64_t channels, int64_t images, int64_t pixels, float* sums) {
+void bias_gradient(const Image& g, int64_t channels, int64_t images, int64_t pixels, double* sums) {
+  constexpr int kWide = 4;
+  using Sum = BlockedSum<kWide>;
+  constexpr int64_t kMost = Sum::kBlock * Sum::kBlocks;
   for (int64_t n = 0; n < images; ++n) {
     const float* const x = g.data + n * g.image;
     if (g.channels_last) {
-      constexpr int kWide = 4;
       for (int64_t c = 0; c < channels; c += kWide * kLanes) {
-        Floats sum[kWide] = {};
         int width[kWide];
         for (int v = 0; v < kWide; ++v)
           width[v] = static_cast<int>(clamp(channels - c - v * kLanes, 0, kLanes));
-        for (int64_t i = 0; i < pixels; ++i)
+        for (int64_t i = 0; i < pixels; i += kMost) {
+          Sum total;
+          total.take(i, smaller(i + kMost, pixels), [&](int64_t pixel, Floats(&part)[kWide]) {
+            for (int v = 0; v < kWide; ++v)
+              if (width[v]) part[v] += load_first(x + pixel * g.pixel + c + v * kLanes, width[v]);
+          });
           for (int v = 0; v < kWide; ++v)
-            if (width[v]) sum[v] += load_first(x + i * g.pixel + c + v * kLanes, width[v]);
-        for (int v = 0; v < kWide; ++v)
-          for (int l = 0; l < width[v]; ++l) sums[c + v * kLanes + l] += sum[v][l];
+            for (int l = 0; l < width[v]; ++l)
+              sums[c + v * kLanes + l] += static_cast<double>(total.sum[v][l]);
+        }
       }
     } else {
       for (int64_t c = 0; c < channels; ++c) {
         const float* const plane = x + c * g.channel;
-        Floats sum[4] = {};
-        int64_t i = 0;
-        for (; i + 4 * kLanes <= pixels; i += 4 * kLanes)
-          for (int v = 0; v < 4; ++v) sum[v] += load_unaligned(plane + i + v * kLanes);
-        for (; i < pixels; i += kLanes)
-          sum[0] += load_first(plane + i, static_cast<int>(smaller(kLanes, pixels - i)));
-        const Floats total = sum[0] + sum[1] + (sum[2] + sum[3]);
-        for (int l = 0; l < kLanes; ++l) sums[c] += total[l];
+        const int64_t whole = pixels / (kWide * kLanes);
+        for (int64_t i = 0; i <= whole; i += kMost) {
+          Sum total;
+          total.take(i, smaller(i + kMost, whole), [&](int64_t step, Floats(&part)[kWide]) {
+            for (int v = 0; v < kWide; ++v) part[v] += load_unaligned(plane + (step * kWide + v) * kLanes);
+          });
+          if (i + kMost > whole)
+            for (int64_t rest = whole * kWide * kLanes; rest < pixels; rest += kLanes)
+              total.sum[0] += load_first(plane + rest, static_cast<int>(smaller(kLanes, pixels - rest)));
+          const Floats all = total.sum[0] + total.sum[1] + (total.sum[2] + total.sum[3]);
+          for (int l = 0; l < kLanes; ++l) sums[c] += static_cast<double>(all[l]);
+        }
       }
     }
   }

@@ -102,7 +102,8 @@ def _tucker2_save(ctx, inputs, output):
     ctx.has_bias, ctx.relu = bias is not None, relu
     # A stride past the image means the same as one to its end, but the gradient visits all of its pixels.
     ctx.stride = min(sh, x.shape[2] + 2 * ph), min(sw, x.shape[3] + 2 * pw)
-    ctx.padding, ctx.dilation = (ph, pw), (dh, dw)
+    ctx.padding = ph, pw
+    ctx.dilation = tuple(d if k > 1 else 1 for d, k in zip((dh, dw), core.shape[2:], strict=True))
 
 
 class _Tucker2(torch.autograd.Function):
@@ -178,6 +179,7 @@ def _tucker2_gradients(ctx, grad):
         grads = [g if need else None for g, need in zip(grads, needs, strict=True)]
     else:
         grads = _unfused_gradients(ctx, grad, x, t1, t2, first, core, last, needs)
+        grads = [g if g is None else g.to(x.dtype) for g in grads]
     return [*grads, grad.sum((0, 2, 3)) if need_bias else None]
 
 
@@ -193,6 +195,8 @@ def _unfused_gradients(ctx, grad, x, t1, t2, first, core, last, needs):
     need_x, need_first, need_core, need_last = needs
     below_core, below_last = need_x or need_first, need_x or need_first or need_core
     one, zero = (1, 1), (0, 0)
+    wide = _kept_dtype(x)
+    grad, x, first, core, last = (t.to(wide) for t in (grad, x, first, core, last))
 
     def step(grad, z, weight, stride, padding, dilation, need_z, need_weight):
         gradients = torch.ops.aten.convolution_backward(
@@ -202,8 +206,8 @@ def _unfused_gradients(ctx, grad, x, t1, t2, first, core, last, needs):
         return gradients[:2]
 
     if t1.numel():
-        t1 = t1[:, ph : ph + h, pw : pw + w].permute(0, 3, 1, 2).to(x.dtype)
-        t2 = t2.permute(0, 3, 1, 2).to(x.dtype)
+        t1 = t1[:, ph : ph + h, pw : pw + w].permute(0, 3, 1, 2)
+        t2 = t2.permute(0, 3, 1, 2)
     else:  # no weight needs a gradient: shapes are all that torch reads
         t1 = x.new_empty((x.shape[0], first.shape[0], h, w))
         t2 = x.new_empty((x.shape[0], core.shape[0], *grad.shape[2:]))
