@@ -37,8 +37,10 @@ static inline int64_t weight_count(int64_t batch) {
 struct DiversityParams {
   const void* samples;      // [B, D] elements, rows `row_stride` apart
   const double* row_scale;  // [B] each row is multiplied by it on loading, or null
-  void* gradient;           // [B, D] double for f64 samples, else float; null where nobody asks for it
-  double gradient_scale;    // what is stored there is dS/dx times this
+  const double*
+      row_unit;    // [B] and before that by it, a power of two, or null: norms near the ends of the range
+  void* gradient;  // [B, D] double for f64 samples, else float; null where nobody asks for it
+  double gradient_scale;  // what is stored there is dS/dx times this
   int64_t batch, features, row_stride;
   Element element;
   int32_t chunks;           // 16-float chunks of a row of `bilinear`
@@ -71,7 +73,7 @@ struct DiversityParams {
   /* The largest magnitude of rows first..last; NaN where something is not finite. */                             \
   double diversity_magnitude(const DiversityParams& p, int64_t first, int64_t last);                              \
   /* distances[i, j] = sum_d |x_id - x_jd| (squared: of squares), i < j, for every `step`th group of rows i from\
-     `first` on; [B, B] double. `unit`: a power of two by which samples are divided so that no sum overflows. */ \
+     `first` on; [B, B] double. `unit`: a power of two by which samples are divided, so that no sum overflows; it stays in the distances. */ \
   void diversity_distances(const DiversityParams& p, int64_t first, int64_t step, bool squared, double unit,      \
                            double* distances);                                                                    \
   /* Mean squares, or with `root` norms, of the differences of the rows of z, [nz, B rounded up to 16]       \

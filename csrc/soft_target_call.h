@@ -25,6 +25,7 @@ inline void check_soft_target(const torch::stable::Tensor& student,  // [B, C]
   KEGFAST_CHECK(teacher.scalar_type() == student.scalar_type(), "teacher", "of the student's dtype",
                 static_cast<int>(teacher.scalar_type()));
   KEGFAST_CHECK(temperature > 0, "temperature", "above 0", temperature);
+  check_in_memory("student", student), check_in_memory("teacher", teacher);
 }
 
 struct SoftTargetResult {

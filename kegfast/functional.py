@@ -69,6 +69,12 @@ def diversity_loss(
         ("euclidean") or two noises coincide, the gradient of their distance is 0, and so is that of a
         sample of norm 0 ("cosine"). One number that is not finite makes the loss and its gradients NaN.
 
+        Computation is in float32, or float64 for float64 samples, of rounding error u. Between samples that
+        point nearly the same way, the cosine's gradient is a small difference: it is off by about u times
+        what it is between unlike ones. Where it is beyond the dtype (samples of tiny norm), it stays at the
+        dtype's end. Under "euclidean", pairs closer than 1e-27 of the furthest one's distance (1e-240 in
+        float64) pull less than they should.
+
     Raises:
         TypeError: for something other than dense floating-point tensors of 16, 32 or 64 bits, integer labels.
         ValueError: for shapes, devices or options that do not fit, or nothing to compare.

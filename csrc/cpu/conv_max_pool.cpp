@@ -31,11 +31,15 @@ ConvMaxPoolParams checked(const Tensor& x, const Tensor& weight, const std::opti
   ConvMaxPoolParams p{};
   p.images = x.size(0), p.channels = x.size(1), p.height = x.size(2), p.width = x.size(3);
   p.features = weight.size(0), p.conv = conv, p.pool = pool;
-  const bool fits = pool.rows(conv.rows(p.height)) > 0 && pool.columns(conv.columns(p.width)) > 0;
+  const int64_t rows = conv.rows(p.height), columns = conv.columns(p.width);
+  // A padded pool fits also where the convolution has left nothing to be padded.
+  const bool fits = rows > 0 && columns > 0 && pool.rows(rows) > 0 && pool.columns(columns) > 0;
   KEGFAST_CHECK(fits && p.channels > 0, "x", "at least as large as both windows", p.height);
   if (bias)
     KEGFAST_CHECK(bias->numel() == p.features && bias->is_cpu() && bias->scalar_type() == ScalarType::Float,
                   "bias", "(K) of x's type", bias->numel());
+  check_in_memory("x", x), check_in_memory("weight", weight);
+  if (bias) check_in_memory("bias", *bias);
   return p;
 }
 

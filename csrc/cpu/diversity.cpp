@@ -102,6 +102,7 @@ void check(const Tensor& noises, const Tensor& samples, int64_t metric, int64_t 
   KEGFAST_CHECK(samples.size(0) <= int64_t{1} << 24, "samples", "at most 2^24", samples.size(0));
   KEGFAST_CHECK(0 <= metric && metric <= 3, "metric", "0 to 3", metric);
   KEGFAST_CHECK(0 <= noise_metric && noise_metric <= 1, "noise_metric", "0 or 1", noise_metric);
+  check_in_memory("noises", noises), check_in_memory("samples", samples);
 }
 
 struct Evaluation {
@@ -141,7 +142,7 @@ Evaluation evaluate(const Tensor& noises,  // [B, nz]
       else
         noise_gradient(prepared, noise_kind, d, scale, static_cast<float*>(data));
     }
-    out.exponent = scale * diversity.run(scale);
+    out.exponent = diversity.run(scale);
   }
   if (out.exponent != out.exponent) {
     fill(out.noise_gradient, kNaN);

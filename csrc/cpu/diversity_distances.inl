@@ -26,8 +26,7 @@ inline T lane_sum(Vec<T> v) {
 // distances[i, j] of the rows i.. and j.., kSide of each, where i < j.
 // `plain`: rows of T that nothing scales.
 template <class T, bool squared, bool plain>
-inline void distance_block(const DiversityParams& p, int64_t i, int64_t j, T scale, double unit,
-                           double* distances) {
+inline void distance_block(const DiversityParams& p, int64_t i, int64_t j, T scale, double* distances) {
   const int64_t B = p.batch;
   int64_t ri[kSide], rj[kSide];
   for (int k = 0; k < kSide; ++k) {
@@ -67,7 +66,7 @@ inline void distance_block(const DiversityParams& p, int64_t i, int64_t j, T sca
   }
   for (int a = 0; a < kSide; ++a)
     for (int b = 0; b < kSide; ++b)
-      if (i + a < j + b && j + b < B) distances[(i + a) * B + j + b] = total[a][b] * unit;
+      if (i + a < j + b && j + b < B) distances[(i + a) * B + j + b] = total[a][b];
 }
 
 // Every `step`th group of rows from `first` on, against all later rows.
@@ -77,13 +76,12 @@ inline void distance_rows(const DiversityParams& p, int64_t first, int64_t step,
   const int64_t B = p.batch, groups = (B + kSide - 1) / kSide;
   const int64_t fit = (int64_t{1} << 19) / (p.features * static_cast<int64_t>(sizeof(T)) * kSide);
   const int64_t kept = fit < 1 ? 1 : fit;  // groups of rows j that stay in the second cache
-  const double value = squared ? unit * unit : unit;
   const bool plain = !p.row_scale && (sizeof(T) == 8 || p.element == Element::f32);
   const auto distances_of = plain ? distance_block<T, squared, true> : distance_block<T, squared, false>;
   for (int64_t block = 0; block < groups; block += kept)
     for (int64_t i = first; i < groups && i < block + kept; i += step)
       for (int64_t j = i > block ? i : block; j < groups && j < block + kept; ++j)
-        distances_of(p, i * kSide, j * kSide, static_cast<T>(1 / unit), value, distances);
+        distances_of(p, i * kSide, j * kSide, static_cast<T>(1 / unit), distances);
 }
 
 // The largest magnitude of rows first..last, NaN where something is not finite.

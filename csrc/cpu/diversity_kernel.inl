@@ -116,6 +116,13 @@ void diversity_square_norms(const DiversityParams& p, int64_t first, int64_t las
     norms[i] = p.element == Element::f64 ? square_norm<double>(p, i) : square_norm<float>(p, i);
 }
 
+// What T cannot hold, at its ends: the cosine of tiny samples is that steep.
+template <class T>
+static T saturated(double x) {
+  const double most = sizeof(T) == 8 ? __DBL_MAX__ : double{__FLT_MAX__};
+  return static_cast<T>(x > most ? most : x < -most ? -most : x);
+}
+
 template <class T>
 static void project_row(const DiversityParams& p, int64_t row) {
   T* g = static_cast<T*>(p.gradient) + row * p.features;
@@ -124,11 +131,11 @@ static void project_row(const DiversityParams& p, int64_t row) {
     const int64_t left = p.features - feature;
     for (int l = 0; l < lanes<T> && l < left; ++l) along += static_cast<double>(y[l]) * g[feature + l];
   });
-  const double scale = p.row_scale[row];
+  const double scale = p.row_scale[row], unit = p.row_unit ? p.row_unit[row] : 1;
   each_vector<T>(p, row, [&](int64_t feature, Vec<T> y) {
     const int64_t left = p.features - feature;
     for (int l = 0; l < lanes<T> && l < left; ++l)
-      g[feature + l] = static_cast<T>((g[feature + l] - along * y[l]) * scale);
+      g[feature + l] = saturated<T>((g[feature + l] - along * y[l]) * scale * unit);
   });
 }
 

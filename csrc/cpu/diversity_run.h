@@ -66,15 +66,30 @@ class Diversity {
     if (metric_ == Metric::cosine) normalise_rows();
   }
 
-  // S, in the units of both metrics but without means; fills the gradient of S times `scale` where p.gradient
-  // is given.
+  // S times `scale`, in the units of both metrics but without means; fills its gradient where p.gradient is given.
   double run(double scale) {
     p_.gradient_scale *= scale;
-    return dispatch() * noises_.distance_unit(noise_metric_);
+    return dispatch() * scale * noises_.distance_unit(noise_metric_) * value_unit_;
   }
 
   // d_ij, [B, B] in double, upper triangle.
   std::vector<double> distances() {
+    Distances found = scaled_distances();
+    const double unit = metric_ == Metric::sqeuclidean ? found.unit * found.unit : found.unit;
+    if (unit != 1)
+      for (double& value : found.d) value *= unit;
+    return std::move(found.d);
+  }
+
+ private:
+  using Kernel = void (*)(const DiversityParams&, int64_t, int64_t, void*, double*);
+
+  struct Distances {
+    std::vector<double> d;  // in units, or their squares
+    double unit;            // a power of two: 1 but where squares would leave the range
+  };
+
+  Distances scaled_distances() {
     const int64_t B = p_.batch, parts = threads_for(B, p_.features * 16);
     std::vector<double> largest(parts), d(B * B);
     in_parts(B, parts, [&](int64_t part, int64_t first, int64_t last) {
@@ -82,10 +97,10 @@ class Diversity {
     });
     double most = 0;
     for (double value : largest) most = std::isnan(most) || value <= most ? most : value;
-    if (std::isnan(most)) return std::vector<double>(B * B, most);
+    if (std::isnan(most)) return {std::vector<double>(B * B, most), 1};
     const double limit = wide_ ? 0x1p400 : 0x1p40;
     const bool extreme = most > limit || most < 1 / limit;
-    const double unit = extreme && most > 0 ? std::ldexp(1.0, std::max(std::ilogb(most), -120)) : 1;
+    const double unit = extreme && most > 0 ? power_near(most, wide_ ? 1020 : 120) : 1;
     in_parts(parts, parts, [&](int64_t part, int64_t, int64_t) {
       KEGFAST_SELECT(diversity_distances)(p_, part, parts, metric_ != Metric::l1, unit, d.data());
     });
@@ -95,11 +110,13 @@ class Diversity {
         if (metric_ == Metric::euclidean) value = std::sqrt(value);
         if (metric_ == Metric::cosine) value = value / 2 + cosine_excess(i, j);
       }
-    return d;
+    return {std::move(d), unit};
   }
 
- private:
-  using Kernel = void (*)(const DiversityParams&, int64_t, int64_t, void*, double*);
+  // The power of two below x, as far as 2^-most and 2^most, which have reciprocals.
+  static double power_near(double x, int most) {
+    return std::ldexp(1.0, std::clamp(std::ilogb(x), -most, most));
+  }
 
   double over_tiles(Kernel kernel) {
     std::vector<double> values(tiles_);
@@ -194,18 +211,28 @@ class Diversity {
   }
 
   // sum w d with d = |x_i - x_j|: as sum c |x_i - x_j|^2 with c = w / d, held fixed (d/dx of w d is c (x_i -
-  // x_j)).
+  // x_j)). c is in units near 1 / d, and ends where a pair is so much closer than the furthest that its own c would
+  // leave the range: its direction then counts for less.
   double euclidean() {
-    const std::vector<double> d = distances();
-    double value = 0;
+    const auto [d, unit] = scaled_distances();
+    double value = 0, furthest = 0;
     for (int64_t i = 0; i < p_.batch; ++i)
-      for (int64_t j = i + 1; j < p_.batch; ++j)
+      for (int64_t j = i + 1; j < p_.batch; ++j) {
         value += 2 * d[i * p_.batch + j] * noises_.distance(i, j, noise_metric_);
-    if (!p_.gradient || !std::isfinite(value)) return value;
+        furthest = std::max(furthest, d[i * p_.batch + j]);
+      }
+    value_unit_ = unit;
+    if (!p_.gradient || std::isnan(value)) return value;
+    const double steepest = wide_ ? 0x1p800 : 0x1p90;
+    // Bounded: tiles scale what is tiny up, and the gradient is scaled by 1 / c_unit.
+    const double c_unit = std::clamp(power_near(furthest, wide_ ? 1000 : 140) * unit,
+                                     wide_ ? 0x1p-900 : 0x1p-100, wide_ ? 0x1p100 : 0x1p20);
     const auto weight = [&](int64_t i, int64_t j) {
       const double distance = d[i * p_.batch + j];
-      return distance > 0 ? noises_.distance(i, j, noise_metric_) / distance : 0.0;
+      if (distance == 0) return 0.0;
+      return std::min(noises_.distance(i, j, noise_metric_) * (c_unit / unit) / distance, steepest);
     };
+    p_.gradient_scale /= c_unit;
     wide_ ? with_weights<double>(KEGFAST_SELECT(diversity_square_pairs), weight)
           : with_weights<float>(KEGFAST_SELECT(diversity_square_pairs), weight);
     return value;
@@ -239,6 +266,18 @@ class Diversity {
     in_parts(p_.batch, threads_for(p_.batch, p_.features), [&](int64_t, int64_t first, int64_t last) {
       KEGFAST_SELECT(diversity_square_norms)(p_, first, last, row_scale_.data());
     });
+    for (int64_t i = 0; i < p_.batch; ++i) {
+      constexpr double kFar = 0x1p200;
+      if (row_scale_[i] > 1 / kFar && row_scale_[i] < kFar) continue;
+      const double most = KEGFAST_SELECT(diversity_magnitude)(p_, i, i + 1);
+      if (!(most > 0) || !std::isfinite(most)) continue;
+      if (row_unit_.empty()) row_unit_.assign(p_.batch, 1);
+      row_unit_[i] = 1 / power_near(most, wide_ ? 1020 : 120);
+    }
+    if (!row_unit_.empty()) {
+      p_.row_unit = row_unit_.data();
+      KEGFAST_SELECT(diversity_square_norms)(p_, 0, p_.batch, row_scale_.data());
+    }
     for (double& value : row_scale_) value = value > 0 ? 1 / std::sqrt(value) : value;
     p_.row_scale = row_scale_.data();
   }
@@ -249,7 +288,8 @@ class Diversity {
   const Noises& noises_;
   bool wide_;
   int64_t tiles_;
-  std::vector<double> row_scale_;
+  std::vector<double> row_scale_, row_unit_;
+  double value_unit_ = 1;  // of what dispatch() returns
 };
 
 // d exponent / d noises_i = scale sum_j 2 d_ij dw_ij/dz_i = scale sum_j 2 f_ij (z_i - z_j).

@@ -42,6 +42,7 @@ inline Vec<T> load_row(const DiversityParams& p, int64_t row, int64_t feature) {
     std::memcpy(padded, static_cast<const char*>(p.samples) + offset * size, left * size);
     x = load_elements<T>(padded, p.element, 0);
   }
+  if (p.row_unit) x *= splat(static_cast<T>(p.row_unit[row]));
   return p.row_scale ? x * splat(static_cast<T>(p.row_scale[row])) : x;
 }
 

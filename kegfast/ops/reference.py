@@ -84,8 +84,8 @@ def soft_target(
     temperature: float,
 ) -> Tensor:  # ()
     """T^2 KL(softmax(teacher / T) || softmax(student / T)), averaged over the batch."""
-    ours, theirs = ((x / temperature).log_softmax(1) for x in (student, teacher))
-    return temperature**2 * F.kl_div(ours, theirs, reduction="batchmean", log_target=True)
+    ours, theirs = ((_roomy(x) / temperature).log_softmax(1) for x in (student, teacher))
+    return (temperature**2 * F.kl_div(ours, theirs, reduction="batchmean", log_target=True)).to(student.dtype)
 
 
 def soft_target_gradient(
@@ -94,5 +94,10 @@ def soft_target_gradient(
     temperature: float,
 ) -> Tensor:  # (B, C)
     """The gradient of `soft_target` in the student."""
-    ours, theirs = ((x / temperature).softmax(1) for x in (student, teacher))
-    return (ours - theirs) * (temperature / len(student))
+    ours, theirs = ((_roomy(x) / temperature).softmax(1) for x in (student, teacher))
+    return ((ours - theirs) * (temperature / len(student))).to(student.dtype)
+
+
+def _roomy(x: Tensor) -> Tensor:
+    """Half types in float64: divided by a temperature, squared or unsquared, they leave their range."""
+    return x.double() if x.dtype in (torch.float16, torch.bfloat16) else x

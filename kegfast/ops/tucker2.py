@@ -160,9 +160,9 @@ def _tucker2_gradients(ctx, grad):
     *needs, need_bias = ctx.needs_input_grad[:5]
     need_bias = need_bias and ctx.has_bias
     geometry = (*ctx.stride, *ctx.padding, *ctx.dilation)
-    if t1.numel() == 0 and any(needs[1:]):  # recompute
+    if t1.dim() == 1 and any(needs[1:]):  # nothing was kept: recompute
         _, t1, t2 = torch.ops.kegfast.tucker2_forward(x, first, core, last, None, *geometry, False, True)
-    if t1.numel() and t1.shape[3] + t2.shape[3] != core.shape[0] + core.shape[1]:  # ranks made even
+    if t1.dim() == 4 and t1.shape[3] + t2.shape[3] != core.shape[0] + core.shape[1]:  # ranks made even
         t1, t2 = t1[..., : core.shape[1]].contiguous(), t2[..., : core.shape[0]].contiguous()
     weights = (x, first, core, last)
     fits = _runs_backwards(core, ctx.stride, ctx.padding, ctx.dilation)
@@ -205,7 +205,7 @@ def _unfused_gradients(ctx, grad, x, t1, t2, first, core, last, needs):
         )  # fmt: skip
         return gradients[:2]
 
-    if t1.numel():
+    if t1.dim() == 4:
         t1 = t1[:, ph : ph + h, pw : pw + w].permute(0, 3, 1, 2)
         t2 = t2.permute(0, 3, 1, 2)
     else:  # no weight needs a gradient: shapes are all that torch reads

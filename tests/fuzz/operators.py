@@ -9,7 +9,12 @@ from torch import Tensor
 
 import kegfast
 
-ROUNDOFF = {torch.float64: 2.0**-53, torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
+ROUNDOFF = {
+    torch.float64: 2.0**-53,
+    torch.float32: 2.0**-24,
+    torch.float16: 2.0**-11,
+    torch.bfloat16: 2.0**-8,
+}
 LEAST = {torch.float16: 2.0**-24, torch.bfloat16: 2.0**-133, torch.float32: 2.0**-149, torch.float64: 0.0}
 DTYPES = st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.float64])
 SEEDS = st.integers(0, 2**32 - 1)
@@ -75,7 +80,7 @@ def check(got: Tensor, want: Tensor, sizes: Tensor, share: float) -> None:
     bound = ROUNDOFF[got.dtype] * want.abs() + share * sizes + LEAST[got.dtype]
     off = (got.double() - want).abs()
     assert bool((off <= bound).all()), (
-        f"off by {(off / bound).max().item():.3g} times the bound of {got.dtype}: got {got[off > bound][:4]}, "
+        f"{got.dtype} off by {(off / bound).max().item():.3g} times its bound: got {got[off > bound][:4]}, "
         f"expected {want[off > bound][:4]} at {(off > bound).nonzero()[:4].tolist()} "
         f"({int((off > bound).sum())} of {off.numel()} numbers)"
     )

@@ -21,7 +21,7 @@ WIDTHS = st.one_of(st.integers(1, 40), st.sampled_from([1, 2, 3, 4, 8, 16, 32, 4
 
 @st.composite
 def geometries(draw) -> tuple:
-    """(N, C, H, W), (R1, R2, K), kernel and (stride, padding, dilation); some large enough for two threads."""
+    """(N, C, H, W), (R1, R2, K), kernel and (stride, padding, dilation); some are worth two threads."""
     pairs = [draw(st.tuples(one, one)) for one in map(st.integers, (1, 1, 0, 1), (5, 3, 4, 2))]
     kernel, stride, padding, dilation = pairs
     if draw(st.booleans()):  # what most layers are, Winograd's among them

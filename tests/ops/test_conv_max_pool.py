@@ -158,3 +158,25 @@ def test_bad_input_is_named():
         given = {"x": x, "weight": weight, "bias": bias, **dict(zip(names, geometry, strict=True))}
         with pytest.raises(error, match=rf"^{name}\b"):
             conv_max_pool2d(**(given | change))
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("shape", [(1, 2, 8, 2), (1, 2, 2, 8), (1, 2, 4, 4)])
+def test_a_convolution_that_leaves_nothing_is_refused(shape, threads):
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        # the pool's padding alone would hold its window
+        with pytest.raises(ValueError, match=r"^x must be at least as large as both windows"):
+            conv_max_pool2d(torch.ones(shape), torch.ones(3, 2, 5, 5), pool=2, pool_padding=1)
+    finally:
+        torch.set_num_threads(before)
+
+
+@native
+def test_the_operator_itself_refuses_it_too():
+    for shape in [(1, 2, 8, 2), (1, 2, 2, 8)]:
+        with pytest.raises(RuntimeError, match="x must be at least as large"):
+            torch.ops.kegfast.conv_max_pool(
+                torch.ones(shape), torch.ones(3, 2, 5, 5), None, 1, 1, 0, 0, 2, 2, 2, 2, 1, 1, False, False
+            )

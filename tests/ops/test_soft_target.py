@@ -149,6 +149,28 @@ def test_other_dtypes_take_the_definition(dtype):
     assert torch.equal(loss, reference.soft_target(student, teacher, 4.0))
 
 
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("scale", "temperature"),
+    [(3.0, 0.1), (1000.0, 4.0), (3.0, 1000.0), (3.0, 300.0), (30.0, 1e4), (1e-3, 1.0)],
+)
+def test_half_types_at_extreme_temperatures_and_logits(dtype, scale, temperature, backend):
+    student, teacher = (x.detach().to(dtype) for x in logits(4, 9, scale))
+    wide = student.double().requires_grad_()
+    exact = reference.soft_target(wide, teacher.double(), temperature)
+    (slope,) = torch.autograd.grad(exact, wide)
+    assert exact < torch.finfo(dtype).max  # finite in the dtype too
+    with kegfast.backend(backend):
+        loss = functional.soft_target(student.requires_grad_(), teacher, temperature)
+        (gradient,) = torch.autograd.grad(loss, student)
+    assert loss.dtype == gradient.dtype == dtype
+    torch.testing.assert_close(
+        loss.detach(), exact.detach().to(dtype), rtol=torch.finfo(dtype).eps, atol=1e-7
+    )
+    torch.testing.assert_close(gradient, slope.to(dtype), rtol=torch.finfo(dtype).eps, atol=1e-7)
+
+
 def test_the_reference_backend_takes_the_definition():
     student, teacher = logits(4, 9)
     with kegfast.backend("reference"):
