@@ -55,7 +55,7 @@ GENTLE = Lesson(5e-4, 50, "eval", hints=True)
 """For matched images and a student that is close to its teacher: less is to be learnt than forgotten, and
 artificial images would move BatchNorm's statistics. The teacher's logits say little about a block on images
 that look like no class, so that blocks are taught one by one."""
-THOROUGH = Lesson(2e-3, 800, "train", hints=True)
+THOROUGH = Lesson(2e-3, 600, "train", hints=True)
 """For one that is far from it: there the statistics must follow the weights."""
 TABULAR = Lesson(1e-3, 6_000, "train")
 """For rows, where noise is not far from data."""
