@@ -2,9 +2,10 @@
 
 from typing import Literal
 
-from torch import Tensor, nn
+from torch import nn
 
 from kegfast._util.check import expected
+from kegfast._util.inputs import Inputs, as_inputs, tensors_in
 from kegfast.dispatch import cpu, cuda
 from kegfast.ops import _native
 
@@ -42,7 +43,7 @@ class tuning:
             _native._C.set_tucker2_winograd(self._before)
 
 
-def autotune(model: nn.Module, example_input: Tensor) -> dict[str, dict]:
+def autotune(model: nn.Module, example_input: Inputs) -> dict[str, dict]:
     """Measures each form that the model's Tucker-2 layers can take; later calls take the fastest.
 
     The forms on the CPU: "direct" and "winograd", the fused kernel with either sum in its core, and in
@@ -55,18 +56,20 @@ def autotune(model: nn.Module, example_input: Tensor) -> dict[str, dict]:
 
     Args:
         model: a module with `kegfast.nn.TuckerConv2d` layers; on the CPU only float32 ones are measured.
-        example_input: what the model is called with, in the batch size and memory format to tune for.
+        example_input: what the model is called with (a tensor, a tuple of tensors, or a mapping by keyword), in
+            the batch size and memory format to tune for.
 
     Returns:
         Per layer shape, the times of each form: median seconds on the CPU, milliseconds on CUDA devices
         (see `kegfast.dispatch.cuda.autotune`).
 
     Raises:
-        TypeError: for something other than a module and a floating-point tensor.
+        TypeError: for something other than a module and inputs with a floating-point tensor.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(expected("model", "a module", model))
-    if not (isinstance(example_input, Tensor) and example_input.is_floating_point()):
-        raise TypeError(expected("example_input", "a floating-point tensor", example_input))
-    tune = cuda.autotune if example_input.is_cuda else cpu.autotune
-    return tune(model, example_input)
+    inputs = as_inputs("example_input", example_input, alike=False)
+    if not any(x.is_floating_point() for x in tensors_in(inputs)):
+        raise TypeError(expected("example_input", "with a floating-point tensor", example_input))
+    tune = cuda.autotune if tensors_in(inputs)[0].is_cuda else cpu.autotune
+    return tune(model, inputs)

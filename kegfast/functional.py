@@ -206,7 +206,7 @@ def tucker_conv2d(
     """last(core(first(x))) + bias + addend, then the activation: a Tucker-2 convolution as one operator.
 
     Args:
-        x: (N, C, H, W) input, contiguous or channels_last.
+        x: (N, C, H, W) input, contiguous or channels_last, or one image (C, H, W).
         first: (R1, C, 1, 1) the 1x1 convolution that projects the input channels.
         core: (R2, R1, kh, kw) the small convolution; it alone has stride, padding and dilation.
         last: (K, R2, 1, 1) the 1x1 convolution that restores the output channels.
@@ -220,7 +220,7 @@ def tucker_conv2d(
             its memory format; torch adds any other, by its rules of broadcasting and types.
 
     Returns:
-        (N, K, H', W') in x's dtype and memory format.
+        (N, K, H', W') in x's dtype and memory format, (K, H', W') for one image.
 
     Raises:
         TypeError: for something other than floating-point tensors of one dtype.
@@ -230,6 +230,10 @@ def tucker_conv2d(
     if has_torch_function((*given, addend)):  # torch.fx's proxies, subclasses with a __torch_function__
         rest = stride, padding, dilation, activation, recompute, addend
         return handle_torch_function(tucker_conv2d, (*given, addend), *given, *rest)
+    if isinstance(x, Tensor) and x.dim() == 3:
+        options = stride, padding, dilation, activation, recompute, addend
+        y = tucker_conv2d(x[None], first, core, last, bias, *options)
+        return y if isinstance(addend, Tensor) and addend.dim() > 3 else y[0]
     geometry = _check_tucker2(x, first, core, last, bias, stride, padding, dilation, activation)
     x, first, core, last, bias = _autocast(x, first, core, last, bias)
     weights = (x, first, core, last, bias)

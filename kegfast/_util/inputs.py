@@ -4,6 +4,7 @@ Tensors of one dimension or more hold one entry per sample in their first; anyth
 a flag, belongs to the whole batch.
 """
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from typing import Any
@@ -107,11 +108,18 @@ def concat(parts: Sequence[Inputs]) -> Inputs:
     return each(lambda _: next(joined), parts[0])
 
 
-def unpack(argument: str, batch: Any) -> tuple[Inputs, Any]:
+def to_like(inputs: Inputs, like: Tensor) -> Inputs:
+    """The inputs on a tensor's device, and what is floating-point in its dtype."""
+    return each(lambda x: x.to(like) if x.is_floating_point() else x.to(like.device), inputs)
+
+
+def unpack(argument: str, batch: Any, model: nn.Module | None = None) -> tuple[Inputs, Any]:
     """(inputs, labels) of what a data set or loader yields; None where there are no labels.
 
     A lone tensor is the inputs, and so is a mapping, less what it keeps under one of `LABELS`. The first
-    entry of a tuple or list is the inputs, itself a tensor, tuple or mapping; the second is the labels.
+    entry of a tuple or list is the inputs, itself a tensor, tuple or mapping; the second is the labels. Where
+    a model is given, its forward tells more: a mapping keeps what it has parameters for, and as many tensors
+    at the start of a tuple as it requires are inputs.
 
     Raises:
         TypeError, ValueError: the batch is none of these.
@@ -120,10 +128,34 @@ def unpack(argument: str, batch: Any) -> tuple[Inputs, Any]:
         return batch, None
     if isinstance(batch, Mapping):
         rest = {name: x for name, x in batch.items() if name not in LABELS}
+        rest = {name: x for name, x in rest.items() if _takes(model, name)} or rest
         return as_inputs(argument, rest), next((batch[name] for name in LABELS if name in batch), None)
     if isinstance(batch, tuple | list) and batch:
-        return as_inputs(argument, batch[0]), batch[1] if len(batch) > 1 else None
+        several = _required(model) if isinstance(batch[0], Tensor) else 1
+        found = tuple(batch[:several]) if several > 1 else batch[0]
+        return as_inputs(argument, found), batch[several] if len(batch) > several else None
     raise TypeError(expected(argument, "batches of inputs or (inputs, labels)", batch))
+
+
+def _parameters(model: nn.Module | None) -> list[inspect.Parameter] | None:
+    """Those of forward; None where nothing tells them."""
+    try:
+        return None if model is None else list(inspect.signature(model.forward).parameters.values())
+    except (TypeError, ValueError):
+        return None
+
+
+def _takes(model: nn.Module | None, name: str) -> bool:
+    """Whether it may be given by keyword, as far as one can tell."""
+    found = _parameters(model)
+    return found is None or any(name == p.name or p.kind is inspect.Parameter.VAR_KEYWORD for p in found)
+
+
+def _required(model: nn.Module | None) -> int:
+    """How many positional arguments, at least one."""
+    kinds = inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD
+    found = [p for p in _parameters(model) or () if p.kind in kinds and p.default is inspect.Parameter.empty]
+    return max(1, len(found))
 
 
 def named_tensors(output: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:

@@ -25,8 +25,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--include", nargs="+", metavar="PATTERN", help="only these layers: layers3.*.conv1")
     parser.add_argument("--exclude", nargs="+", metavar="PATTERN", help="not these layers")
     parser.add_argument(
-        "--example", metavar="N,C,H,W", help="shape of an input: measure, and never get slower"
-    )
+        "--example",
+        metavar="N,C,H,W",
+        help="shape of an input: measure; without a budget of params, flops or memory never get slower",
+    )  # fmt: skip
     parser.add_argument("--calibrate", nargs="+", metavar="SOURCE", help=sources.HELP)
     parser.add_argument(
         "--samples", type=int, default=256, metavar="N", help="samples to calibrate with (default 256)"

@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from kegfast._util.inputs import call, split
+from kegfast._util.modules import in_mode
 from kegfast.compression import costs
 from kegfast.compression.budget import Option, Rank, Table, allocate, settled, tabulate
 from kegfast.compression.decompose import Metric, whiten
@@ -16,7 +18,7 @@ from kegfast.compression.norms import batch_statistics
 from kegfast.compression.ranks import RankRule, layer_rank, spectra
 from kegfast.compression.report import CompressionReport
 from kegfast.compression.surgery import Site
-from kegfast.compression.traffic import Traffic, evaluation, tensors_of
+from kegfast.compression.traffic import Traffic, tensors_of
 
 log = logging.getLogger(__name__)
 
@@ -204,11 +206,11 @@ def choose(
         found: plans by name.
         teacher: the original.
         trial: makes a plan's student.
-        evidence: the inputs; without any the first plan is taken.
+        evidence: the inputs; without any the first plan is taken, and where the outputs hold no tensors.
     """
-    if evidence.samples is None:
+    outputs = [] if evidence.samples is None else outputs_of(teacher, evidence)
+    if not outputs:
         return next(iter(found)), {}
-    outputs = outputs_of(teacher, evidence)
     distances: dict[str, float] = {}
     for way, plan in found.items():
         same = next((other for other in distances if found[other] == plan), None)
@@ -223,11 +225,11 @@ def choose(
 @torch.no_grad()
 def outputs_of(model: nn.Module, evidence: Evidence) -> list[Tensor]:
     """All outputs, in one tensor per place in what the model returns; on noise by its own statistics."""
-    with evaluation(model):
+    with in_mode(model, training=False):
         if evidence.probes:
             with batch_statistics(model):
-                return [part.float() for part in tensors_of(model(evidence.samples))]
-        chunks = [tensors_of(model(chunk)) for chunk in evidence.samples.split(CHUNK)]
+                return [part.float() for part in tensors_of(call(model, evidence.samples))]
+        chunks = [tensors_of(call(model, chunk)) for chunk in split(evidence.samples, CHUNK)]
     return [torch.cat(parts).float() for parts in zip(*chunks, strict=True)]
 
 

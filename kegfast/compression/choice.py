@@ -6,14 +6,17 @@ import statistics
 import time
 from collections.abc import Mapping, Sequence
 from functools import partial
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from kegfast._util import timing
+from kegfast._util.inputs import Inputs, call, tensors_in
+from kegfast._util.modules import in_mode, modes_kept
 from kegfast.compression.report import CompressionReport, LayerReport
 from kegfast.compression.surgery import Site, replace, unfused
-from kegfast.compression.traffic import Inputs, Traffic, evaluation
+from kegfast.compression.traffic import Traffic
 from kegfast.nn import TuckerConv2d, TuckerLinear
 
 log = logging.getLogger(__name__)
@@ -66,16 +69,9 @@ def _ways(dense: nn.Module, layer: nn.Module) -> dict[str, nn.Module]:
 
 
 def _time_ways(ways: Mapping[str, nn.Module], inputs: Sequence[Tensor], seconds: float) -> dict[str, float]:
-    modes = {layer: layer.training for way in ways.values() for layer in way.modules()}
-    try:
-        for way in ways.values():
-            way.eval()
-        with torch.inference_mode():
-            calls = {way: partial(run_all, layer, inputs) for way, layer in ways.items()}
-            return timing.interleaved(calls, LAYER_ROUNDS, seconds=seconds)
-    finally:
-        for layer, mode in modes.items():
-            layer.training = mode
+    with modes_kept(*ways.values()), torch.inference_mode():
+        calls = {way: partial(run_all, layer.eval(), inputs) for way, layer in ways.items()}
+        return timing.interleaved(calls, LAYER_ROUNDS, seconds=seconds)
 
 
 def run_all(layer: nn.Module, inputs: Sequence[Tensor]) -> None:
@@ -87,7 +83,7 @@ def run_all(layer: nn.Module, inputs: Sequence[Tensor]) -> None:
 def inputs_like(example: Inputs, traffic: Traffic, weight: Tensor) -> list[Tensor]:
     """Random inputs for a layer's calls, in its weight's dtype and the example's memory format."""
     inputs = [torch.randn(shape, device=weight.device).to(weight.dtype) for shape in traffic.inputs]
-    wanted = example[0]
+    wanted = tensors_in(example)[0]
     last = wanted.dim() == 4 and wanted.is_contiguous(memory_format=torch.channels_last)
     if not last or wanted.is_contiguous():
         return inputs
@@ -102,7 +98,7 @@ def keep_fastest(
     example: Inputs,
     report: CompressionReport,
     *,
-    keep_small: bool,
+    keep: Literal["fastest", "layers", "size"],
     seconds: float = 0.1,
 ) -> nn.Module:
     """Replaces layers of the student by whichever way of running them is fastest.
@@ -114,11 +110,14 @@ def keep_fastest(
         traffic: shapes at the sites for `example`.
         example: input of the model.
         report: gets the latencies, decisions and reasons.
-        keep_small: keep a layer factored although it is slower, as long as the whole model is not.
+        keep: "fastest" makes every layer that is slower factored dense again, and then more of them until
+            the whole model is faster; "layers" only the latter; "size" none of them: the report then says
+            what the size that was asked for costs in time.
         seconds: for each layer's timing.
 
     Returns:
-        The student, which in the last measurement was faster than the teacher, or is it again.
+        The student, which unless its size is kept was faster than the teacher in the last measurement, or is
+        it again.
     """
     timed = time_layers(student, sites, traffic, example, seconds)
     losses: dict[str, float] = {}
@@ -130,10 +129,21 @@ def keep_fastest(
         student = replace(student, sites[name], ways[low])
         entry.decision = _decision(ways[low])
         entry.reason += f"; {low} is the faster way" if len(ways) == 3 else ""
-        if losses[name] > 0 and not keep_small:
+        if losses[name] > 0 and keep == "fastest":
             student = _restore(student, sites[name], entry, "slower than the dense layer")
             del losses[name]
+    if keep == "size":
+        _note_cost(report, _time_models(teacher, student, example, 8 * seconds))
+        return student
     return _not_slower(student, teacher, sites, losses, example, report, 8 * seconds)
+
+
+def _note_cost(report: CompressionReport, times: Mapping[str, Sequence[float]]) -> None:
+    """Writes the whole model's times down, and in words where it became slower."""
+    report.latency = {name: statistics.median(values) for name, values in times.items()}
+    share = statistics.median(_shares(times))
+    if not _faster(times):
+        report.notes.append(f"the budget is kept although a call takes {share:.2f} times as long as before")
 
 
 def _decision(layer: nn.Module) -> str:
@@ -195,10 +205,10 @@ def _time_models(
     teacher: nn.Module, student: nn.Module, example: Inputs, seconds: float
 ) -> dict[str, list[float]]:
     """Seconds of both, round by round; for longer where the first rounds leave it open and are short."""
-    calls = {"before": lambda: teacher(*example), "after": lambda: student(*example)}
+    calls = {"before": lambda: call(teacher, example), "after": lambda: call(student, example)}
     times: dict[str, list[float]] = {name: [] for name in calls}
     end = time.perf_counter() + 7 * seconds
-    with evaluation(student), evaluation(teacher), torch.inference_mode():
+    with in_mode(student, training=False), in_mode(teacher, training=False), torch.inference_mode():
         for longer in (1, 2, 4):
             for name, values in timing.take_turns(
                 calls, ROUNDS, seconds=longer * seconds, seed=longer

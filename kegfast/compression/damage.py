@@ -34,4 +34,4 @@ def warn_of_damage(
     text = f"{what}: the student answers mostly otherwise than the model. Give budget={{'params': share}}, or"
     text += " let kegfast.shrink choose and teach it"
     report.notes.append(text)
-    warnings.warn(text, stacklevel=3)
+    warnings.warn(text, stacklevel=4)  # beyond what keeps the generators

@@ -4,16 +4,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from kegfast._util.check import expected
+from kegfast._util.inputs import Inputs, as_inputs, each, tensors_in, to_like
 from kegfast.compression.decompose import Metric
 from kegfast.compression.matching import match_statistics
 from kegfast.compression.norms import look_familiar
 from kegfast.compression.samples import gather, of_every_class, probes
 from kegfast.compression.sensitivity import metrics
 from kegfast.compression.surgery import Site
-from kegfast.compression.traffic import Inputs, Traffic, trace
+from kegfast.compression.traffic import Traffic, trace
 
 
 @dataclass
@@ -21,7 +22,7 @@ class Evidence:
     """Empty where the caller gave neither inputs nor their shape."""
 
     example: Inputs | None = None
-    samples: Tensor | None = None  # real, generated or noise
+    samples: Inputs | None = None  # real, generated or noise
     probes: bool = False  # the samples are noise
     synthetic: bool = False  # at first they did not look to BatchNorm like what it was trained on
     traffic: dict[str, Traffic] = field(default_factory=dict)
@@ -46,22 +47,17 @@ def collect(
     """Runs the model as far as the arguments of `compress` allow."""
     evidence = Evidence()
     if example_input is not None:
-        sequence = isinstance(example_input, Sequence)
-        evidence.example = tuple(example_input) if sequence else (example_input,)
-        if not all(isinstance(part, Tensor) for part in evidence.example):
-            raise TypeError(expected("example_input", "a tensor or tensors", example_input))
-        if not all(part.numel() and bool(part.isfinite().all()) for part in evidence.example):
+        evidence.example = as_inputs("example_input", example_input, alike=False)
+        if not all(part.numel() and bool(part.isfinite().all()) for part in tensors_in(evidence.example)):
             raise ValueError(expected("example_input", "of finite values, one at least", example_input))
         evidence.traffic = trace(model, sites, evidence.example)
     if calibration is not None:
         evidence.samples = gather(calibration, samples, model)
-    elif budget and evidence.example is not None and len(evidence.example) == 1:
-        example = evidence.example[0]
-        if example.is_floating_point():
-            evidence.samples = probes(example.shape[1:])
-            evidence.probes = evidence.synthetic = True
+    elif budget and evidence.example is not None:
+        evidence.samples = _noise_like(evidence, sites)
+        evidence.probes = evidence.synthetic = evidence.samples is not None
     if evidence.samples is not None:
-        evidence.samples = evidence.samples.to(next(model.parameters()))
+        evidence.samples = to_like(evidence.samples, next(model.parameters()))
         if not evidence.probes and not look_familiar(model, evidence.samples):
             evidence.synthetic = True
             evidence.samples = match_statistics(model, evidence.samples)
@@ -70,3 +66,13 @@ def collect(
         if budget:
             evidence.metrics = metrics(model, selected, evidence.samples, noise=evidence.probes)
     return evidence
+
+
+def _noise_like(evidence: Evidence, sites: Sequence[Site]) -> Inputs | None:
+    """Noise in the shape of the example; None where that is no batch of one tensor of numbers."""
+    (example, *more) = tensors_in(evidence.example)
+    calls = [(site, evidence.traffic[site.name]) for site in sites if site.name in evidence.traffic]
+    alone = any(isinstance(site.module, nn.Conv2d) and len(seen.inputs[0]) == 3 for site, seen in calls)
+    if more or alone or not example.is_floating_point():
+        return None
+    return each(lambda x: probes(x.shape[1:]), evidence.example)

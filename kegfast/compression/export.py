@@ -1,17 +1,26 @@
 """Leaving torch: factored layers as the plain convolutions that every other tool knows."""
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping
+from functools import wraps
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from kegfast._util.check import expected
+from kegfast._util.check import accepts, expected
 from kegfast._util.extras import extra
 from kegfast._util.files import atomic_write
+from kegfast._util.inputs import Inputs, as_inputs, call, named_tensors, tensors_in
 from kegfast._util.modules import clone
-from kegfast.compression.surgery import replace_all, spell_out_addends, spell_out_pools, unfused
+from kegfast.compression.surgery import (
+    replace_all,
+    spell_out_addends,
+    spell_out_pools,
+    unfused,
+    unwrap,
+)
 from kegfast.nn import TuckerConv2d
 
 
@@ -28,7 +37,7 @@ def unfuse(model: nn.Module) -> nn.Module:
     return replace_all(model, lambda module: isinstance(module, TuckerConv2d), unfused)
 
 
-def export_onnx(model: nn.Module, path: str | Path, example_input: Tensor | Sequence[Tensor]) -> None:
+def export_onnx(model: nn.Module, path: str | Path, example_input: Any) -> None:
     """Writes the model as an ONNX file, atomically; a factored layer becomes three Conv nodes.
 
     Needs the extra `onnx`.
@@ -36,11 +45,14 @@ def export_onnx(model: nn.Module, path: str | Path, example_input: Tensor | Sequ
     Args:
         model: any module; it stays as it is.
         path: the file.
-        example_input: one input of the model (a tensor, or a tuple of them). Their batch size is left
-            open in the file if it is above 1; all must share it for that.
+        example_input: one input of the model (a tensor, a tuple of them, or a mapping by keyword). Their
+            batch size is left open in the file if it is above 1; all must share it for that.
+
+    Outputs in a mapping or with named fields keep their names (`box.left` where they are nested).
 
     Raises:
         TypeError: no module, or an example that is no tensor with a batch dimension.
+        ValueError: an example that the model does not take.
         MissingExtra: onnx or onnxscript is not installed.
     """
     with extra("onnx"):
@@ -48,20 +60,44 @@ def export_onnx(model: nn.Module, path: str | Path, example_input: Tensor | Sequ
         import onnxscript  # noqa: F401
     if not isinstance(model, nn.Module):
         raise TypeError(expected("model", "a torch.nn.Module", model))
-    inputs = tuple(example_input) if isinstance(example_input, tuple | list) else (example_input,)
-    if not inputs or not all(isinstance(part, Tensor) and part.ndim for part in inputs):
+    inputs = as_inputs("example_input", example_input, alike=False)
+    tensors = tensors_in(inputs)
+    if not all(part.ndim for part in tensors):
         raise TypeError(expected("example_input", "tensors with a batch dimension", example_input))
-    plain = unfuse(clone(model)).eval()
-    alike = len(inputs[0]) > 1 and len({len(part) for part in inputs}) == 1
+    plain = unfuse(clone(unwrap(model))).eval()
+    names = _name_outputs(plain, inputs)
+    alike = len(tensors[0]) > 1 and len({len(part) for part in tensors}) == 1
     batch = {0: torch.export.Dim("batch", min=1)} if alike else None
+    by_name = isinstance(inputs, Mapping)
+    args = () if by_name else inputs if isinstance(inputs, tuple) else (inputs,)
+    shapes = {name: batch for name in inputs} if by_name else (batch,) * len(args)
     with warnings.catch_warnings(), atomic_write(path) as temporary:
         warnings.simplefilter("ignore")
         torch.onnx.export(
             plain,
-            inputs,
+            args,
             temporary,
+            kwargs=inputs if by_name else None,
+            output_names=names,
             dynamo=True,
             external_data=False,
-            dynamic_shapes=None if batch is None else (batch,) * len(inputs),
+            dynamic_shapes=None if batch is None else shapes,
             verbose=False,
         )
+
+
+@torch.no_grad()
+def _name_outputs(model: nn.Module, inputs: Inputs) -> list[str] | None:
+    """The names of its outputs, which it returns as a plain tuple from now on; None where they have none."""
+    with accepts("example_input", inputs):
+        output = call(model, inputs)
+    if isinstance(output, Tensor | list) or type(output) is tuple:
+        return None
+    forward = model.forward
+
+    @wraps(forward)
+    def flat(*args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
+        return tuple(tensor for _, tensor in named_tensors(forward(*args, **kwargs)))
+
+    model.forward = flat
+    return [name for name, _ in named_tensors(output)]

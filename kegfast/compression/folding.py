@@ -9,13 +9,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from kegfast._util.check import accepts, expected
 from kegfast._util.inputs import Inputs, as_inputs, call, named_tensors
-from kegfast._util.modules import clone
+from kegfast._util.modules import clone, in_mode
 from kegfast.compression import rewriting
 from kegfast.compression.normalizers import Normalizer, normalizer, reads_matrices
 from kegfast.compression.rewriting import LAYERS, count_calls, is_a, only_user
 from kegfast.compression.structure import LayerTracer, trace_graph
 from kegfast.compression.surgery import HOOKS, has_own_weights, is_plain, owners_of, tail_of, unwrap
-from kegfast.compression.traffic import evaluation
 from kegfast.nn import TuckerConv2d, TuckerLinear
 
 log = logging.getLogger(__name__)
@@ -86,7 +85,7 @@ class _Tracer(LayerTracer):
 
 @torch.no_grad()
 def _answers(model: nn.Module, inputs: Inputs) -> list[tuple[str, Tensor]]:
-    with evaluation(model), accepts("example_input", inputs):
+    with in_mode(model, training=False), accepts("example_input", inputs):
         return [(name, tensor.clone()) for name, tensor in named_tensors(call(model, inputs))]
 
 

@@ -6,13 +6,16 @@ al., DeepInversion, both CVPR 2020).
 """
 
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kegfast._util.inputs import Inputs, call, each, take, tensors_in, to_like
 from kegfast._util.modules import clone
+from kegfast.compression.traffic import logits_of
 from kegfast.extraction.moments import NormMoments
 from kegfast.extraction.teacher import FrozenTeacher
 
@@ -28,35 +31,62 @@ NUMBERS = 1 << 18
 LEAST = 16
 
 
-def match_statistics(model: nn.Module, samples: Tensor) -> Tensor:  # (n, ...) -> (m <= n, ...)
+def match_statistics(model: nn.Module, samples: Inputs) -> Inputs:
     """Moves samples, within their own range, towards a model's BatchNorm statistics.
 
     Args:
         model: the teacher, unchanged, with at least one BatchNorm that has running statistics.
-        samples: any to start from; the closer to the data, the better.
+        samples: any to start from; the closer to the data, the better. Of several tensors, those of
+            floating-point numbers are moved.
 
     Returns:
-        The moved samples; the given ones where that leads nowhere.
+        The moved samples, as many as `NUMBERS` allows; the given ones where that leads nowhere.
     """
-    count = max(LEAST, NUMBERS // max(samples[0].numel(), 1))
-    start = samples[:count].float()
-    teacher = FrozenTeacher(clone(model).float(), watch=True)
-    low, high = float(start.amin()), float(start.amax())
-    moved = start.clone().requires_grad_(True)
-    optimiser = torch.optim.Adam([moved], lr=RATE)
+    values = [x for x in tensors_in(samples) if x.is_floating_point() and x.dim()]
+    if not values:
+        return samples
+    most = max(LEAST, NUMBERS // max(sum(x[0].numel() for x in values), 1))
+    start = take(samples, slice(most))
+    teacher = FrozenTeacher(_Values(clone(model).float(), start), watch=True)
+    starts = [x[:most].float() for x in values]
+    bounds = [(float(x.amin()), float(x.amax())) for x in starts]
+    moved = [x.clone().requires_grad_(True) for x in starts]
+    optimiser = torch.optim.Adam(moved, lr=RATE)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, STEPS)
     with torch.enable_grad():
         for step in range(STEPS):
             output, seen = teacher(moved)
             distance = sum(map(_distance, seen))
-            (moved.grad,) = torch.autograd.grad(distance + SPREAD * _spread(output), moved)
+            gradients = torch.autograd.grad(distance + SPREAD * _spread(output), moved, allow_unused=True)
+            for x, gradient in zip(moved, gradients, strict=True):
+                x.grad = gradient
             optimiser.step()
             schedule.step()
             with torch.no_grad():
-                moved.clamp_(low, high)
+                for x, (low, high) in zip(moved, bounds, strict=True):
+                    x.clamp_(low, high)
             if step % 10 == 0:
                 log.info("step %d: distance to the BatchNorm statistics %.4f", step, float(distance.detach()))
-    return moved.detach().to(samples) if bool(moved.isfinite().all()) else samples
+    if not all(bool(x.isfinite().all()) for x in moved):
+        return samples
+    return to_like(_with_values(start, [x.detach() for x in moved]), values[0])
+
+
+class _Values(nn.Module):
+    """A model as one of the floating-point tensors among its inputs; the others stay those of the samples."""
+
+    def __init__(self, model: nn.Module, samples: Inputs):
+        super().__init__()
+        self.model, self.samples = model, samples
+
+    def forward(self, values: Sequence[Tensor]) -> Any:
+        return call(self.model, _with_values(self.samples, values))
+
+
+def _with_values(samples: Inputs, values: Sequence[Tensor]) -> Inputs:
+    """The samples with other numbers in their floating-point tensors."""
+    rest = iter(values)
+    return each(lambda x: next(rest) if x.is_floating_point() and x.dim() else x, samples)
 
 
 def _distance(seen: NormMoments) -> Tensor:
@@ -70,7 +100,8 @@ def _distance(seen: NormMoments) -> Tensor:
 
 def _spread(output: Any) -> Tensor | float:
     """Cross-entropy with the classes in turn; 0 for what is no table of logits."""
-    if not isinstance(output, Tensor) or output.dim() != 2 or output.shape[1] < 2:
+    logits = logits_of(output)
+    if logits is None:
         return 0.0
-    classes = torch.arange(len(output), device=output.device) % output.shape[1]
-    return F.cross_entropy(output, classes)
+    classes = torch.arange(len(logits), device=logits.device) % logits.shape[1]
+    return F.cross_entropy(logits, classes)

@@ -1,14 +1,17 @@
 """BatchNorm under other inputs or other layers: its statistics re-estimated, or moved."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from kegfast.compression.traffic import Inputs, evaluation
+from kegfast._util.inputs import Inputs, call
+from kegfast._util.modules import in_mode
+from kegfast.compression.traffic import Arguments, only_input
 
 _STATE = ("training", "track_running_stats", "momentum", "num_batches_tracked", "running_mean", "running_var")
 
@@ -24,16 +27,16 @@ def batch_statistics(model: nn.Module) -> Iterator[dict[str, tuple[Tensor, Tenso
     before = {name: {key: getattr(norm, key) for key in _STATE} for name, norm in norms.items()}
     seen: dict[str, tuple[Tensor, Tensor]] = {}
 
-    def note(name: str, norm: nn.Module, args: Inputs, out: Tensor) -> None:
+    def note(name: str, norm: nn.Module, args: Arguments, out: Tensor) -> None:
         seen[name] = norm.running_mean, norm.running_var
 
-    def fresh(norm: nn.Module, args: Inputs) -> None:
+    def fresh(norm: nn.Module, args: Arguments, kwargs: Mapping[str, Any]) -> None:
         # With momentum 1 torch leaves the batch's own moments, at the cost of normalising alone.
-        x, known = args[0], norm.running_mean
+        x, known = only_input(args, kwargs), norm.running_mean
         dtype = torch.promote_types(x.dtype, torch.float32) if known is None else known.dtype
         norm.running_mean, norm.running_var = torch.zeros(2, x.shape[1], dtype=dtype, device=x.device)
 
-    handles = [norm.register_forward_pre_hook(fresh) for norm in norms.values()]
+    handles = [norm.register_forward_pre_hook(fresh, with_kwargs=True) for norm in norms.values()]
     handles += [norm.register_forward_hook(partial(note, name)) for name, norm in norms.items()]
     try:
         for norm in norms.values():
@@ -54,10 +57,10 @@ def has_norms(model: nn.Module) -> bool:
 
 
 @torch.no_grad()
-def reestimate_norms(student: nn.Module, samples: Tensor) -> bool:
+def reestimate_norms(student: nn.Module, samples: Inputs) -> bool:
     """Sets every BatchNorm's running statistics to those of the samples; False if there is none."""
-    with evaluation(student), batch_statistics(student) as seen:
-        student(samples)
+    with in_mode(student, training=False), batch_statistics(student) as seen:
+        call(student, samples)
     for name, (mean, variance) in seen.items():
         norm = student.get_submodule(name)
         if norm.running_mean is not None:
@@ -67,14 +70,14 @@ def reestimate_norms(student: nn.Module, samples: Tensor) -> bool:
 
 
 @torch.no_grad()
-def look_familiar(model: nn.Module, samples: Tensor, limit: float = 0.04) -> bool:
+def look_familiar(model: nn.Module, samples: Inputs, limit: float = 0.04) -> bool:
     """Whether the samples look to a model's BatchNorms like what they were trained on.
 
     Real inputs reproduce the running means to about 0.02 standard deviations, generated ones
     and noise to 0.06 and more. A model without BatchNorm finds everything familiar.
     """
-    with evaluation(model), batch_statistics(model) as seen:
-        model(samples)
+    with in_mode(model, training=False), batch_statistics(model) as seen:
+        call(model, samples)
     shifts = []
     for name, (mean, _) in seen.items():
         norm = model.get_submodule(name)
@@ -85,7 +88,7 @@ def look_familiar(model: nn.Module, samples: Tensor, limit: float = 0.04) -> boo
 
 
 @torch.no_grad()
-def transfer_norms(student: nn.Module, teacher: nn.Module, samples: Tensor) -> bool:
+def transfer_norms(student: nn.Module, teacher: nn.Module, samples: Inputs) -> bool:
     """Moves BatchNorm's running statistics as compression moved them on synthetic samples.
 
     Noise cannot say what a channel's mean is, but both models on the same noise say how far
@@ -94,8 +97,8 @@ def transfer_norms(student: nn.Module, teacher: nn.Module, samples: Tensor) -> b
     """
     found = []
     for model in (teacher, student):
-        with evaluation(model), batch_statistics(model) as seen:
-            model(samples)
+        with in_mode(model, training=False), batch_statistics(model) as seen:
+            call(model, samples)
         found.append(seen)
     for name, (mean, variance) in found[1].items():
         if name not in found[0]:

@@ -13,6 +13,9 @@ from torch import Tensor, nn
 
 from kegfast._util import check
 from kegfast._util.check import expected
+from kegfast._util.generators import generators_kept
+from kegfast._util.inputs import count
+from kegfast._util.modules import clone
 from kegfast.compression import costs, ranks
 from kegfast.compression.allocation import Plan, choose, plans
 from kegfast.compression.budget import Rank
@@ -28,7 +31,6 @@ from kegfast.compression.selection import Patterns, rule_of, select
 from kegfast.compression.surgery import (
     Site,
     build,
-    clone,
     factors_of,
     replace,
     spell_out_pools,
@@ -41,6 +43,7 @@ from kegfast.nn.factors import Factors
 log = logging.getLogger(__name__)
 
 
+@generators_kept()
 def compress(
     model: nn.Module,
     rank: RankRules | None = None,
@@ -48,7 +51,7 @@ def compress(
     include: Patterns = None,
     exclude: Patterns = None,
     budget: Mapping[str, float] | int | None = None,
-    example_input: Tensor | Sequence[Tensor] | None = None,
+    example_input: Any = None,
     calibration: Any = None,
     samples: int = 256,
     measure: bool = True,
@@ -73,26 +76,29 @@ def compress(
             need `example_input`. Where there are inputs to look at, several ways to spend it are tried
             (errors weighted by sensitivity or not, absolute or relative, one share or energy for all
             layers), and the one whose outputs stay closest to the model's is taken.
-        example_input: one input of the model (a tensor, or a tuple of them), at the batch size,
-            dtype and layout that matter. With it FLOPs are reported, layers are timed, and a budget
-            weights errors by the outputs' sensitivity (on noise, with the teacher's BatchNorm
+        example_input: one input of the model (a tensor, a tuple of tensors, or a mapping by keyword), at
+            the batch size, dtype and layout that matter. With it FLOPs are reported, layers are timed,
+            and a budget weights errors by the outputs' sensitivity (on noise, with the teacher's BatchNorm
             statistics, unless `calibration` is given). Without either, errors are relative to each
             weight's norm.
-        calibration: unlabelled inputs (a tensor, a Dataset, a DataLoader, or anything with
-            `.sample(n)` such as Generators). Errors are weighted by them, factors and biases solved
-            anew, BatchNorm statistics re-estimated. Samples that are visibly not what the model was
-            trained on are first changed until BatchNorm finds them familiar (`match_statistics`, at
+        calibration: unlabelled inputs in the same forms, a Dataset or a DataLoader of them (labels are left
+            out), or anything with `.sample(n)` such as Generators. Errors are weighted by them, factors and
+            biases solved anew, BatchNorm statistics re-estimated. Samples that are visibly not what the
+            model was trained on are first changed until BatchNorm finds them familiar (`match_statistics`, at
             most 256 images of 32 x 32 or their like); BatchNorm statistics are then moved as they move
             on both models.
         samples: how many to draw from `calibration`. Anything with `.sample(n)` is asked for eight times
             as many where that is cheap, and those are kept that fall into a classifier's classes alike;
             samples that are changed are not, as they are led to all classes.
         measure: time dense, unfused and fused layers on `example_input` and keep what is fastest;
-            the whole model is then never slower than before. Under a budget or explicit ranks a layer
-            may lose as long as the model does not.
+            the whole model is then never slower than before. Under explicit ranks or a budget of latency a
+            layer may lose as long as the model does not. Any other budget is kept, and the report says what
+            it costs in time.
         round_to: rounds ranks to multiples of this number, for kernels that want it: up where that
             still saves parameters; under a budget only multiples are options.
         inplace: change `model` itself instead of a deep copy.
+
+    torch's global generators are left as they were; what `calibration` draws depends on them.
 
     Returns:
         The compressed model and the report.
@@ -136,13 +142,16 @@ def compress(
         trial = partial(_trial, model, decompose, evidence)
         way, report.plans = choose(found, model, trial, evidence)
         wanted = found[way]
+        if evidence.samples is not None and not report.plans:
+            report.notes.append(f"the outputs hold no tensors to compare plans by; {way} was taken")
         _explain(report, wanted, settled, way, evidence.source)
     replaced = {site.name: site for site in selected if wanted.get(site.name) is not None}
     for name, site in replaced.items():
         factors = decompose(site, wanted[name])
         student = _install(student, site, factors, report[name], evidence.traffic.get(name))
     if measure and evidence.example is not None and replaced:
-        keep_small = budget is not None or isinstance(rank, Mapping | tuple | list)
+        explicit = budget is not None or isinstance(rank, Mapping | tuple | list)
+        size = budget is not None and "latency" not in budget
         student = keep_fastest(
             student,
             teacher,
@@ -150,7 +159,7 @@ def compress(
             evidence.traffic,
             evidence.example,
             report,
-            keep_small=keep_small,
+            keep="size" if size else "layers" if explicit else "fastest",
         )
     _adapt(student, teacher, evidence, report)
     _finish(report, student)
@@ -254,7 +263,7 @@ def _adapt(student: nn.Module, teacher: nn.Module, evidence: Evidence, report: C
         return
     if not evidence.probes:  # least squares would fit what only noise has in common
         _refit(student, teacher, evidence)
-        report.notes.append(f"factors and biases solved anew on {len(evidence.samples)} inputs")
+        report.notes.append(f"factors and biases solved anew on {count(evidence.samples)} inputs")
     if note := _adapt_norms(student, teacher, evidence):
         report.notes.append(note)
     layers = dict(student.named_modules())

@@ -2,22 +2,25 @@
 
 from collections.abc import Mapping
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kegfast._util.inputs import Inputs, call
+from kegfast._util.modules import in_mode
 from kegfast.compression.decompose import Metric
 from kegfast.compression.norms import batch_statistics
 from kegfast.compression.surgery import factored_layers
-from kegfast.compression.traffic import Inputs, evaluation, rows_of
+from kegfast.compression.traffic import Arguments, only_input, rows_of
 
 
 @torch.no_grad()
 def refit(
     student: nn.Module,
     teacher: nn.Module,
-    samples: Tensor,
+    samples: Inputs,
     metrics: Mapping[str, Metric] | None = None,
     *,
     rows: int = 1 << 14,
@@ -35,7 +38,7 @@ def refit(
     Args:
         student: changed in place.
         teacher: the original, with dense layers under the same names.
-        samples: (n, ...) inputs.
+        samples: n inputs.
         metrics: of layers, by name; see `sensitivity.metrics`.
         rows: at most so many pixels (rows of a Linear) enter each regression.
         ridge: pull towards the factors as they are, or the teacher's weight where all factors are solved,
@@ -44,19 +47,19 @@ def refit(
     targets: dict[str, tuple[Tensor, Tensor]] = {}
     generator = torch.Generator().manual_seed(0)
 
-    def keep(name: str, module: nn.Module, args: Inputs, out: Tensor) -> None:
+    def keep(name: str, module: nn.Module, args: Arguments, out: Tensor) -> None:
         if name not in targets:
             out = rows_of(out, isinstance(module, nn.Linear))
             picked = torch.randperm(len(out), generator=generator)[:rows].to(out.device)
             targets[name] = picked, out[picked]
 
-    def solve(name: str, layer: nn.Module, args: Inputs) -> None:
+    def solve(name: str, layer: nn.Module, args: Arguments, kwargs: Mapping[str, Any]) -> None:
         picked, target = targets.pop(name, (None, None))
         if picked is None:
             return
         metric = (metrics or {}).get(name)
         before, solved = _split(layer, alone=metric is None)
-        x = args[0]
+        x = only_input(args, kwargs)
         for part in before:
             x = part(x)
         prior = _product(solved) if before else teacher.get_submodule(name).weight.flatten(1).double()
@@ -64,11 +67,13 @@ def refit(
 
     names = [name for name, _ in factored_layers(student)]
     handles = [teacher.get_submodule(n).register_forward_hook(partial(keep, n)) for n in names]
-    handles += [student.get_submodule(n).register_forward_pre_hook(partial(solve, n)) for n in names]
+    handles += [
+        student.get_submodule(n).register_forward_pre_hook(partial(solve, n), with_kwargs=True) for n in names
+    ]
     try:
         for model in (teacher, student):
-            with evaluation(model), batch_statistics(model):
-                model(samples)
+            with in_mode(model, training=False), batch_statistics(model):
+                call(model, samples)
     finally:
         for handle in handles:
             handle.remove()
@@ -91,6 +96,7 @@ def _inputs(part: nn.Module, x: Tensor, picked: Tensor) -> Tensor:  # (rows, D)
     """What a part's weight multiplies, flattened, for the picked rows of its output."""
     if isinstance(part, nn.Linear):
         return rows_of(x, True)[picked].double()
+    x = x if x.dim() == 4 else x[None]
     x = F.pad(x, _pads(part), "constant" if part.padding_mode == "zeros" else part.padding_mode)
     spans = [d * (k - 1) + 1 for d, k in zip(part.dilation, part.kernel_size, strict=True)]
     height, width = ((n - span) // s + 1 for n, span, s in zip(x.shape[2:], spans, part.stride, strict=True))

@@ -1,6 +1,7 @@
 """Inputs to calibrate with: what the caller has, or noise where there is nothing."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -10,7 +11,21 @@ from torch.utils.data import DataLoader, Dataset
 
 from kegfast._util import check
 from kegfast._util.check import expected
-from kegfast.compression.traffic import answers_of, evaluation
+from kegfast._util.inputs import (
+    Inputs,
+    as_inputs,
+    call,
+    concat,
+    count,
+    each,
+    split,
+    take,
+    tensors_in,
+    to_like,
+    unpack,
+)
+from kegfast._util.modules import in_mode
+from kegfast.compression.traffic import answers_of
 from kegfast.distillation.sources import Mixture
 
 BANK = 8
@@ -21,82 +36,83 @@ CHUNK = 256
 """Samples that the teacher classifies at once."""
 
 
-def gather(calibration: Any, n: int, model: nn.Module) -> Tensor:
-    """n unlabelled samples from a tensor, a Dataset, a DataLoader or anything with `.sample(n)`.
+def gather(calibration: Any, n: int, model: nn.Module) -> Inputs:
+    """n unlabelled samples: of given inputs, a Dataset, a DataLoader or anything with `.sample(n)`.
 
     They come on the model's device and in its dtype; it has been seen to take them.
     """
-    if isinstance(calibration, Tensor):
-        samples = calibration[:n]
-    elif callable(getattr(calibration, "sample", None)):
-        samples = _drawn(calibration, n)
+    if callable(getattr(calibration, "sample", None)):
+        samples = _drawn(calibration, n, model)
     elif isinstance(calibration, DataLoader | Dataset):
         loader = (
             calibration
             if isinstance(calibration, DataLoader)
             else DataLoader(calibration, batch_size=n, shuffle=True)
         )
-        batches, count = [], 0
+        batches, found = [], 0
         for batch in loader:
-            batches.append(batch[0] if isinstance(batch, tuple | list) else batch)
-            count += len(batches[-1])
-            if count >= n:
+            batches.append(unpack("calibration", batch, model)[0])
+            found += count(batches[-1])
+            if found >= n:
                 break
-        samples = torch.cat(batches)[:n] if batches else torch.empty(0)
+        samples = take(concat(batches), slice(n)) if batches else torch.empty(0)
+    elif isinstance(calibration, Tensor | tuple | list | Mapping):
+        samples = take(as_inputs("calibration", calibration), slice(n))
     else:
-        what = "a tensor, a Dataset, a DataLoader or an object with .sample(n)"
+        what = "a tensor, a tuple or a dict of them, a Dataset, a DataLoader or an object with .sample(n)"
         raise TypeError(expected("calibration", what, calibration))
     like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
-    samples = _checked(samples).to(like)
-    with evaluation(model), check.accepts("calibration", samples):
-        model(samples[:2])
+    samples = to_like(_checked(samples), like)
+    with in_mode(model, training=False), check.accepts("calibration", samples):
+        call(model, take(samples, slice(2)))
     return samples
 
 
-def _checked(samples: Any) -> Tensor:
-    if not isinstance(samples, Tensor) or not samples.is_floating_point():
-        raise TypeError(expected("calibration", "of floating-point values", samples))
-    if len(samples) < 2 or not bool(samples.isfinite().all()):
+def _checked(samples: Inputs) -> Inputs:
+    if count(samples) < 2 or not all(bool(x.isfinite().all()) for x in tensors_in(samples)):
         raise ValueError(expected("calibration", "at least two finite samples", samples))
-    return samples.detach()
+    return each(Tensor.detach, samples)
 
 
-def _drawn(source: Any, n: int) -> Any:
-    drawn = source.sample(n)
-    return drawn[0] if isinstance(drawn, tuple | list) else drawn
+def _drawn(source: Any, n: int, model: nn.Module) -> Inputs:
+    return unpack("calibration", source.sample(n), model)[0]
 
 
-def of_every_class(model: nn.Module, samples: Tensor, calibration: Any) -> Tensor:  # (n, ...)
+def of_every_class(model: nn.Module, samples: Inputs, calibration: Any) -> Inputs:
     """As many samples, chosen with others of a source so that a classifier puts them into all classes alike.
 
-    Noise and made images fall into few classes, and leave the others to chance. What the caller chose, in a
-    tensor or a data set, stays as it is, and so do samples that `BANK_NUMBERS` leaves no choice of. Each
+    Noise and made images fall into few classes, and leave the others to chance. What the caller chose, in
+    tensors or a data set, stays as it is, and so do samples that `BANK_NUMBERS` leaves no choice of. Each
     source of a mixture keeps its share.
     """
-    n = len(samples)
+    n = count(samples)
     if isinstance(calibration, Mixture) and n == sum(counts := calibration.counts(n)):
-        parts = zip(samples.split(counts), calibration.sources, strict=True)
-        return torch.cat([of_every_class(model, part, source) for part, source in parts if len(part)])
-    more = min((BANK - 1) * n, BANK_NUMBERS // max(samples[0].numel(), 1) - n)
-    if isinstance(calibration, Tensor) or not hasattr(calibration, "sample") or more <= 0:
+        ends = list(accumulate(counts))
+        parts = [take(samples, slice(end - size, end)) for size, end in zip(counts, ends, strict=True)]
+        chosen = zip(parts, calibration.sources, strict=True)
+        return concat([of_every_class(model, part, source) for part, source in chosen if count(part)])
+    numbers = sum(x[:1].numel() for x in tensors_in(samples) if x.dim())
+    more = min((BANK - 1) * n, BANK_NUMBERS // max(numbers, 1) - n)
+    if not callable(getattr(calibration, "sample", None)) or more <= 0:
         return samples
-    others = _checked(_drawn(calibration, max(more, 2))).to(samples)
-    return balanced(model, torch.cat([samples, others]), n)
+    like = max(tensors_in(samples), key=Tensor.is_floating_point)
+    others = to_like(_checked(_drawn(calibration, max(more, 2), model)), like)
+    return balanced(model, concat([samples, others]), n)
 
 
 @torch.no_grad()
-def balanced(model: nn.Module, samples: Tensor, n: int) -> Tensor:  # (m, ...) -> (min(n, m), ...)
+def balanced(model: nn.Module, samples: Inputs, n: int) -> Inputs:  # m samples -> min(n, m)
     """n of the samples, of each class that the model sees in them as many as there are, in turn.
 
     Outputs that are no table of logits have no classes: the first n stay.
     """
-    with evaluation(model):
-        answers = [answers_of(model(chunk)) for chunk in samples.split(CHUNK)]
+    with in_mode(model, training=False):
+        answers = [answers_of(call(model, chunk)) for chunk in split(samples, CHUNK)]
     if answers[0] is None:
-        return samples[:n]
+        return take(samples, slice(n))
     found = torch.cat(answers)
     seen = F.one_hot(found).cumsum(0).gather(1, found[:, None]).flatten()  # how many of its class came before
-    return samples[seen.argsort(stable=True)[:n]]
+    return take(samples, seen.argsort(stable=True)[:n])
 
 
 def probes(shape: Sequence[int]) -> Tensor:

@@ -1,22 +1,26 @@
 """What an error of each layer's weight does to the model's output."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from kegfast._util.inputs import Inputs, call, count, split, tensors_in
+from kegfast._util.modules import in_mode
 from kegfast.compression.decompose import Metric
 from kegfast.compression.norms import batch_statistics
 from kegfast.compression.surgery import Site
-from kegfast.compression.traffic import Inputs, evaluation, rows_of, tensors_of
+from kegfast.compression.traffic import Arguments, only_input, rows_of, tensors_of
 
 CHUNK = 64
 """Samples that run at once wherever BatchNorm's own statistics are not in play."""
 
 
 def metrics(
-    model: nn.Module, sites: Sequence[Site], samples: Tensor, *, noise: bool, draws: int = 8
+    model: nn.Module, sites: Sequence[Site], samples: Inputs, *, noise: bool, draws: int = 8
 ) -> dict[str, Metric]:
     """What an error of each layer's weight does to the model's output (a Kronecker-factored Hessian).
 
@@ -28,7 +32,7 @@ def metrics(
     Args:
         model: the teacher, unchanged.
         sites: layers to look at.
-        samples: (n, ...) inputs.
+        samples: n inputs.
         noise: whether BatchNorm should use the samples' own statistics, as noise needs.
         draws: random projections of the output.
 
@@ -39,9 +43,11 @@ def metrics(
     handles = []
     for site in sites:
 
-        def forward(module: nn.Module, args: Inputs, out: Tensor, name: str = site.name) -> None:
+        def forward(
+            module: nn.Module, args: Arguments, kwargs: Mapping[str, Any], out: Tensor, name: str = site.name
+        ) -> Tensor:
             linear = isinstance(module, nn.Linear)
-            rows = rows_of(args[0].detach(), linear).float()
+            rows = rows_of(only_input(args, kwargs).detach(), linear).float()
             zero = rows.new_zeros(())
             sums = gathered.setdefault(name, [zero, zero, zero, zero])
             sums[0] = sums[0] + rows.T @ rows
@@ -52,24 +58,24 @@ def metrics(
                 gradient = rows_of(gradient, linear).float()
                 sums[3] = sums[3] + gradient.T @ gradient
 
-            out.register_hook(backward)
+            if not out.requires_grad:  # a first layer; where inputs are numbers of words nothing else would
+                out = out.detach().requires_grad_().clone()
+            if out.requires_grad:
+                out.register_hook(backward)
+            return out
 
-        handles.append(site.module.register_forward_hook(forward))
-    rng = torch.Generator(device=samples.device).manual_seed(0)
-    chunks = [samples] if noise else samples.split(CHUNK)
+        handles.append(site.module.register_forward_hook(forward, with_kwargs=True))
+    rng = torch.Generator(device=tensors_in(samples)[0].device).manual_seed(0)
+    chunks = [samples] if noise else split(samples, CHUNK)
     frozen = copy.copy(list(model.parameters()))
     required = [parameter.requires_grad for parameter in frozen]
     try:
         for parameter in frozen:
             parameter.requires_grad_(False)
-        with evaluation(model), torch.enable_grad():
+        with in_mode(model, training=False), torch.enable_grad():
             for chunk in chunks:
-                chunk = chunk.clone().requires_grad_(True)
-                if noise:
-                    with batch_statistics(model):
-                        outputs = [out for out in tensors_of(model(chunk)) if out.requires_grad]
-                else:
-                    outputs = [out for out in tensors_of(model(chunk)) if out.requires_grad]
+                with batch_statistics(model) if noise else nullcontext():
+                    outputs = [out for out in tensors_of(call(model, chunk)) if out.requires_grad]
                 for draw in range(draws):
                     directions = [torch.randn(o.shape, generator=rng, device=o.device) for o in outputs]
                     torch.autograd.backward(
@@ -83,9 +89,9 @@ def metrics(
         for parameter, grad in zip(frozen, required, strict=True):
             parameter.requires_grad_(grad)
     found = {}
-    for name, (square, total, count, gradients) in gathered.items():
-        mean = total / count
-        output = gradients / (draws * len(samples))
+    for name, (square, total, rows, gradients) in gathered.items():
+        mean = total / rows
+        output = gradients / (draws * count(samples))
         if output.dim() == 2:
-            found[name] = Metric(square / count - mean[:, None] * mean, output)
+            found[name] = Metric(square / rows - mean[:, None] * mean, output)
     return found

@@ -1,7 +1,6 @@
 """What passes through a model's layers: modes for a while, shapes, rows of channels."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,9 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from kegfast._util.check import accepts
+from kegfast._util.inputs import Inputs, call, named_tensors
+from kegfast._util.modules import in_mode
 from kegfast.compression.surgery import Site
 
-Inputs = tuple[Tensor, ...]
+Arguments = tuple[Any, ...]
+"""What a hook is given of a call by position."""
 
 
 @dataclass
@@ -20,18 +22,6 @@ class Traffic:
 
     inputs: list[tuple[int, ...]] = field(default_factory=list)  # (N, C, H, W) or (..., C)
     outputs: list[tuple[int, ...]] = field(default_factory=list)
-
-
-@contextmanager
-def evaluation(model: nn.Module) -> Iterator[None]:
-    """Eval mode for a while; each module gets its own mode back."""
-    before = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in before.items():
-            module.training = mode
 
 
 @torch.no_grad()
@@ -45,39 +35,45 @@ def trace(model: nn.Module, sites: Sequence[Site], inputs: Inputs) -> dict[str, 
     handles = []
     for site in sites:
 
-        def note(_: nn.Module, args: Inputs, out: Tensor, name: str = site.name) -> None:
+        def note(
+            _: nn.Module, args: Arguments, kwargs: Mapping[str, Any], out: Tensor, name: str = site.name
+        ) -> None:
             calls = traffic.setdefault(name, Traffic())
-            calls.inputs.append(tuple(args[0].shape))
+            calls.inputs.append(tuple(only_input(args, kwargs).shape))
             calls.outputs.append(tuple(out.shape))
 
-        handles.append(site.module.register_forward_hook(note))
+        handles.append(site.module.register_forward_hook(note, with_kwargs=True))
     try:
-        with evaluation(model), accepts("example_input", inputs[0] if len(inputs) == 1 else inputs):
-            model(*inputs)
+        with in_mode(model, training=False), accepts("example_input", inputs):
+            call(model, inputs)
     finally:
         for handle in handles:
             handle.remove()
     return traffic
 
 
-def rows_of(x: Tensor, linear: bool) -> Tensor:  # (N, C, H, W) or (..., C) -> (rows, C)
+def only_input(args: Arguments, kwargs: Mapping[str, Any]) -> Tensor:
+    """The input of a layer that takes one, however it was given."""
+    return next(iter((*args, *kwargs.values())))
+
+
+def rows_of(x: Tensor, linear: bool) -> Tensor:  # (N, C, H, W), (C, H, W) or (..., C) -> (rows, C)
     """One row of channels per pixel, or per vector of a Linear."""
-    return x.flatten(0, -2) if linear else x.movedim(1, -1).flatten(0, -2)
+    return x.reshape(-1, x.shape[-1]) if linear else x.movedim(-3, -1).flatten(0, -2)
 
 
 def tensors_of(output: Any) -> list[Tensor]:
-    """The tensors of numbers in whatever a model returns."""
-    if isinstance(output, Tensor):
-        return [output] if output.is_floating_point() else []
-    if isinstance(output, Mapping):
-        output = output.values()
-    if isinstance(output, str) or not hasattr(output, "__iter__"):
-        return []
-    return [tensor for part in output for tensor in tensors_of(part)]
+    """The tensors of numbers, one entry per sample, in whatever a model returns."""
+    return [part for _, part in named_tensors(output) if part.is_floating_point() and part.dim()]
 
 
 def answers_of(output: Any) -> Tensor | None:  # (N,)
     """The class of each sample, where a model returns one table of logits; None where it does not."""
-    if not isinstance(output, Tensor) or output.dim() != 2 or output.shape[1] < 2:
-        return None
-    return output.argmax(1)
+    logits = logits_of(output)
+    return None if logits is None else logits.argmax(1)
+
+
+def logits_of(output: Any) -> Tensor | None:  # (N, C)
+    """The one table of numbers that a classifier returns; None for anything else."""
+    found = tensors_of(output)
+    return found[0] if len(found) == 1 and found[0].dim() == 2 and found[0].shape[1] > 1 else None

@@ -8,8 +8,6 @@ and goes before it.
 
 import logging
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -19,6 +17,8 @@ from torch import Tensor
 
 from kegfast._util.check import expected
 from kegfast._util.files import read_json, write_json
+from kegfast._util.inputs import Inputs, call
+from kegfast._util.modules import in_mode
 from kegfast._util.timing import interleaved
 from kegfast.dispatch.cache import cache_folder, checked_forms, keep_choices, read_choices, releases
 from kegfast.ops import _native
@@ -56,7 +56,7 @@ def takes(x: Tensor, core: Tensor, features: int, geometry: Geometry) -> bool:
     return shape_of(x, core, features, geometry) not in _unfused
 
 
-def autotune(model: torch.nn.Module, example_input: Tensor) -> dict[str, dict[Form, float]]:
+def autotune(model: torch.nn.Module, example_input: Inputs) -> dict[str, dict[Form, float]]:
     """Measures every form of the model's float32 Tucker-2 layers at today's number of threads.
 
     As `kegfast.autotune`, which also takes CUDA devices.
@@ -78,7 +78,7 @@ def autotune(model: torch.nn.Module, example_input: Tensor) -> dict[str, dict[Fo
     return {name_of(shape): seconds for shape, seconds in times.items()}
 
 
-def layer_calls(model: torch.nn.Module, example_input: Tensor) -> list[tuple["TuckerConv2d", Tensor]]:
+def layer_calls(model: torch.nn.Module, example_input: Inputs) -> list[tuple["TuckerConv2d", Tensor]]:
     """Every Tucker-2 layer with its input, in one forward pass in evaluation mode."""
     from kegfast.nn import TuckerConv2d
 
@@ -89,24 +89,12 @@ def layer_calls(model: torch.nn.Module, example_input: Tensor) -> list[tuple["Tu
         for layer in layers
     ]
     try:
-        with torch.no_grad(), _evaluating(model):
-            model(example_input)
+        with torch.no_grad(), in_mode(model, training=False):
+            call(model, example_input)
     finally:
         for hook in hooks:
             hook.remove()
     return found
-
-
-@contextmanager
-def _evaluating(model: torch.nn.Module) -> Iterator[None]:
-    """Evaluation mode, so that a call changes no statistics; each module's own mode afterwards."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
 
 
 def measure(layer: "TuckerConv2d", x: Tensor, shape: Shape) -> dict[Form, float]:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from kegfast._util.check import expected
+from kegfast._util.inputs import Inputs, as_inputs, tensors_in
 from kegfast.dispatch import cpu
 from kegfast.dispatch.cache import cache_folder, keep_choices, read_choices, write_choices
 from kegfast.ops import _native, reference
@@ -88,7 +89,7 @@ def _key(
     return f"{torch.cuda.get_device_name(x.device)} | {precision} {layouts} | {shapes} | {geometry} | {use}"
 
 
-def autotune(model: torch.nn.Module, example_input: Tensor, training: bool = False) -> dict[str, Times]:
+def autotune(model: torch.nn.Module, example_input: Inputs, training: bool = False) -> dict[str, Times]:
     """Measures every form of the model's Tucker-2 layers on its device; later calls take the fastest.
 
     A form has to be at least as fast as torch's convolutions both eagerly and as a CUDA graph. The choice
@@ -105,8 +106,8 @@ def autotune(model: torch.nn.Module, example_input: Tensor, training: bool = Fal
     Raises:
         ValueError: where example_input is not on a CUDA device.
     """
-    if not (isinstance(example_input, Tensor) and example_input.is_cuda):
-        raise ValueError(expected("example_input", "a tensor on a CUDA device", example_input))
+    if not all(x.is_cuda for x in tensors_in(as_inputs("example_input", example_input, alike=False))):
+        raise ValueError(expected("example_input", "tensors on a CUDA device", example_input))
     _follow_tf32()
     times: dict[str, Times] = {}
     for arguments in _calls(model, example_input):
@@ -124,7 +125,7 @@ def fastest(times: Times) -> Form:
     return min(fit, key=lambda f: times[f]["graph"])
 
 
-def _calls(model: torch.nn.Module, example_input: Tensor) -> Iterator[tuple]:
+def _calls(model: torch.nn.Module, example_input: Inputs) -> Iterator[tuple]:
     """(x, first, core, last, geometry) of every Tucker-2 convolution in one forward pass."""
     for layer, x in cpu.layer_calls(model, example_input):
         weights = layer.first.weight, layer.core.weight, layer.last.weight

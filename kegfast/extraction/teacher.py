@@ -58,8 +58,8 @@ class FrozenTeacher:
                 _log.warning("the BatchNorm statistics of a TorchScript teacher are not looked at")
                 break
 
-    def _watch(self, layer: _BatchNorm, x: Tensor) -> Tensor:
-        y, moments = watched_norm(x, layer, self._copies)
+    def _watch(self, layer: _BatchNorm, input: Tensor) -> Tensor:
+        y, moments = watched_norm(input, layer, self._copies)
         self._moments.append(moments)
         return y
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from kegfast._util import check
 from kegfast._util.check import expected
 from kegfast._util.files import as_path, atomic_write, digest, read_checkpoint, save_checkpoint
+from kegfast._util.generators import generators_kept
 from kegfast._util.progress import progress_bar
 from kegfast.training.finite import Given
 
@@ -75,8 +76,7 @@ def mix(seed: int, index: int) -> int:
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
     """Draws from a seed of their own; the global generators, CUDA's where it is in use, stay as they were."""
-    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
-    with torch.random.fork_rng(devices=list(devices)):
+    with generators_kept():
         torch.manual_seed(check.seed("seed", seed))
         yield
 

@@ -3,6 +3,7 @@
 import copy
 import shutil
 import zipfile
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -63,7 +64,7 @@ def test_onnx_of_several_inputs(tmp_path):
         inputs = torch.randn(batch, 4), torch.randn(batch, 3)
         feeds = {i.name: x.numpy() for i, x in zip(session.get_inputs(), inputs, strict=True)}
         torch.testing.assert_close(torch.from_numpy(session.run(None, feeds)[0]), model(*inputs))
-    with pytest.raises(TypeError, match="example_input must be tensors"):
+    with pytest.raises(TypeError, match="example_input must be a tensor"):
         export_onnx(model, tmp_path / "m.onnx", ())
 
 
@@ -108,3 +109,46 @@ def test_aot_inductor_keeps_the_operator(tmp_path):
     with zipfile.ZipFile(package) as archive:
         code = b"".join(archive.read(name) for name in archive.namelist() if name.endswith((".cpp", ".json")))
     assert b"kegfast" in code
+
+
+@dataclass
+class Answer:
+    """What a model of a user's returns."""
+
+    logits: torch.Tensor
+    extra: dict[str, torch.Tensor]
+
+
+class Named(nn.Module):
+    """Two inputs by keyword alone, outputs by name."""
+
+    def __init__(self, dataclass_output):
+        super().__init__()
+        self.conv, self.fc, self.dataclass_output = nn.Conv2d(3, 4, 3), nn.Linear(4, 5), dataclass_output
+
+    def forward(self, *, pixels, scale=None):
+        features = self.conv(pixels).mean((2, 3))
+        parts = {"logits": self.fc(features), "extra": {"features": features * scale}}
+        return Answer(**parts) if self.dataclass_output else parts
+
+
+@pytest.mark.parametrize("dataclass_output", [False, True])
+@torch.no_grad()
+def test_onnx_keeps_the_names_of_outputs_and_takes_inputs_by_keyword(dataclass_output, tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    torch.manual_seed(0)
+    model = Named(dataclass_output).eval()
+    student, _ = compress(model, {"conv": (2, 3)})
+    inputs = {"pixels": torch.randn(2, 3, 8, 8), "scale": torch.randn(2, 4)}
+    export_onnx(torch.nn.DataParallel(student), tmp_path / "named.onnx", inputs)
+    session = onnxruntime.InferenceSession(str(tmp_path / "named.onnx"))
+    assert [output.name for output in session.get_outputs()] == ["logits", "extra.features"]
+    assert {given.name for given in session.get_inputs()} == {"pixels", "scale"}
+    more = {"pixels": torch.randn(5, 3, 8, 8), "scale": torch.randn(5, 4)}
+    logits, features = session.run(None, {name: tensor.numpy() for name, tensor in more.items()})
+    wanted = student(**more)
+    extra = wanted.extra if dataclass_output else wanted["extra"]
+    torch.testing.assert_close(torch.from_numpy(features), extra["features"], rtol=1e-4, atol=1e-5)
+    wanted = wanted.logits if dataclass_output else wanted["logits"]
+    torch.testing.assert_close(torch.from_numpy(logits), wanted, rtol=1e-4, atol=1e-5)

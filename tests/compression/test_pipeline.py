@@ -183,7 +183,7 @@ def test_ranks_are_rounded_up_where_it_saves():
         ({"budget": {"flops": 0.5}}, "example_input must be given"),
         ({"round_to": 0}, "round_to must be"),
         ({"samples": 1}, "samples must be"),
-        ({"example_input": 5}, "example_input must be a tensor or tensors"),
+        ({"example_input": 5}, "example_input must be a tensor, or a tuple or a dict of tensors"),
         ({"example_input": torch.ones(1, 3, 32, 32)}, "example_input must be what the model takes"),
         ({"example_input": torch.ones(0, 1, 32, 32)}, "example_input must be of finite values"),
         ({"example_input": torch.full((1, 1, 32, 32), torch.nan)}, "example_input must be of finite values"),

@@ -189,7 +189,7 @@ def test_wrong_input_is_named_in_every_mode(grad: bool) -> None:
         with pytest.raises(ValueError, match="first must be"):
             layer(x[:, :5])
         with pytest.raises(ValueError, match="x must be 4-dimensional"):
-            layer(x[0])
+            layer(x[0, 0])
         with pytest.raises(TypeError, match="x's dtype"):
             layer(x.double())
         with pytest.raises(TypeError, match="x must be a"):
@@ -280,3 +280,22 @@ def test_linear(rank) -> None:
     torch.testing.assert_close(layer(x), want)
     biases = [name for name, _ in layer.named_parameters() if name.endswith("bias")]
     assert biases == ["core.bias" if rank[1] is None else "last.bias"]
+
+
+@pytest.mark.parametrize("addend", [None, 0.5, (9, 7, 7), (2, 9, 7, 7), (7,)])
+@pytest.mark.parametrize("grad", [False, True])
+def test_one_image_without_a_batch_is_taken_as_torchs_convolutions_take_it(addend, grad):
+    torch.manual_seed(0)
+    layer = TuckerConv2d(6, 9, 3, (4, 5), activation="relu")
+    x = torch.randn(6, 9, 9, requires_grad=grad)
+    addend = torch.randn(addend) if isinstance(addend, tuple) else addend
+    with torch.set_grad_enabled(grad):
+        wanted = layer.last(layer.core(layer.first(x)))
+        wanted = (wanted if addend is None else wanted + addend).relu()
+        for _ in range(3):
+            y = layer(x, addend)
+            assert y.shape == wanted.shape
+            torch.testing.assert_close(y, wanted, rtol=1e-4, atol=1e-5)
+    if grad:
+        got, want = (torch.autograd.grad(out.sum(), x, retain_graph=True)[0] for out in (y, wanted))
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)

@@ -282,7 +282,7 @@ BAD = {
     "x a list": ({"x": [1.0]}, TypeError, "x must be a floating"),
     "x sparse": ({"x": torch.ones(1, 4, 8, 8).to_sparse()}, TypeError, "x must be a floating"),
     "x of integers": ({"x": torch.ones(1, 4, 8, 8, dtype=torch.int64)}, TypeError, "x must be a floating"),
-    "x of 3 dimensions": ({"x": torch.ones(4, 8, 8)}, ValueError, "x must be 4-dimensional"),
+    "x of 2 dimensions": ({"x": torch.ones(8, 8)}, ValueError, "x must be 4-dimensional"),
     "x of other channels": ({"x": torch.ones(1, 5, 8, 8)}, ValueError, "first must be"),
     "x too small": ({"x": torch.ones(1, 4, 2, 8), "padding": 0}, ValueError, "x must be at least 3 x 3"),
     "first of 3x3": ({"first": torch.ones(3, 4, 3, 3)}, ValueError, "first must be"),
