@@ -56,7 +56,7 @@ def autotune(model: nn.Module, example_input: Inputs) -> dict[str, dict]:
 
     Args:
         model: a module with `kegfast.nn.TuckerConv2d` layers; on the CPU only float32 ones are measured.
-        example_input: what the model is called with (a tensor, a tuple of tensors, or a mapping by keyword), in
+        example_input: what the model is called with (a tensor, a tuple of them, or a mapping by keyword), in
             the batch size and memory format to tune for.
 
     Returns:

@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 from torch import Tensor, nn
 
@@ -35,3 +35,8 @@ def in_mode(model: nn.Module, *, training: bool) -> Iterator[None]:
     with modes_kept(model):
         model.train(training)
         yield
+
+
+def evaluation(model: nn.Module) -> AbstractContextManager[None]:
+    """The whole model in eval mode, within the block."""
+    return in_mode(model, training=False)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from kegfast._util.inputs import call, split
-from kegfast._util.modules import in_mode
+from kegfast._util.modules import evaluation
 from kegfast.compression import costs
 from kegfast.compression.budget import Option, Rank, Table, allocate, settled, tabulate
 from kegfast.compression.decompose import Metric, whiten
@@ -225,7 +225,7 @@ def choose(
 @torch.no_grad()
 def outputs_of(model: nn.Module, evidence: Evidence) -> list[Tensor]:
     """All outputs, in one tensor per place in what the model returns; on noise by its own statistics."""
-    with in_mode(model, training=False):
+    with evaluation(model):
         if evidence.probes:
             with batch_statistics(model):
                 return [part.float() for part in tensors_of(call(model, evidence.samples))]

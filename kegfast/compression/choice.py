@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from kegfast._util import timing
 from kegfast._util.inputs import Inputs, call, tensors_in
-from kegfast._util.modules import in_mode, modes_kept
+from kegfast._util.modules import evaluation, modes_kept
 from kegfast.compression.report import CompressionReport, LayerReport
 from kegfast.compression.surgery import Site, replace, unfused
 from kegfast.compression.traffic import Traffic
@@ -208,7 +208,7 @@ def _time_models(
     calls = {"before": lambda: call(teacher, example), "after": lambda: call(student, example)}
     times: dict[str, list[float]] = {name: [] for name in calls}
     end = time.perf_counter() + 7 * seconds
-    with in_mode(student, training=False), in_mode(teacher, training=False), torch.inference_mode():
+    with evaluation(student), evaluation(teacher), torch.inference_mode():
         for longer in (1, 2, 4):
             for name, values in timing.take_turns(
                 calls, ROUNDS, seconds=longer * seconds, seed=longer

@@ -9,7 +9,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from kegfast._util.check import accepts, expected
 from kegfast._util.inputs import Inputs, as_inputs, call, named_tensors
-from kegfast._util.modules import clone, in_mode
+from kegfast._util.modules import clone, evaluation
 from kegfast.compression import rewriting
 from kegfast.compression.normalizers import Normalizer, normalizer, reads_matrices
 from kegfast.compression.rewriting import LAYERS, count_calls, is_a, only_user
@@ -85,7 +85,7 @@ class _Tracer(LayerTracer):
 
 @torch.no_grad()
 def _answers(model: nn.Module, inputs: Inputs) -> list[tuple[str, Tensor]]:
-    with in_mode(model, training=False), accepts("example_input", inputs):
+    with evaluation(model), accepts("example_input", inputs):
         return [(name, tensor.clone()) for name, tensor in named_tensors(call(model, inputs))]
 
 

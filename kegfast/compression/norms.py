@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from kegfast._util.inputs import Inputs, call
-from kegfast._util.modules import in_mode
+from kegfast._util.modules import evaluation
 from kegfast.compression.traffic import Arguments, only_input
 
 _STATE = ("training", "track_running_stats", "momentum", "num_batches_tracked", "running_mean", "running_var")
@@ -59,7 +59,7 @@ def has_norms(model: nn.Module) -> bool:
 @torch.no_grad()
 def reestimate_norms(student: nn.Module, samples: Inputs) -> bool:
     """Sets every BatchNorm's running statistics to those of the samples; False if there is none."""
-    with in_mode(student, training=False), batch_statistics(student) as seen:
+    with evaluation(student), batch_statistics(student) as seen:
         call(student, samples)
     for name, (mean, variance) in seen.items():
         norm = student.get_submodule(name)
@@ -76,7 +76,7 @@ def look_familiar(model: nn.Module, samples: Inputs, limit: float = 0.04) -> boo
     Real inputs reproduce the running means to about 0.02 standard deviations, generated ones
     and noise to 0.06 and more. A model without BatchNorm finds everything familiar.
     """
-    with in_mode(model, training=False), batch_statistics(model) as seen:
+    with evaluation(model), batch_statistics(model) as seen:
         call(model, samples)
     shifts = []
     for name, (mean, _) in seen.items():
@@ -97,7 +97,7 @@ def transfer_norms(student: nn.Module, teacher: nn.Module, samples: Inputs) -> b
     """
     found = []
     for model in (teacher, student):
-        with in_mode(model, training=False), batch_statistics(model) as seen:
+        with evaluation(model), batch_statistics(model) as seen:
             call(model, samples)
         found.append(seen)
     for name, (mean, variance) in found[1].items():

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kegfast._util.inputs import Inputs, call
-from kegfast._util.modules import in_mode
+from kegfast._util.modules import evaluation
 from kegfast.compression.decompose import Metric
 from kegfast.compression.norms import batch_statistics
 from kegfast.compression.surgery import factored_layers
@@ -72,7 +72,7 @@ def refit(
     ]
     try:
         for model in (teacher, student):
-            with in_mode(model, training=False), batch_statistics(model):
+            with evaluation(model), batch_statistics(model):
                 call(model, samples)
     finally:
         for handle in handles:

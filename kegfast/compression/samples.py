@@ -24,7 +24,7 @@ from kegfast._util.inputs import (
     to_like,
     unpack,
 )
-from kegfast._util.modules import in_mode
+from kegfast._util.modules import evaluation
 from kegfast.compression.traffic import answers_of
 from kegfast.distillation.sources import Mixture
 
@@ -63,7 +63,7 @@ def gather(calibration: Any, n: int, model: nn.Module) -> Inputs:
         raise TypeError(expected("calibration", what, calibration))
     like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
     samples = to_like(_checked(samples), like)
-    with in_mode(model, training=False), check.accepts("calibration", samples):
+    with evaluation(model), check.accepts("calibration", samples):
         call(model, take(samples, slice(2)))
     return samples
 
@@ -106,7 +106,7 @@ def balanced(model: nn.Module, samples: Inputs, n: int) -> Inputs:  # m samples 
 
     Outputs that are no table of logits have no classes: the first n stay.
     """
-    with in_mode(model, training=False):
+    with evaluation(model):
         answers = [answers_of(call(model, chunk)) for chunk in split(samples, CHUNK)]
     if answers[0] is None:
         return take(samples, slice(n))

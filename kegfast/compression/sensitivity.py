@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from kegfast._util.inputs import Inputs, call, count, split, tensors_in
-from kegfast._util.modules import in_mode
+from kegfast._util.modules import evaluation
 from kegfast.compression.decompose import Metric
 from kegfast.compression.norms import batch_statistics
 from kegfast.compression.surgery import Site
@@ -72,7 +72,7 @@ def metrics(
     try:
         for parameter in frozen:
             parameter.requires_grad_(False)
-        with in_mode(model, training=False), torch.enable_grad():
+        with evaluation(model), torch.enable_grad():
             for chunk in chunks:
                 with batch_statistics(model) if noise else nullcontext():
                     outputs = [out for out in tensors_of(call(model, chunk)) if out.requires_grad]

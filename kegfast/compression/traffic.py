@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from kegfast._util.check import accepts
 from kegfast._util.inputs import Inputs, call, named_tensors
-from kegfast._util.modules import in_mode
+from kegfast._util.modules import evaluation
 from kegfast.compression.surgery import Site
 
 Arguments = tuple[Any, ...]
@@ -44,7 +44,7 @@ def trace(model: nn.Module, sites: Sequence[Site], inputs: Inputs) -> dict[str, 
 
         handles.append(site.module.register_forward_hook(note, with_kwargs=True))
     try:
-        with in_mode(model, training=False), accepts("example_input", inputs):
+        with evaluation(model), accepts("example_input", inputs):
             call(model, inputs)
     finally:
         for handle in handles:

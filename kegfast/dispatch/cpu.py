@@ -18,7 +18,7 @@ from torch import Tensor
 from kegfast._util.check import expected
 from kegfast._util.files import read_json, write_json
 from kegfast._util.inputs import Inputs, call
-from kegfast._util.modules import in_mode
+from kegfast._util.modules import evaluation
 from kegfast._util.timing import interleaved
 from kegfast.dispatch.cache import cache_folder, checked_forms, keep_choices, read_choices, releases
 from kegfast.ops import _native
@@ -89,7 +89,7 @@ def layer_calls(model: torch.nn.Module, example_input: Inputs) -> list[tuple["Tu
         for layer in layers
     ]
     try:
-        with torch.no_grad(), in_mode(model, training=False):
+        with torch.no_grad(), evaluation(model):
             call(model, example_input)
     finally:
         for hook in hooks:

@@ -59,6 +59,8 @@ def take_data(subject: Subject, pixels: Pixels | None, data: Any) -> Data:
         samples = gather(data, most, subject.model)
     except (TypeError, ValueError) as error:
         raise type(error)(str(error).replace("calibration", "data", 1)) from error
+    if not isinstance(samples, Tensor) or not samples.is_floating_point():
+        raise TypeError(expected("data", "floating-point samples, one tensor for each", samples))
     _check(subject, pixels, samples, "data")
     held = samples[::4][:HELD] if len(samples) >= JUDGES else samples[:0]
     taught = samples if not len(held) else samples[_rest(len(samples), len(held))]
