@@ -4,7 +4,7 @@ import json
 import os
 import secrets
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from errno import EINVAL
 from hashlib import blake2b
@@ -18,8 +18,10 @@ from torch import Tensor, nn
 
 from kegfast._util.check import expected
 
-WRAPPERS = ("model_state", "state_dict", "model")
-"""Keys under which training scripts keep the state dict inside a larger checkpoint."""
+WRAPPERS = ("model_state", "model_state_dict", "state_dict", "model", "net", "ema")
+"""Keys under which training scripts keep the state dict inside a larger checkpoint, the first known first."""
+PREFIXES = ("module.", "model.")
+"""What DataParallel and averages put before every name, and a LightningModule that has the model so named."""
 
 UNTRACKED = "num_batches_tracked"
 """BatchNorm's counter of batches, which weights from before torch 0.4.1 do not have; torch then sets it."""
@@ -168,7 +170,8 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
 
     Args:
         path: a `.safetensors` file, a torch file of a plain state dict, or a checkpoint that keeps the
-            state dict under one of `WRAPPERS`. A `module.` before every name (DataParallel) is dropped.
+            state dict under one of `WRAPPERS`. What DataParallel, torch.compile and averaged models add to
+            the names is dropped.
 
     Returns:
         Tensors on the CPU by name.
@@ -177,20 +180,46 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
         OSError: the file cannot be opened.
         ValueError: it is damaged, foreign, or holds no state dict.
     """
+    return bare_names(_read_state(path), None)
+
+
+def _read_state(path: str | Path) -> dict[str, Tensor]:
     path = as_path("path", path)
-    if path.suffix == ".safetensors":
-        found: Any = read_tensors(path)[0]
-    else:
-        found = read_checkpoint(path)
-        for key in WRAPPERS:
-            if isinstance(found, Mapping) and isinstance(found.get(key), Mapping):
-                found = found[key]
-                break
+    found = read_tensors(path)[0] if path.suffix == ".safetensors" else state_in(read_checkpoint(path))
     if not isinstance(found, Mapping) or not found or not all(map(_is_entry, found.items())):
         raise ValueError(f"{path}: expected a state dict (names and tensors), got {_summary(found)}")
-    if all(name.startswith("module.") for name in found):
-        found = {name.removeprefix("module."): tensor for name, tensor in found.items()}
     return dict(found)
+
+
+def state_in(checkpoint: Any) -> Any:
+    """The innermost mapping under `WRAPPERS`; the value itself where there is none."""
+    while isinstance(checkpoint, Mapping):
+        inner = (checkpoint[key] for key in WRAPPERS if isinstance(checkpoint.get(key), Mapping))
+        found = next(inner, None)
+        if found is None:
+            break
+        checkpoint = found
+    return checkpoint
+
+
+def bare_names(state: Mapping[str, Tensor], own: Collection[str] | None) -> dict[str, Tensor]:
+    """A state dict under the names that the model has without what was wrapped around it.
+
+    Args:
+        state: tensors by name.
+        own: the model's names, which are never shortened; None where they are not known: `model.` then stays.
+    """
+    known = own or ()
+    found = dict(state)
+    if not any("_orig_mod." in name for name in known):
+        found = {name.replace("_orig_mod.", ""): tensor for name, tensor in found.items()}
+    if "n_averaged" not in known and any(name.startswith("module.") for name in found):
+        found.pop("n_averaged", None)
+    for prefix in PREFIXES if own is not None else PREFIXES[:1]:
+        foreign = not any(name.startswith(prefix) for name in known)
+        while foreign and found and all(name.startswith(prefix) for name in found):
+            found = {name.removeprefix(prefix): tensor for name, tensor in found.items()}
+    return found
 
 
 def load_weights(model: nn.Module, path: str | Path) -> nn.Module:
@@ -212,8 +241,8 @@ def load_weights(model: nn.Module, path: str | Path) -> nn.Module:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(expected("model", "a torch.nn.Module", model))
-    weights = read_state_dict(path)
     own = model.state_dict()
+    weights = bare_names(_read_state(path), own)
     shapes = [
         f"{name} {tuple(tensor.shape)} instead of {tuple(own[name].shape)}"
         for name, tensor in weights.items()

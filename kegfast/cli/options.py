@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kegfast._util import check
+from kegfast._util.imports import module_and_name
 from kegfast.cli.config import OPTIONS, default_out
 
 if TYPE_CHECKING:  # the commands' own imports are heavy, and --help should not wait for them
@@ -322,7 +323,7 @@ class Run:
 def _call_factory(name: str) -> "nn.Module":
     from torch import nn
 
-    module, _, attribute = name.partition(":")
+    module, attribute = module_and_name("model", name)
     sys.path.insert(0, "")  # like `python -m`, so that a user's file in the current folder is found
     try:
         model = getattr(importlib.import_module(module), attribute)()

@@ -6,15 +6,26 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 
 from kegfast._util.check import expected
-from kegfast.compression.surgery import Site, build, replace
+from kegfast._util.files import bare_names, state_in
+from kegfast.compression.surgery import Site, build, replace, unwrap
 from kegfast.nn.factors import Factors
 
-LAYOUTS = {
-    "three convolutions": ("first", "core", "last"),
-    "KegNet": ("in_channel_layer", "core_layer", "out_channel_layer"),
-    "Sequential": ("0", "1", "2"),  # e.g. jacobgil's pytorch-tensor-decompositions
+Roles = dict[str, str]  # "first", "core" and "last", or one of the outer two less, to names
+
+LAYOUTS: dict[str, list[Roles]] = {
+    "three convolutions": [
+        {"first": "first", "core": "core", "last": "last"},
+        {"first": "first", "core": "core"},
+        {"core": "core", "last": "last"},
+    ],
+    "KegNet": [{"first": "in_channel_layer", "core": "core_layer", "last": "out_channel_layer"}],
+    "Sequential": [  # e.g. jacobgil's pytorch-tensor-decompositions
+        {"first": "0", "core": "1", "last": "2"},
+        {"first": "0", "core": "1"},
+        {"core": "0", "last": "1"},
+    ],
 }
-"""Names of the first 1x1 convolution, the core and the last 1x1 convolution in published students."""
+"""Names of the factors in published students: the first 1x1 convolution, the core and the last 1x1 one."""
 
 
 def from_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
@@ -22,7 +33,9 @@ def from_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
 
     Args:
         model: the uncompressed architecture; it stays as it is.
-        state: a state dict in which some convolutions appear as three, named as in `LAYOUTS`.
+        state: a state dict in which some convolutions appear as three, or two, named as in `LAYOUTS`; or a
+            checkpoint that has it under a usual key ("model_state_dict", "ema", ...). What wrappers such as
+            DataParallel and torch.compile add to names is dropped.
 
     Returns:
         A copy of the model with `TuckerConv2d` (or `TuckerLinear`) in those places and all weights of
@@ -34,12 +47,13 @@ def from_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(expected("model", "a torch.nn.Module", model))
-    if not isinstance(state, Mapping):
+    model, state = unwrap(model), state_in(state)
+    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
         raise TypeError(expected("state", "a state dict", state))
     if bad := [name for name, tensor in state.items() if not bool(tensor.isfinite().all())]:
         raise ValueError(f"state must hold finite weights, got NaN or infinity in {', '.join(bad[:3])}")
     student = copy.deepcopy(model)
-    rest = dict(state)
+    rest = bare_names(state, student.state_dict())
     layers = [
         (name, module)
         for name, module in student.named_modules(remove_duplicate=False)
@@ -49,15 +63,17 @@ def from_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
         prefix = f"{name}." if name else ""
         if f"{prefix}weight" in rest:
             continue
-        for names in LAYOUTS.values():
-            parts = _take(rest, prefix, names)
-            if parts is not None:
-                factors, bias = _factors(name, module, *parts)
-                student = replace(
-                    student, Site(name, module, [name]), build(module, factors.to(module.weight))
-                )
-                rest |= {f"{prefix}{key}": value for key, value in _named(factors, bias).items()}
-                break
+        found = [roles for layout in LAYOUTS.values() for roles in layout if _holds(rest, prefix, roles)]
+        fitting = next((roles for roles in found if _fits(rest, prefix, roles, module)), None)
+        if fitting is None and found:
+            shapes = ", ".join(str(tuple(rest[f"{prefix}{part}.weight"].shape)) for part in found[0].values())
+            what = f"factors of {name!r} with weight {tuple(module.weight.shape)}"
+            raise ValueError(expected("state", what, shapes))
+        if fitting is not None:
+            factors, named = _take(rest, prefix, fitting)
+            site = Site(name, module, [name])
+            student = replace(student, site, build(module, factors.to(module.weight)))
+            rest |= named
     try:
         student.load_state_dict(rest)
     except RuntimeError as error:
@@ -66,44 +82,39 @@ def from_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
     return student
 
 
-def _take(
-    state: dict[str, Tensor], prefix: str, names: tuple[str, str, str]
-) -> tuple[list[Tensor], Tensor | None] | None:
-    """Removes the three factors and the bias of a layer from the state dict."""
-    keys = [f"{prefix}{name}.weight" for name in names]
-    if not all(key in state for key in keys):
-        return None
-    bias = state.pop(f"{prefix}{names[2]}.bias", None)
-    return [state.pop(key) for key in keys], bias
+def _holds(state: Mapping[str, Tensor], prefix: str, roles: Roles) -> bool:
+    return all(f"{prefix}{part}.weight" in state for part in roles.values())
 
 
-def _factors(
-    name: str, module: nn.Module, parts: list[Tensor], bias: Tensor | None
-) -> tuple[Factors, Tensor | None]:
-    first, core, last = parts
+def _fits(state: Mapping[str, Tensor], prefix: str, roles: Roles, module: nn.Module) -> bool:
+    """Whether the factors are those of a weight such as the layer's."""
+    factors, named = _take(dict(state), prefix, roles)
+    first, core, last = factors
     outputs, inputs, *kernel = module.weight.shape
-    fits = (
-        min(part.dim() for part in parts) >= 2
-        and all(part.numel() for part in parts)
-        and first.shape[1] == inputs
-        and last.shape[0] == outputs
-        and core.shape[:2] == (last.shape[1], first.shape[0])
-        and list(core.shape[2:]) == kernel
-        and first.shape[2:].numel() == last.shape[2:].numel() == 1
-        and (bias is None) == (module.bias is None)
+    core_inputs = inputs if first is None else first.shape[0]
+    core_outputs = outputs if last is None else last.shape[1]
+    sides = [state[f"{prefix}{roles[role]}.weight"] for role in ("first", "last") if role in roles]
+    return (
+        all(side.dim() == core.dim() and side[0, 0].numel() == 1 for side in sides)
+        and tuple(core.shape) == (core_outputs, core_inputs, *kernel)
+        and (first is None or first.shape[1] == inputs)
+        and (last is None or last.shape[0] == outputs)
+        and any(key.endswith(".bias") for key in named) == (module.bias is not None)
     )
-    if not fits:
-        shapes = ", ".join(str(tuple(part.shape)) for part in parts)
-        what = f"factors of {name!r} with weight {tuple(module.weight.shape)}"
-        raise ValueError(expected("state", what, shapes))
-    return Factors(first.flatten(1), core, last.flatten(1)), bias
 
 
-def _named(factors: Factors, bias: Tensor | None) -> dict[str, Tensor]:
-    spatial = (1, 1) if factors.core.dim() == 4 else ()
-    named = {
-        "first.weight": factors.first.reshape(*factors.first.shape, *spatial),
-        "core.weight": factors.core,
-        "last.weight": factors.last.reshape(*factors.last.shape, *spatial),
-    }
-    return named if bias is None else {**named, "last.bias": bias}
+def _take(state: dict[str, Tensor], prefix: str, roles: Roles) -> tuple[Factors, dict[str, Tensor]]:
+    """Removes the factors of a layer from the state dict: they, and all their tensors by kegfast's names."""
+    weights = {role: state.pop(f"{prefix}{part}.weight") for role, part in roles.items()}
+    tail = "last" if "last" in roles else "core"
+    bias = state.pop(f"{prefix}{roles[tail]}.bias", None)
+    core = weights["core"]
+    first, last = (weights[role].flatten(1) if role in weights else None for role in ("first", "last"))
+    spatial = (1, 1) if core.dim() == 4 else ()
+    named = {f"{prefix}core.weight": core}
+    for role, side in (("first", first), ("last", last)):
+        if side is not None:
+            named[f"{prefix}{role}.weight"] = side.reshape(*side.shape, *spatial)
+    if bias is not None:
+        named[f"{prefix}{tail}.bias"] = bias
+    return Factors(first, core, last), named

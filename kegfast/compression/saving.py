@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from kegfast._util.check import expected
 from kegfast._util.files import parse_json, read_tensors, save_tensors
+from kegfast._util.imports import module_and_name
 from kegfast.compression.structure import (
     container,
     graph_from,
@@ -19,7 +20,7 @@ from kegfast.compression.structure import (
     module_spec,
     module_specs,
 )
-from kegfast.compression.surgery import Site, factored_layers, factors_of, replace
+from kegfast.compression.surgery import Site, factored_layers, factors_of, replace, unwrap
 from kegfast.nn import TuckerConv2d
 from kegfast.version import __version__
 
@@ -35,7 +36,8 @@ def save(model: nn.Module, path: str | Path, *, factory: str | None = None) -> N
     where the forward pass can be traced by torch.fx, that too: `load` then needs no other code.
 
     Args:
-        model: any module.
+        model: any module. Wrappers (DataParallel, DistributedDataParallel, AveragedModel, torch.compile) are
+            left out.
         path: the file, usually `*.safetensors`.
         factory: import path of what makes the uncompressed architecture ("package.module:function"),
             kept as a hint for models that cannot be traced.
@@ -45,8 +47,9 @@ def save(model: nn.Module, path: str | Path, *, factory: str | None = None) -> N
     """
     if not isinstance(model, nn.Module):
         raise TypeError(expected("model", "a torch.nn.Module", model))
+    model = unwrap(model)
     if factory is not None:
-        _split(factory)
+        module_and_name("factory", factory)
     modules, aliases = module_specs(model)
     structure = {
         "modules": modules,
@@ -100,6 +103,7 @@ def load(path: str | Path, model: nn.Module | None = None, *, factory: Factory |
     """
     if model is not None and not isinstance(model, nn.Module):
         raise TypeError(expected("model", "a torch.nn.Module, or None (see factory)", model))
+    model = None if model is None else unwrap(model)
     tensors, metadata = read_tensors(path)
     if metadata.get("format") != FORMAT:
         raise ValueError(f"{path}: expected a file of kegfast.save, got format {metadata.get('format')!r}")
@@ -199,7 +203,7 @@ def resolve(factory: Factory) -> Callable[[], nn.Module]:
     """
     if callable(factory):
         return factory
-    module, name = _split(factory)
+    module, name = module_and_name("factory", factory)
     try:
         found = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:
@@ -207,10 +211,3 @@ def resolve(factory: Factory) -> Callable[[], nn.Module]:
     if not callable(found):
         raise ValueError(expected("factory", "a callable", found))
     return found
-
-
-def _split(factory: str) -> tuple[str, str]:
-    module, _, name = factory.partition(":") if isinstance(factory, str) else ("", "", "")
-    if not module or not name.isidentifier():
-        raise ValueError(expected("factory", "an import path 'package.module:function'", factory))
-    return module, name
