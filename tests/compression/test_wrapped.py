@@ -22,10 +22,8 @@ X = torch.randn(2, 3, 8, 8)
 def distributed(model):
     """In a group of one process."""
     if not torch.distributed.is_initialized():
-        os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-        torch.distributed.init_process_group(
-            "gloo", rank=0, world_size=1, store=torch.distributed.HashStore()
-        )
+        store = torch.distributed.HashStore()
+        torch.distributed.init_process_group("gloo", rank=0, world_size=1, store=store)
     return nn.parallel.DistributedDataParallel(model)
 
 
