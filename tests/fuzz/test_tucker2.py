@@ -76,6 +76,8 @@ def test_values_and_gradients(geometry, dtype, layouts, place, scale, options, s
     want = want.relu() if relu else want
     for got in (y, alone):
         check(got.detach(), want, sizes, share)
+    if "pixels expanded" in layouts:  # running sums of one number over and over: their errors have one sign
+        share += y[:, 0].numel() / 4 * ROUNDOFF[torch.float32]
     for got, exact, size in zip(found, wanted, spread, strict=True):
         check(got, exact, size, share)
 

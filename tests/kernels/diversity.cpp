@@ -70,7 +70,7 @@ void one(int64_t batch, int64_t width, int64_t features, Metric metric, NoiseMet
   kegfast::Diversity diversity(p, metric, noise_metric, noises);
   std::vector<double> noise_gradient(batch * width);
   kegfast::noise_gradient(noises, noise_metric, diversity.distances(), scale, noise_gradient.data());
-  const double value = scale * diversity.run(scale);
+  const double value = diversity.run(scale);
   std::vector<double> gradient(batch * features);
   for (int64_t i = 0; i < batch * features; ++i) gradient[i] = wide ? doubles.get()[i] : floats.get()[i];
 

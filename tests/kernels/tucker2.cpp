@@ -279,8 +279,8 @@ void backward(Operands& of, const Call& call, const Memory<float>& t1, const Mem
   const Stored grad(call.kind, laid_out(slopes, p.images, p.features, p.channels_last));
   const Stored stopped(call.kind, laid_out(y, p.images, p.features, p.channels_last));
   const Stored dx(call.kind, static_cast<int64_t>(call.x.size()));
-  std::vector<float> dfirst(call.first.size()), dcore(call.core.size()), dlast(call.last.size()),
-      dbias(p.features);
+  std::vector<float> dfirst(call.first.size()), dcore(call.core.size()), dlast(call.last.size());
+  Values dbias(p.features);
   kegfast::Tucker2GradParams g{};
   g.forward = p, g.forward.t1 = t1.get(), g.forward.t2 = t2.get();
   g.kept = Tucker2Type::float32;
@@ -319,7 +319,7 @@ void backward(Operands& of, const Call& call, const Memory<float>& t1, const Mem
   compare(weight(dlast.data(), {c.features, c.rank_out, 1, 1},
                  {pixels ? 1 : c.rank_out, pixels ? c.features : 1, 0, 0}),
           want.last, "last");
-  compare(Values(dbias.begin(), dbias.end()), want.bias, "bias");
+  compare(dbias, want.bias, "bias");
 }
 
 void one(const Case& c, Kind kind, bool channels_last, bool relu) {
