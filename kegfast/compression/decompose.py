@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from kegfast._util.extras import extra
-from kegfast.compression.ranks import Side, explicit_rank
+from kegfast.compression.ranks import GRAM_FROM, Side, explicit_rank
 from kegfast.nn.factors import Factors, reconstruct
 
 DOUBLE_UNTIL = 1 << 20
@@ -71,7 +71,7 @@ class Decomposition:
 
     @cached_property
     def _svd(self) -> tuple[Tensor, Tensor, Tensor]:
-        return torch.linalg.svd(self._target.flatten(1), full_matrices=False)
+        return _svd(self._target.flatten(1))
 
     def at(self, rank: tuple[Side, Side]) -> Factors:
         """The factors of one pair of ranks."""
@@ -85,6 +85,25 @@ class Decomposition:
             (_, inputs), (_, output) = self._metric.roots
             factors = _unwhiten(factors, inputs.to(self._target), output.to(self._target))
         return factors.to(self._weight)
+
+
+def _svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # (K, C) -> (K, n), (n,), (n, C)
+    """The thin SVD; of a large matrix by its smaller Gram matrix in float64, which is quicker.
+
+    The matrix is projected on the left vectors, so truncated products are the best of their rank; only what is
+    below 1e-8 of the largest singular value, less than a float32 weight can tell, comes in any order.
+    """
+    rows, columns = matrix.shape
+    if min(rows, columns) <= GRAM_FROM:
+        return torch.linalg.svd(matrix, full_matrices=False)
+    if rows > columns:
+        u, s, v = _svd(matrix.T)
+        return v.T, s, u.T
+    wide = matrix.double()
+    u = torch.linalg.eigh(wide @ wide.T).eigenvectors.flip(1).to(matrix)
+    projected = u.T @ matrix
+    s = projected.norm(dim=1)
+    return u, s, projected / s.clamp_min(torch.finfo(s.dtype).tiny)[:, None]
 
 
 def _low_rank(matrix: Tensor, svd: tuple[Tensor, Tensor, Tensor], in_rank: Side, out_rank: Side) -> Factors:

@@ -16,6 +16,8 @@ from kegfast._util.extras import extra
 Side = int | None
 RankRule = str | float | tuple[Side, Side]
 RankRules = RankRule | Mapping[str, RankRule]
+GRAM_FROM = 256
+"""Matrices of more rows and columns are taken apart by the eigenvectors of their smaller Gram matrix."""
 EVBMF_RULES = ("evbmf", "evbmf-exact")
 Spectra = tuple[np.ndarray, np.ndarray]
 
@@ -122,14 +124,17 @@ def spectra(
 ) -> Spectra:
     """Singular values of the input and of the output unfolding, in float64, descending."""
     weight = weight.detach().to("cpu", torch.float64)
-    output = weight.flatten(1)
-    inputs = weight.transpose(0, 1).flatten(1)
-    return _singular_values(inputs), _singular_values(output)
+    output = _singular_values(weight.flatten(1))
+    if weight[0, 0].numel() == 1:  # a matrix, of which the other unfolding is the transpose
+        return output, output
+    return _singular_values(weight.transpose(0, 1).flatten(1)), output
 
 
 def _singular_values(matrix: Tensor) -> np.ndarray:
     rows, columns = matrix.shape
-    if columns > 4 * rows:  # the Gram matrix is far smaller; its eigenvalues are exact enough for ranks
+    if rows > columns:
+        return _singular_values(matrix.T)
+    if columns > 4 * rows or rows > GRAM_FROM:  # of the Gram matrix, exact enough for ranks and far quicker
         return torch.linalg.eigvalsh(matrix @ matrix.T).clamp_min(0).sqrt().flip(0).numpy()
     return torch.linalg.svdvals(matrix).numpy()
 

@@ -1,9 +1,11 @@
 """Factors of a weight against the dense weight and against optimality."""
 
+import numpy as np
 import pytest
 import torch
 
 from kegfast.compression.decompose import Metric, factorize, relative_error
+from kegfast.compression.ranks import spectra
 from kegfast.nn.factors import reconstruct
 
 SHAPES = [(12, 8, 3, 3), (8, 12, 5, 1), (16, 6, 1, 1), (10, 14)]
@@ -85,3 +87,34 @@ def test_large_weights_take_a_faster_way_to_the_same_error(monkeypatch, rank):
     exact = relative_error(weight, factorize(weight, rank))
     monkeypatch.setattr("kegfast.compression.decompose.DOUBLE_UNTIL", 10)
     assert relative_error(weight, factorize(weight, rank)) == pytest.approx(exact, rel=1e-3)
+
+
+@pytest.mark.parametrize("shape", [(300, 400), (400, 300)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_large_matrices_lose_no_more_than_their_svd_says(shape, dtype):
+    """Also where the singular values fall by five decades, as those of whitened weights do."""
+    torch.manual_seed(0)
+    n = min(shape)
+    left, right = (torch.linalg.qr(torch.randn(size, n, dtype=torch.float64))[0] for size in shape)
+    values = torch.logspace(0, -5, n, dtype=torch.float64)
+    weight = ((left * values) @ right.T).to(dtype)
+    exact = torch.linalg.svdvals(weight.double())
+    for rank in (1, 40, 200, 290, n):
+        for pair in ((rank, None), (None, rank)):
+            best = float(exact[rank:].norm() / exact.norm())
+            error = relative_error(weight, factorize(weight, pair))
+            assert error <= best * 1.001 + (1e-6 if dtype is torch.float32 else 1e-9)
+
+
+def test_a_matrix_is_taken_apart_once_for_its_ranks(monkeypatch):
+    calls = []
+    original = torch.linalg.eigvalsh
+    monkeypatch.setattr(
+        torch.linalg, "eigvalsh", lambda *args: calls.append(args[0].shape) or original(*args)
+    )
+    monkeypatch.setattr(torch.linalg, "svdvals", None)
+    weight = torch.randn(300, 1200)
+    inputs, output = spectra(weight)
+    assert calls == [(300, 300)]
+    assert inputs is output
+    np.testing.assert_allclose(output, torch.linalg.svd(weight.double())[1].numpy(), rtol=1e-9)
