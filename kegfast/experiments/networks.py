@@ -74,10 +74,11 @@ def _from_arrays(info: DataInfo, root: Path | None, folder: str, files: tuple[st
     if root is None:
         raise ValueError(f"root must be given: a folder with {folder}/{files[0]}")
     parts = []
+    mean, std = (np.array(values, np.float32) for values in (info.mean, info.std))
     for file in files:
         with np.load(root / folder / file, allow_pickle=False) as found:
             pixels, labels = found["x"], found["y"]
-        scaled = (pixels.astype(np.float32) / 255 - np.float32(info.mean)) / np.float32(info.std)
+        scaled = (pixels.astype(np.float32) / 255 - mean) / std
         parts.append((np.ascontiguousarray(scaled.transpose(0, 3, 1, 2)), labels.astype(np.int64)))
     return make_splits(info, *parts)
 

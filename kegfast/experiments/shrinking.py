@@ -96,7 +96,7 @@ def _cell(
     kept: dict[int, tuple[dict[str, Tensor], float]],
 ) -> dict[str, Any]:
     info = splits.info
-    normalization = {"mean": info.mean, "std": info.std} if info.mean else {}
+    normalization: dict[str, Any] = {"mean": info.mean, "std": info.std} if info.mean else {}
     data, resumed = splits.train.tensors[0][:count] if count else None, folder.exists()
     start, shared = time.process_time(), kept.get(seed)
     with recovery(
@@ -119,6 +119,8 @@ def _cell(
         seconds = None if resumed else time.process_time() - start
         report = run.report
         accuracy = {name: evaluate(student, splits.test) for name, student in run.students.items()}
+    assert report.chosen is not None
+    assert report.before is not None
     predicted = report.predicted
     for part in folder.glob("*"):
         part.unlink()

@@ -80,14 +80,25 @@ def take_source(subject: Subject, pixels: Pixels | None, source: Any) -> Source:
     Raises:
         TypeError, ValueError: it gives none.
     """
-    found = as_source(source)
+    found = _Given(as_source(source))
     with seeded(0):
-        drawn = found.sample(LOOKED_AT)
-    samples = drawn[0] if isinstance(drawn, tuple | list) else drawn
-    if not isinstance(samples, Tensor) or not samples.is_floating_point():
-        raise TypeError(expected("source", "a source of floating-point samples", samples))
+        samples = found.sample(LOOKED_AT)[0]
     _check(subject, pixels, samples, "source")
     return found
+
+
+class _Given:
+    """The caller's source: its samples without their labels, which may come without a pair around them."""
+
+    def __init__(self, source: Source):
+        self.source = source
+
+    def sample(self, n: int) -> tuple[Tensor, None]:
+        drawn: Any = self.source.sample(n)
+        samples = drawn[0] if isinstance(drawn, tuple | list) else drawn
+        if not isinstance(samples, Tensor) or not samples.is_floating_point() or len(samples) != n:
+            raise TypeError(expected("source", f"a source of {n} floating-point samples", samples))
+        return samples, None
 
 
 def _check(subject: Subject, pixels: Pixels | None, samples: Tensor, name: str) -> None:

@@ -147,7 +147,15 @@ def recovery(
         real = None if data is None else take_data(subject, pixels, data)
         spent = Budget(subject, ratio, budget)
         folder = _folder(stack, out, resume)
-        pace = _pace(subject, folder, seconds, share)
+        run = {
+            "model": subject.digest,
+            "budget": spent.budget if isinstance(spent.budget, int) else dict(spent.budget),
+            "normalization": None if pixels is None else [list(pixels.mean), list(pixels.std)],
+            "data": 0 if real is None else len(real.taught) + len(real.held),
+            "source": source is not None,
+            "seed": seed,
+        }
+        pace = _pace(subject, folder, seconds, share, run)
         bar = stack.enter_context(progress_bar("shrink", UNITS, enabled=progress))
         yield Recovery(subject, pixels, spent, own, real, pace, seed, folder, bar)
 
@@ -161,15 +169,17 @@ def _pixels(subject: Subject, mean: Any, std: Any, input_range: Any) -> Pixels |
     return None
 
 
-def _pace(subject: Subject, folder: Path, seconds: float | None, share: float) -> Pace:
+def _pace(
+    subject: Subject, folder: Path, seconds: float | None, share: float, run: Mapping[str, Any]
+) -> Pace:
     """How much of everything: timed once for a run, and kept for its resumption."""
     path = folder / PLAN
     if path.exists():
-        return Pace.read(path)
+        return Pace.read(path, run)
     pace = usual(subject) if share == 1 else cut(usual(subject), share)
     if seconds is not None:
         pace = paced(subject, pace, seconds)
-    pace.write(path)
+    pace.write(path, run)
     return pace
 
 

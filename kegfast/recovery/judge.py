@@ -13,6 +13,8 @@ from kegfast.recovery.subject import Subject
 SURELY = 0.9
 """A student that has learnt for longer must diverge from its teacher by less than this share of what one
 does that has learnt less: what no sample shows is forgotten unseen."""
+FARTHEST = 1e6
+"""The divergence of a student whose answers are no numbers."""
 CHUNK = 128
 """Samples that run at once; small ones stay in a CPU's caches."""
 FEW = 64
@@ -62,7 +64,7 @@ class Judge:
         own = answers(self.subject.logits(student), self.sets[name])
         divergence = F.kl_div(own, wanted, log_target=True, reduction="batchmean")
         same = (own.argmax(1) == wanted.argmax(1)).float().mean()
-        return Verdict(float(divergence), 100 * float(same))
+        return Verdict(float(divergence.nan_to_num(FARTHEST, FARTHEST)), 100 * float(same))
 
 
 @torch.no_grad()

@@ -1,8 +1,10 @@
 """How many samples and steps: as many as pay, or as many as the time allows."""
 
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -40,17 +42,22 @@ class Pace:
     lessons: tuple[Lesson, ...]
     share: float = 1.0
 
-    def write(self, path: Path) -> None:
-        write_json(path, asdict(self))
+    def write(self, path: Path, run: Mapping[str, Any]) -> None:
+        """Writes it as that of a run, which `run` tells from others."""
+        write_json(path, {"run": dict(run), **asdict(self)})
 
     @staticmethod
-    def read(path: Path) -> "Pace":
+    def read(path: Path, run: Mapping[str, Any]) -> "Pace":
         """What `write` wrote.
 
         Raises:
-            ValueError: it is another file.
+            ValueError: it is another file, or that of another run.
         """
         found = read_json(path)
+        for name, value in run.items():
+            before = found.get("run", {}).get(name)
+            if before != value:
+                raise ValueError(f"{name} was {before} in the run to resume, got {value}")
         try:
             plans = tuple(Lesson(**plan) for plan in found["lessons"])
             return Pace(Amounts(**found["amounts"]), plans, found["share"])
@@ -82,7 +89,7 @@ def cut(pace: Pace, share: float) -> Pace:
 def passes(subject: Subject, pace: Pace) -> float:
     """Samples that go through the network forward and back, in all."""
     counts = pace.amounts
-    made = MATCHING * (counts.matched + counts.judged)
+    made: float = MATCHING * (counts.matched + counts.judged)
     if not counts.matched:
         made = MOVING * (counts.pool / 4 + counts.judged) if subject.kind == "image" else counts.pool
     return made + STEP * sum(plan.steps * plan.batch for plan in pace.lessons)

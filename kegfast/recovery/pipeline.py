@@ -137,14 +137,18 @@ class Recovery:
             courses = [before]
             for number, plan in enumerate(self.pace.lessons):
                 name = f"{before.name}, then {plan}"
-                self.students[name] = self._taught(student, number)
+                try:
+                    self.students[name] = self._taught(student, number)
+                except FloatingPointError as error:  # the student from before is as good as it was
+                    log.warning("%s", error)
+                    self.students[name] = student
                 courses.append(_candidate(name, self.students[name], judge))
         self.report.candidates = [*judged, *courses[1:]]
         self.report.before = before
         kept = choice([one.divergence for one in courses])
         self.report.chosen = courses[kept]
-        plan = self.pace.lessons[kept - 1] if kept else "none: no course made the student surely closer"
-        self.report.decisions["teaching"] = str(plan)
+        none = "none: no course made the student surely closer"
+        self.report.decisions["teaching"] = str(self.pace.lessons[kept - 1]) if kept else none
         self.report.predicted = self._predicted(self.report.chosen, before if kept else None)
         student = self.students[self.report.chosen.name].eval()
         return student

@@ -1,8 +1,9 @@
 """The normalization that a network was trained with: given, read off it, or found among the usual ones."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,7 +23,7 @@ TRIED = 128
 """Dead leaves that candidates are tried on."""
 FOREIGN = 5.0
 """Deviations of BatchNorm's statistics that no normalization may leave images away from them."""
-KNOWN = {
+KNOWN: dict[str, tuple[Any, Any]] = {
     "mean 0.5, std 0.25": (0.5, 0.25),
     "pixels in [0, 1]": (0.0, 1.0),
     "pixels in [-1, 1]": (0.5, 0.5),
@@ -30,7 +31,7 @@ KNOWN = {
     "mean and std of ImageNet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
 }
 """Usual normalizations of pixels in [0, 1]."""
-BYTES = {"pixels in [0, 255]": (0.0, 1 / 255)}
+BYTES: dict[str, tuple[Any, Any]] = {"pixels in [0, 255]": (0.0, 1 / 255)}
 """One that only BatchNorm tells: without it larger inputs always make surer outputs."""
 
 
@@ -63,7 +64,9 @@ class Pixels:
             return self.mean, self.std
         return (PLAIN[0],) * len(pairs), (PLAIN[1],) * len(pairs)
 
-    def paint(self, kind: type[Painted], sample_shape: Sequence[int], device: torch.device, **options: int):
+    def paint(
+        self, kind: type[Painted], sample_shape: Sequence[int], device: torch.device, **options: Any
+    ) -> "Painted | Renormalized":
         """A source of made images, as the network wants them."""
         level, spread = self.levels
         made = kind(sample_shape, level, spread, device=device, **options)
@@ -75,9 +78,15 @@ class Pixels:
         def renormalized(images: Tensor) -> Tensor:
             return images * scale[:, None, None] + shift[:, None, None]
 
-        source = Augmented(made, renormalized)
-        source.sample_shape = made.sample_shape
-        return source
+        return Renormalized(made, renormalized)
+
+
+class Renormalized(Augmented):
+    """Made images by another normalization than their grays."""
+
+    def __init__(self, made: Painted, change: Callable[[Tensor], Tensor]):
+        super().__init__(made, change)
+        self.sample_shape = made.sample_shape
 
 
 def find_pixels(
@@ -94,7 +103,7 @@ def find_pixels(
     channels = subject.sample_shape[0]
     if (mean is None) != (std is None):
         raise ValueError(f"mean and std must be given together, got mean {mean} and std {std}")
-    if mean is not None:
+    if mean is not None and std is not None:
         if input_range is not None:
             raise ValueError(expected("input_range", "left out beside mean and std", input_range))
         return Pixels(_each("mean", mean, channels), _each("std", std, channels), "as given")
@@ -131,7 +140,7 @@ def _unfamiliar(subject: Subject, images: Tensor) -> float:
     with evaluation(subject.model), batch_statistics(subject.model) as seen:
         subject.model(images)
     for name, (mean, variance) in seen.items():
-        norm = subject.model.get_submodule(name)
+        norm: Any = subject.model.get_submodule(name)
         if norm.running_mean is not None:
             deviation = (norm.running_var + norm.eps).sqrt()
             shift = ((mean - norm.running_mean) / deviation).abs()

@@ -58,16 +58,18 @@ def _part(count: int, share: float, least: int = 16) -> int:
     return max(least, round(count * share))
 
 
-def leaves(subject: Subject, pixels: Pixels, **options: int) -> Source:
+def leaves(subject: Subject, pixels: Pixels | None, **options: int) -> Source:
     """Dead leaves as the network wants its images."""
+    assert pixels is not None, "images have a normalization"
     return pixels.paint(DeadLeaves, subject.sample_shape, subject.device, **options)
 
 
-def image_kinds(subject: Subject, pixels: Pixels) -> dict[str, Source]:
+def image_kinds(subject: Subject, pixels: Pixels | None) -> dict[str, Source]:
     """Kinds of artificial images, to be mixed in equal shares for a network without BatchNorm.
 
     Each leaves a student free where another holds it.
     """
+    assert pixels is not None, "images have a normalization"
     return {
         "many leaves": leaves(subject, pixels, most=MANY),
         "bent leaves": Augmented(leaves(subject, pixels), bent),
@@ -91,9 +93,16 @@ def rows(subject: Subject) -> Source:
     )
 
 
+def drawn(source: Source, n: int) -> Tensor:  # (n, *sample_shape)
+    """Samples of a source, without their labels."""
+    samples = source.sample(n)[0]
+    assert isinstance(samples, Tensor), "sources are seen to give tensors"
+    return samples
+
+
 def match(subject: Subject, source: Source, n: int) -> Tensor:
     """`n` samples of a source, changed until the teacher's BatchNorm finds them familiar."""
-    left, parts = source.sample(n)[0], []
+    left, parts = drawn(source, n), []
     while len(left):
         parts.append(match_statistics(subject.teacher, left))
         left = left[len(parts[-1]) :]
@@ -201,7 +210,7 @@ class Made:
         if self.is_matched:
             return self.matched("matched")[:n]
         with drawing(self.seed, "kegfast held out"):
-            return self.raw().sample(n)[0]
+            return drawn(self.raw(), n)
 
     def judge(self) -> Tensor:
         """Held-out samples that any student is judged by.
@@ -212,14 +221,14 @@ class Made:
         if self.is_matched:
             return self.matched("judge")
         with drawing(self.seed, "judge"):
-            return self.raw().sample(self.counts.judged)[0]
+            return drawn(self.raw(), self.counts.judged)
 
     def shown(self) -> Tensor:
         """Some of the samples."""
         if self.is_matched:
             return self.matched("matched")
         with drawing(self.seed, "shown"):
-            return self.raw().sample(SHOWN)[0]
+            return drawn(self.raw(), SHOWN)
 
     def matched(self, name: str) -> Tensor:
         """Matched samples, made once; `name` is one of `parts`."""

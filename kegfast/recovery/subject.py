@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from hashlib import blake2b
 from typing import Any, Literal
 
 import torch
@@ -50,7 +51,8 @@ class Subject:
     @property
     def kind(self) -> Literal["image", "row", "other"]:
         """What a sample is, as far as its shape tells: (C, H, W), (F,) or neither."""
-        return {3: "image", 1: "row"}.get(len(self.sample_shape), "other")
+        dimensions = len(self.sample_shape)
+        return "image" if dimensions == 3 else "row" if dimensions == 1 else "other"
 
     @property
     def numbers(self) -> int:
@@ -65,6 +67,16 @@ class Subject:
     @property
     def device(self) -> torch.device:
         return next((p.device for p in self.model.parameters()), torch.device("cpu"))
+
+    @property
+    def digest(self) -> str:
+        """Of the model's weights and buffers, by their names."""
+        digest = blake2b(digest_size=16)
+        for name, tensor in self.model.state_dict().items():
+            if isinstance(tensor, Tensor):
+                digest.update(name.encode())
+                digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
 
     def logits(self, model: nn.Module) -> nn.Module:
         """This model, or one made of it, as a module that gives logits."""
@@ -92,6 +104,8 @@ def examine(model: nn.Module, sample_shape: Sequence[int], num_classes: int | No
         raise TypeError(expected("model", "a torch.nn.Module", model))
     shape = check.sizes("sample_shape", sample_shape)
     like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
+    if like.dtype != torch.float32:
+        raise TypeError(expected("model", "of float32 weights, as model.float() makes it", like.dtype))
     with seeded(0):
         noise = torch.randn(PROBES, *shape).to(like)
     with torch.no_grad(), evaluation(model):

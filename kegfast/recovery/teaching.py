@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from kegfast._util.inputs import tensors_in
 from kegfast.compression.surgery import factored_layers
 from kegfast.compression.traffic import evaluation
 from kegfast.distillation import distill
@@ -117,8 +118,9 @@ def _shapes(subject: Subject, model: nn.Module, names: Sequence[str]) -> dict[st
 
 def teach(subject: Subject, student: nn.Module, pool: InMemory, plan: Lesson, **options: Any) -> None:
     """Teaches a student, in place, what the teacher answers to a pool; options are `kegfast.distill`'s."""
-    loss = objective(subject, student, pool.samples) if plan.hints else "soft_target"
-    student.to(memory_format=torch.channels_last)
+    shown = next(iter(tensors_in(pool.samples)))
+    loss = objective(subject, student, shown) if plan.hints else "soft_target"
+    student.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stubs lack it
     distill(
         subject.logits(student),
         subject.teacher,

@@ -39,6 +39,7 @@ ROWS = perceptron(8, 64, 3)
         (Wrapped(lambda y: y.sum(1)), (8,), {}, ValueError, r"model must be .*\(N, classes\)"),
         (perceptron(8, 16, 1), (8,), {}, ValueError, "model must be .* two classes or more"),
         (Wrapped(lambda y: y * torch.nan), (8,), {}, ValueError, "model must give finite logits"),
+        (perceptron(8, 16, 3).double(), (8,), {}, TypeError, "model must be of float32"),
         (ROWS, (9,), {}, ValueError, "sample_shape must be a shape that the model takes"),
         (ROWS, (8,), {"num_classes": 4}, ValueError, "num_classes must be 3"),
         (ROWS, (8,), {"ratio": 1.0}, ValueError, "ratio must be a finite number above 1"),

@@ -97,6 +97,16 @@ def test_no_student_is_worse_to_its_judges_than_before_teaching(teacher, monkeyp
     assert report.candidates[-1].divergence > report.before.divergence
 
 
+def test_a_course_that_diverges_leaves_the_student_from_before(teacher, monkeypatch):
+    def diverge(*args, **options):
+        raise FloatingPointError("teaching: loss is nan")
+
+    monkeypatch.setattr("kegfast.recovery.pipeline.teach", diverge)
+    student, report = shrink(teacher)
+    assert report.chosen is report.before
+    assert all(p.isfinite().all() for p in student.parameters())
+
+
 def test_the_same_seed_gives_the_same_student(teacher):
     one, other = (shrink(teacher, seed=3)[0] for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
@@ -120,6 +130,17 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_student(teacher, tmp_path, m
     assert not made
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), again.parameters(), strict=True))
     assert report.to_dict()["candidates"] == first.to_dict()["candidates"]
+
+
+@pytest.mark.parametrize("change", ["seed", "model", "budget"])
+def test_another_run_does_not_go_on_in_its_folder(teacher, change, tmp_path):
+    shrink(teacher, out=tmp_path)
+    model = copy.deepcopy(teacher)
+    if change == "model":
+        model[0].weight.data[0, 0, 0, 0] += 1
+    options = {"seed": {"seed": 5}, "budget": {"ratio": 3.0}}.get(change, {})
+    with pytest.raises(ValueError, match=f"{change} was .* in the run to resume"):
+        shrink(model, out=tmp_path, resume=True, **options)
 
 
 def _results(folder):
@@ -183,8 +204,16 @@ class Ramps:
         return (turned * torch.rand(n, 1, 1, 1) - 0.5) / 0.25, None
 
 
-def test_a_source_of_ones_own_takes_the_place_of_artificial_samples(teacher):
-    _, report = shrink(teacher, source=Ramps())
+class BareRamps(Ramps):
+    """The same without a pair around them."""
+
+    def sample(self, n):
+        return super().sample(n)[0]
+
+
+@pytest.mark.parametrize("source", [Ramps(), BareRamps()])
+def test_a_source_of_ones_own_takes_the_place_of_artificial_samples(teacher, source):
+    _, report = shrink(teacher, source=source)
     assert "given source" in report.decisions["samples"]
     assert report.ratio >= 2
 
