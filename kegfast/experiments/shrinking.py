@@ -109,12 +109,11 @@ def _cell(
         resume=True,
         **normalization,
     ) as run:
-        if shared is not None and run.made.strange is None:
+        if shared is not None:
             run.made.keep(shared[0])
             start -= shared[1]
         run.make()
-        if run.made.strange is None:
-            kept[seed] = run.made.kept, time.process_time() - start
+        kept[seed] = run.made.kept, time.process_time() - start
         chosen = run.student()
         seconds = None if resumed else time.process_time() - start
         report = run.report

@@ -64,7 +64,8 @@ def shrink(
         input_range: in place of `mean` and `std`, (lowest, highest) value of an input image.
         num_classes: checked against the network's outputs where given.
         data: unlabelled samples, as many or few as there are: a tensor, a Dataset or a DataLoader. They are
-            mixed in; a quarter of them, from 64 samples on, judges.
+            mixed in; a quarter of them, from 64 samples on, judges. Those that are unlike what BatchNorm
+            remembers are left aside.
         source: in place of artificial samples, an object whose `sample(n)` gives such as the network takes.
         seconds: an aim for the whole run; samples and steps are cut to it by how long the network takes here.
         seed: of all draws.

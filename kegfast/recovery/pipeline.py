@@ -110,16 +110,14 @@ class Recovery:
         if pixels is not None:
             mean, std = (", ".join(f"{value:.4g}" for value in part) for part in (pixels.mean, pixels.std))
             self.report.decisions["normalization"] = f"mean {mean}, std {std}: {pixels.origin}"
-        strange: Tensor | None = None
         if data is not None and not data.trusted:
-            text = "BatchNorm does not know such samples: half of those that it is matched by start from them"
-            self.report.decisions["data"] = text
-            strange, data = torch.cat([data.taught, data.held]), None
+            text = "left aside: BatchNorm remembers others (as source= they are changed until it knows them)"
+            self.report.decisions["data"], data = text, None
         self.data = data
         self.pace = pace
         if pace.share < 1:
             self.report.decisions["time"] = f"{pace.share:.0%} of the usual samples and steps"
-        self.made = Made(subject, pixels, seed, source, strange, self.pace.amounts)
+        self.made = Made(subject, pixels, seed, source, self.pace.amounts)
 
     def student(self) -> nn.Module:
         """The student, after every stage."""

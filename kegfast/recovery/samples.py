@@ -141,7 +141,6 @@ class Made:
         pixels: how it wants its images; None where its samples are none.
         seed: of all draws.
         source: of the caller's own, in place of the artificial ones.
-        strange: samples of the caller's that BatchNorm does not know, mixed in before anything is matched.
         amounts: how many; by the network when None.
     """
 
@@ -151,11 +150,9 @@ class Made:
         pixels: Pixels | None,
         seed: int,
         source: Source | None = None,
-        strange: Tensor | None = None,
         counts: Amounts | None = None,
     ):
         self.subject, self.pixels, self.seed, self.own = subject, pixels, seed, source
-        self.strange = strange
         self.counts = counts or amounts(subject)
         self.parts = {"matched": self.counts.matched, "judge": self.counts.judged}
         self.kept: dict[str, Tensor] = {}
@@ -181,9 +178,6 @@ class Made:
 
     def raw(self) -> Source:
         """Samples before anything is matched."""
-        return self._own_kind() if self.strange is None else Mixture([self._own_kind(), views(self.strange)])
-
-    def _own_kind(self) -> Source:
         if self.own is not None:
             return self.own
         if self.subject.kind == "row":
