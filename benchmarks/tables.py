@@ -7,7 +7,6 @@ from typing import Any
 
 from benchmarks import bench_diversity
 from benchmarks.common import RESULTS, caption, markdown_table, update_tables
-from kegfast.experiments import shrinking
 from kegfast.experiments.boundary import COMPARED, MEASURES
 from kegfast.experiments.demo import SOURCES, TITLES
 from kegfast.experiments.lenets import TEACHERS
@@ -217,11 +216,6 @@ def _boundaries(found: Found) -> str:
     return _tables(["teacher", "student", "length of the vectors", *MEASURES], rows, goals)
 
 
-def shrink(rows: list[dict[str, Any]]) -> str:
-    """Students of the front door: accuracies before and after teaching, agreement, and what was foretold."""
-    return markdown_table(shrinking.HEADINGS, shrinking.lines(rows))
-
-
 def _tables(headers: list[str], rows: list[list[Any]], goals: list[tuple[str, float, bool]]) -> str:
     """A table, and under it whether each goal holds."""
     rows = [row + [""] * (len(headers) - len(row)) for row in rows]
@@ -268,7 +262,6 @@ TABLES: dict[str, tuple[str, str, Callable[[Any], str]]] = {
     "training": ("training", "", training),
     "hinton": ("hinton", "results", hinton),
     "boundary": ("boundary", "results", boundary),
-    "shrink": ("shrink", "rows", shrink),
 }
 """Marker in a page -> results file, its key (empty for all of it), and what makes a table of it."""
 
