@@ -214,7 +214,9 @@ class Diversity {
   // x_j)). c is in units near 1 / d, and ends where a pair is so much closer than the furthest that its own c would
   // leave the range: its direction then counts for less.
   double euclidean() {
-    const auto [d, unit] = scaled_distances();
+    const Distances scaled = scaled_distances();
+    const std::vector<double>& d = scaled.d;
+    const double unit = scaled.unit;
     double value = 0, furthest = 0;
     for (int64_t i = 0; i < p_.batch; ++i)
       for (int64_t j = i + 1; j < p_.batch; ++j) {

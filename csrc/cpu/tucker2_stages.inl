@@ -304,7 +304,7 @@ class Stages {
     const float* weights = p_.packed + plan_.last_at;
     const int64_t vectors = ceil_div(pixels, kLanes);
     const Tiling tiling = best_tiling(vectors, p_.features, p_.rank_out, kMaxVectors);
-    const auto tiles = tiles_of<ALayout::row_major, Bias::per_row>(1);
+    const auto tiles = kTiles<ALayout::row_major, Bias::per_row, 1>.f;
     for (int64_t v = 0; v < vectors; v += tiling.vectors) {
       const int width = static_cast<int>(smaller(tiling.vectors, vectors - v));
       tile.b = planes + v * tile.b_vector;

@@ -62,8 +62,9 @@ inline Tiling best_tiling(int64_t vectors, int64_t pixels, int64_t length, int m
 template <ALayout kA, Bias kBias, int Group>
 inline constexpr TileTable<kA, Group, kBias> kTiles{};
 
-template <ALayout kA, Bias kBias>
+template <ALayout kA>
 inline const TileFunction (*tiles_of(int group)) [kMaxPixels + 1] {
+  constexpr Bias kBias = Bias::per_lane;
   if constexpr (kA == ALayout::row_major && kLanes == 16) {
     if (group == 2) return kTiles<kA, kBias, 2>.f;
     if (group == 4) return kTiles<kA, kBias, 4>.f;
@@ -159,7 +160,7 @@ void sweep_part(const Tile& whole, const Grid& grid, int64_t a_pixel, int64_t ou
   const int64_t vector_floats = whole.segment_count * ceil_div(whole.segment_length, group) * kLanes;
   const int64_t length = smaller(whole.segment_count * whole.segment_length, kBlockK);
   const Tiling tiling = best_tiling(vectors, grid.pixels, length, group > 1 ? 1 : kMaxVectors);
-  const auto all = tiles_of<kA, Bias::per_lane>(group);
+  const auto all = tiles_of<kA>(group);
   const bool far = vectors * vector_floats * 4 > kFarBytes;
   for (int64_t v = 0; v < vectors; v += tiling.vectors) {
     const int width = static_cast<int>(smaller(tiling.vectors, vectors - v));

@@ -18,7 +18,8 @@
 #endif
 
 #if !defined(__clang__)
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC 12 says so of its own intrinsics (PR 105593)
+#pragma GCC diagnostic ignored "-Wuninitialized"  // GCC 12 says so of its own intrinsics (PR 105593)
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #endif
 
 #define KEGFAST_INLINE inline __attribute__((always_inline))

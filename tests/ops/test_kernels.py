@@ -1,6 +1,6 @@
 """The CPU kernels without torch, for processors that only an emulator has (tests/kernels).
 
-Tucker-2 forward and backward with Winograd, diversity, soft targets and half numbers, against loops in double.
+Tucker-2 forward and backward with Winograd, diversity, soft targets and halves, against loops in double.
 """
 
 import re
