@@ -1,9 +1,16 @@
 """A progress bar with the current values and the time left; silent where nobody watches, or without rich."""
 
+import logging
 import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.util import find_spec
+
+log = logging.getLogger(__name__)
+
+PATIENCE = 2.0
+"""Seconds after which whoever waits is told for what."""
 
 Update = Callable[[int, Mapping[str, float]], None]
 """Called with the number of steps done and the latest values."""
@@ -43,3 +50,21 @@ def progress_bar(label: str, total: int, *, done: int = 0, enabled: bool = True)
             bar.update(task, completed=done, values=text)
 
         yield update
+
+
+@contextmanager
+def slow(what: str) -> Iterator[None]:
+    """Names what the block does once it has taken `PATIENCE` seconds, in the log and on a terminal."""
+
+    def say() -> None:
+        log.info("%s ...", what)
+        if sys.stderr.isatty():
+            print(f"{what} ...", file=sys.stderr, flush=True)
+
+    timer = threading.Timer(PATIENCE, say)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()

@@ -90,8 +90,8 @@ class Decomposition:
 def _svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # (K, C) -> (K, n), (n,), (n, C)
     """The thin SVD; of a large matrix by its smaller Gram matrix in float64, which is quicker.
 
-    The matrix is projected on the left vectors, so truncated products are the best of their rank; only what is
-    below 1e-8 of the largest singular value, less than a float32 weight can tell, comes in any order.
+    The matrix is projected on the left vectors, so truncated products are the best of their rank; only what
+    is below 1e-8 of the largest singular value, less than a float32 weight can tell, comes in any order.
     """
     rows, columns = matrix.shape
     if min(rows, columns) <= GRAM_FROM:

@@ -7,16 +7,16 @@ from itertools import product
 from math import prod
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from kegfast._util import check
 from kegfast._util.check import expected
 from kegfast._util.generators import generators_kept
 from kegfast._util.inputs import count
 from kegfast._util.modules import clone
-from kegfast.compression import costs, ranks
+from kegfast._util.progress import slow
+from kegfast.compression import costs, entries, ranks
 from kegfast.compression.allocation import Plan, choose, plans
 from kegfast.compression.budget import Rank
 from kegfast.compression.choice import keep_fastest
@@ -36,8 +36,6 @@ from kegfast.compression.surgery import (
     spell_out_pools,
     survey,
 )
-from kegfast.compression.traffic import Traffic
-from kegfast.nn import TuckerConv2d, TuckerLinear
 from kegfast.nn.factors import Factors
 
 log = logging.getLogger(__name__)
@@ -98,6 +96,8 @@ def compress(
             still saves parameters; under a budget only multiples are options.
         inplace: change `model` itself instead of a deep copy.
 
+    What takes more than two seconds is named in the log (level INFO of "kegfast") and on a terminal.
+
     torch's global generators are left as they were; what `calibration` draws depends on them.
 
     Returns:
@@ -116,61 +116,91 @@ def compress(
     student = model if inplace else clone(model)
     sites = survey(student)
     selected = select(sites, include, exclude, rank, rest=budget is not None)
-    report = CompressionReport([_entry(site) for site in sites], parameters_before=count_parameters(student))
-    evidence = collect(
-        student,
-        sites,
-        selected,
-        budget=budget is not None,
-        example_input=example_input,
-        calibration=calibration,
-        samples=samples,
-    )
-    teacher = clone(model) if inplace and (evidence.samples is not None or measure) else model
-    _report_flops(report, sites, evidence.traffic)
-    wanted: Plan = {
-        site.name: _rule_rank(site, rank, report[site.name], round_to)
-        for site in selected
-        if rule_of(site, rank) is not None
-    }
-    decompose = _Decomposer(evidence.metrics)
-    if budget is not None:
-        settled, limits = _settle(wanted, rank)
-        found = plans(
-            sites, selected, budget, evidence, report, fixed=settled, limits=limits, step=round_to or 1
-        )
-        trial = partial(_trial, model, decompose, evidence)
-        way, report.plans = choose(found, model, trial, evidence)
-        wanted = found[way]
-        if evidence.samples is not None and not report.plans:
-            report.notes.append(f"the outputs hold no tensors to compare plans by; {way} was taken")
-        _explain(report, wanted, settled, way, evidence.source)
-    replaced = {site.name: site for site in selected if wanted.get(site.name) is not None}
-    for name, site in replaced.items():
-        factors = decompose(site, wanted[name])
-        student = _install(student, site, factors, report[name], evidence.traffic.get(name))
-    if measure and evidence.example is not None and replaced:
-        explicit = budget is not None or isinstance(rank, Mapping | tuple | list)
-        size = budget is not None and "latency" not in budget
-        student = keep_fastest(
+    report = entries.begin(student, sites)
+    with slow("what errors of each layer do to the outputs"):
+        evidence = collect(
             student,
-            teacher,
-            replaced,
-            evidence.traffic,
-            evidence.example,
-            report,
-            keep="size" if size else "layers" if explicit else "fastest",
+            sites,
+            selected,
+            budget=budget is not None,
+            example_input=example_input,
+            calibration=calibration,
+            samples=samples,
         )
+    teacher = clone(model) if inplace and (evidence.samples is not None or measure) else model
+    entries.note_flops(report, sites, evidence.traffic)
+    decompose = _Decomposer(evidence.metrics)
+    plan = _plan(model, sites, selected, rank, budget, round_to, evidence, decompose, report)
+    replaced = {site.name: site for site in selected if plan.get(site.name) is not None}
+    for name, site in replaced.items():
+        factors = decompose(site, plan[name])
+        student = _install(student, site, factors, evidence, report)
+    if measure and evidence.example is not None and replaced:
+        student = _measure(student, teacher, replaced, rank, budget, evidence, report)
     _adapt(student, teacher, evidence, report)
-    _finish(report, student)
+    entries.finish(report, student)
     if budget is None and isinstance(rank, str):  # a rule, not a size that someone chose
         warn_of_damage(student, teacher, evidence, report)
     return student, report
 
 
+def _plan(
+    model: nn.Module,
+    sites: Sequence[Site],
+    selected: Sequence[Site],
+    rank: RankRules | None,
+    budget: Mapping[str, float] | None,
+    round_to: int | None,
+    evidence: Evidence,
+    decompose: "_Decomposer",
+    report: CompressionReport,
+) -> Plan:
+    """The ranks of each selected layer, by the rules and the budget; None for one that stays dense."""
+    wanted: Plan = {}
+    for site in selected:
+        if rule_of(site, rank) is not None:
+            with slow(f"ranks of {_named(site)}"):
+                wanted[site.name] = _rule_rank(site, rank, report[site.name], round_to)
+    if budget is None:
+        return wanted
+    settled, limits = _settle(wanted, rank)
+    with slow("errors of all layers at all ranks"):
+        found = plans(
+            sites, selected, budget, evidence, report, fixed=settled, limits=limits, step=round_to or 1
+        )
+    way, report.plans = choose(found, model, partial(_trial, model, decompose, evidence), evidence)
+    if evidence.samples is not None and not report.plans:
+        report.notes.append(f"the outputs hold no tensors to compare plans by; {way} was taken")
+    entries.note_plan(report, found[way], settled, way, evidence.source)
+    return found[way]
+
+
+def _measure(
+    student: nn.Module,
+    teacher: nn.Module,
+    replaced: Mapping[str, Site],
+    rank: RankRules | None,
+    budget: Mapping[str, float] | None,
+    evidence: Evidence,
+    report: CompressionReport,
+) -> nn.Module:
+    """The student with its layers in their fastest way, or dense again where that is left open."""
+    keep = "fastest"
+    if budget is not None:
+        keep = "layers" if "latency" in budget else "size"
+    elif isinstance(rank, Mapping | tuple | list):
+        keep = "layers"
+    with slow(f"timing {len(replaced)} layers and the model"):
+        return keep_fastest(student, teacher, replaced, evidence.traffic, evidence.example, report, keep=keep)
+
+
+def _named(site: Site) -> str:
+    return f"{site.name or 'the model'} ({' x '.join(map(str, site.module.weight.shape))})"
+
+
 def _most(model: nn.Module, budget: int) -> int:
     """The model's parameters, which a budget in their number does not exceed."""
-    most = count_parameters(model)
+    most = entries.count_parameters(model)
     if budget > most:
         raise ValueError(expected("budget", f"at most the model's {most} parameters", budget))
     return most
@@ -219,7 +249,8 @@ class _Decomposer:
         if key not in self._known:
             if site.name not in self._layers:
                 self._layers[site.name] = Decomposition(site.module.weight, self._metrics.get(site.name))
-            self._known[key] = self._layers[site.name].at(rank)
+            with slow(f"factors of {_named(site)}"):
+                self._known[key] = self._layers[site.name].at(rank)
         return self._known[key]
 
 
@@ -246,23 +277,13 @@ def _trial(model: nn.Module, decompose: _Decomposer, evidence: Evidence, plan: P
     return student
 
 
-def _explain(report: CompressionReport, plan: Plan, settled: Plan, way: str, source: str) -> None:
-    for name, rank in plan.items():
-        if name not in settled:
-            worth = "worth its cost as it is" if rank is None else "its share of the budget"
-            report[name].reason = f"{worth} ({way}, {source})"
-            report[name].rank_before_rounding = rank
-    if len(report.plans) > 1:
-        changes = ", ".join(f"{change:.4f} by {way}" for way, change in report.plans.items())
-        report.notes.append(f"outputs change by {changes}; {way} was taken")
-
-
 def _adapt(student: nn.Module, teacher: nn.Module, evidence: Evidence, report: CompressionReport) -> None:
     """Lets the student's last factors and BatchNorms answer for what the ranks took away."""
     if evidence.samples is None or not report.ranks:
         return
     if not evidence.probes:  # least squares would fit what only noise has in common
-        _refit(student, teacher, evidence)
+        with slow("factors solved anew"):
+            _refit(student, teacher, evidence)
         report.notes.append(f"factors and biases solved anew on {count(evidence.samples)} inputs")
     if note := _adapt_norms(student, teacher, evidence):
         report.notes.append(note)
@@ -329,54 +350,9 @@ def round_rank(rank: Rank, shape: Sequence[int], step: int) -> Rank:
 
 
 def _install(
-    student: nn.Module, site: Site, factors: Factors, entry: LayerReport, traffic: Traffic | None
+    student: nn.Module, site: Site, factors: Factors, evidence: Evidence, report: CompressionReport
 ) -> nn.Module:
     """Builds the layer of the factors, hangs it into the model and reports it."""
     layer = build(site.module, factors)
-    entry.rank = factors.rank
-    entry.decision = "tucker" if isinstance(layer, TuckerConv2d | TuckerLinear) else "factors"
-    if traffic is not None:
-        cost, _ = costs.flops(site.module, traffic)
-        entry.flops = int(cost(*(np.array(side or 0) for side in factors.rank)))
-    entry.error = relative_error(site.module.weight, factors)
-    entry.parameters = count_parameters(layer)
+    entries.note_layer(report[site.name], site, layer, factors, evidence.traffic.get(site.name))
     return replace(student, site, layer)
-
-
-def count_parameters(model: nn.Module) -> int:
-    """Parameters of a module, shared ones once; those of lazy layers that have not run count as none."""
-    known = (p for p in model.parameters() if not isinstance(p, nn.UninitializedParameter))
-    return sum(parameter.numel() for parameter in known)
-
-
-def _entry(site: Site) -> LayerReport:
-    module = site.module
-    weight = getattr(module, "weight", None)
-    known = isinstance(weight, Tensor) and not isinstance(weight, nn.UninitializedParameter)
-    size = count_parameters(module) if known else 0
-    return LayerReport(
-        site.name,
-        type(module).__name__,
-        tuple(weight.shape) if known else (),
-        reason=site.refusal or "",
-        parameters=size,
-        parameters_before=size,
-        aliases=site.names[1:],
-    )
-
-
-def _report_flops(report: CompressionReport, sites: Sequence[Site], traffic: Mapping[str, Traffic]) -> None:
-    for site in sites:
-        if site.name in traffic and isinstance(site.module, nn.Conv2d | nn.Linear):
-            _, dense = costs.flops(site.module, traffic[site.name])
-            report[site.name].flops = report[site.name].flops_before = dense
-
-
-def _finish(report: CompressionReport, student: nn.Module) -> None:
-    report.parameters = count_parameters(student)
-    if any(entry.flops_before for entry in report.layers):
-        report.flops_before = sum(entry.flops_before or 0 for entry in report.layers)
-        report.flops = sum(entry.flops or 0 for entry in report.layers)
-    log.info("%d -> %d parameters (%.2fx)", report.parameters_before, report.parameters, report.ratio)
-    for entry in report.layers:
-        log.debug("%s: %s (%s)", entry.name, entry.decision, entry.reason)
