@@ -1,4 +1,4 @@
-"""What an installed wheel must do on torch, numpy and safetensors alone; run outside the checkout, by no pytest.
+"""What an installed wheel must do on torch, numpy and safetensors alone; run outside the checkout.
 
 `python smoke.py [--native]`: with it, the compiled part must be there.
 """
