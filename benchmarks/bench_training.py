@@ -32,7 +32,7 @@ from benchmarks.common import write_results
 from kegfast import compress, distill
 from kegfast._util.timing import interleaved
 from kegfast.distillation import Pool
-from kegfast.extraction import RECIPES, Decoder, FrozenTeacher, Generators, Objective, Step
+from kegfast.extraction import RECIPES, Decoder, FrozenTeacher, GeneratorObjective, Generators, Step
 from kegfast.extraction import terms as extraction_terms
 from kegfast.extraction.procedural import DeadLeaves
 from kegfast.functional import diversity_loss
@@ -71,7 +71,7 @@ def make_step(copies: int, loss: Any) -> Any:
     torch.manual_seed(0)
     network = Generators(copies, CLASSES, SHAPE, NOISE).network.to(memory_format=torch.channels_last).train()
     recipe = RECIPES["paper"]
-    objective = Objective(
+    objective = GeneratorObjective(
         network, Decoder(copies, SHAPE, NOISE), FrozenTeacher(LeNet5(), watch=False), recipe.terms()
     )
     step = Step(objective, recipe, CLASSES, NOISE, copies)

@@ -83,6 +83,11 @@ def move(inputs: Inputs, device: torch.device | str | None) -> Inputs:
     return each(lambda x: x.to(device, non_blocking=True), inputs)
 
 
+def copied(inputs: Inputs) -> Inputs:
+    """The same values in memory of their own, for models that may write over what they are given."""
+    return each(Tensor.clone, inputs)
+
+
 def take(inputs: Inputs, index: slice | Tensor) -> Inputs:
     """Some of the samples."""
     return each(lambda x: x[index] if x.dim() else x, inputs)

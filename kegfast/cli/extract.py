@@ -47,7 +47,7 @@ def run(args: argparse.Namespace) -> None:
         generators = extract(
             teacher, num_classes=info.num_classes, sample_shape=info.sample_shape,
             input_range=info.input_range, generators=args.generators, recipe=args.recipe, steps=args.steps,
-            batch_size=args.batch_size, learning_rate=args.lr, labels=args.labels, faithful=args.faithful,
+            batch_size=args.batch_size, lr=args.lr, labels=args.labels, faithful=args.faithful,
             compile=args.compile, amp=args.amp, seed=args.seed,
             checkpoint=folder.checkpoint, resume=args.resume, metrics=folder.metrics, progress=True,
         )  # fmt: skip

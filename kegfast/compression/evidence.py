@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from kegfast._util.check import expected
-from kegfast._util.inputs import Inputs, as_inputs, each, tensors_in, to_like
+from kegfast._util.inputs import Inputs, as_inputs, copied, each, tensors_in, to_like
 from kegfast.compression.decompose import Metric
 from kegfast.compression.matching import match_statistics
 from kegfast.compression.norms import look_familiar
@@ -47,7 +47,7 @@ def collect(
     """Runs the model as far as the arguments of `compress` allow."""
     evidence = Evidence()
     if example_input is not None:
-        evidence.example = as_inputs("example_input", example_input, alike=False)
+        evidence.example = copied(as_inputs("example_input", example_input, alike=False))
         if not all(part.numel() and bool(part.isfinite().all()) for part in tensors_in(evidence.example)):
             raise ValueError(expected("example_input", "of finite values, one at least", example_input))
         evidence.traffic = trace(model, sites, evidence.example)
@@ -57,7 +57,7 @@ def collect(
         evidence.samples = _noise_like(evidence, sites)
         evidence.probes = evidence.synthetic = evidence.samples is not None
     if evidence.samples is not None:
-        evidence.samples = to_like(evidence.samples, next(model.parameters()))
+        evidence.samples = copied(to_like(evidence.samples, next(model.parameters())))
         if not evidence.probes and not look_familiar(model, evidence.samples):
             evidence.synthetic = True
             evidence.samples = match_statistics(model, evidence.samples)

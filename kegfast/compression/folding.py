@@ -8,7 +8,7 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from kegfast._util.check import accepts, expected
-from kegfast._util.inputs import Inputs, as_inputs, call, named_tensors
+from kegfast._util.inputs import Inputs, as_inputs, call, copied, named_tensors
 from kegfast._util.modules import clone, evaluation
 from kegfast.compression import rewriting
 from kegfast.compression.normalizers import Normalizer, normalizer, reads_matrices
@@ -86,7 +86,7 @@ class _Tracer(LayerTracer):
 @torch.no_grad()
 def _answers(model: nn.Module, inputs: Inputs) -> list[tuple[str, Tensor]]:
     with evaluation(model), accepts("example_input", inputs):
-        return [(name, tensor.clone()) for name, tensor in named_tensors(call(model, inputs))]
+        return [(name, tensor.clone()) for name, tensor in named_tensors(call(model, copied(inputs)))]
 
 
 def _difference(wanted: list[tuple[str, Tensor]], found: list[tuple[str, Tensor]]) -> str:

@@ -55,7 +55,7 @@ def match_statistics(model: nn.Module, samples: Inputs) -> Inputs:
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, STEPS)
     with torch.enable_grad():
         for step in range(STEPS):
-            output, seen = teacher(moved)
+            output, seen = teacher([x.clone() for x in moved])
             distance = sum(map(_distance, seen))
             gradients = torch.autograd.grad(distance + SPREAD * _spread(output), moved, allow_unused=True)
             for x, gradient in zip(moved, gradients, strict=True):

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kegfast._util.inputs import Inputs, call
+from kegfast._util.inputs import Inputs, call, copied
 from kegfast._util.modules import evaluation
 from kegfast.compression.decompose import Metric
 from kegfast.compression.norms import batch_statistics
@@ -73,7 +73,7 @@ def refit(
     try:
         for model in (teacher, student):
             with evaluation(model), batch_statistics(model):
-                call(model, samples)
+                call(model, copied(samples))
     finally:
         for handle in handles:
             handle.remove()

@@ -16,6 +16,7 @@ from kegfast._util.inputs import (
     as_inputs,
     call,
     concat,
+    copied,
     count,
     each,
     split,
@@ -64,7 +65,7 @@ def gather(calibration: Any, n: int, model: nn.Module) -> Inputs:
     like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
     samples = to_like(_checked(samples), like)
     with evaluation(model), check.accepts("calibration", samples):
-        call(model, take(samples, slice(2)))
+        call(model, copied(take(samples, slice(2))))
     return samples
 
 
@@ -107,7 +108,7 @@ def balanced(model: nn.Module, samples: Inputs, n: int) -> Inputs:  # m samples 
     Outputs that are no table of logits have no classes: the first n stay.
     """
     with evaluation(model):
-        answers = [answers_of(call(model, chunk)) for chunk in split(samples, CHUNK)]
+        answers = [answers_of(call(model, copied(chunk))) for chunk in split(samples, CHUNK)]
     if answers[0] is None:
         return take(samples, slice(n))
     found = torch.cat(answers)

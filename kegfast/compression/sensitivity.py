@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kegfast._util.inputs import Inputs, call, count, split, tensors_in
+from kegfast._util.inputs import Inputs, call, copied, count, split, tensors_in
 from kegfast._util.modules import evaluation
 from kegfast.compression.decompose import Metric
 from kegfast.compression.norms import batch_statistics
@@ -75,7 +75,7 @@ def metrics(
         with evaluation(model), torch.enable_grad():
             for chunk in chunks:
                 with batch_statistics(model) if noise else nullcontext():
-                    outputs = [out for out in tensors_of(call(model, chunk)) if out.requires_grad]
+                    outputs = [out for out in tensors_of(call(model, copied(chunk))) if out.requires_grad]
                 for draw in range(draws):
                     directions = [torch.randn(o.shape, generator=rng, device=o.device) for o in outputs]
                     torch.autograd.backward(

@@ -81,10 +81,13 @@ def is_plain(module: nn.Module) -> bool:
 
 
 def has_own_weights(layer: nn.Module, owners: dict[int, set[str]]) -> bool:
-    """Whether a plain layer's weight and bias are parameters, as built, that no other module holds."""
+    """Whether a plain layer's weight and bias are parameters, as built, that no other module holds.
+
+    Parameters that `owners` does not know were made since, for this layer alone.
+    """
     given = [layer._parameters.get(name, layer) for name in ("weight", "bias")]
     return is_plain(layer) and all(
-        p is None or (isinstance(p, nn.Parameter) and len(owners[id(p)]) == 1) for p in given
+        p is None or (isinstance(p, nn.Parameter) and len(owners.get(id(p), ())) <= 1) for p in given
     )
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from kegfast._util.check import accepts
-from kegfast._util.inputs import Inputs, call, named_tensors
+from kegfast._util.inputs import Inputs, call, copied, named_tensors
 from kegfast._util.modules import evaluation
 from kegfast.compression.surgery import Site
 
@@ -45,7 +45,7 @@ def trace(model: nn.Module, sites: Sequence[Site], inputs: Inputs) -> dict[str, 
         handles.append(site.module.register_forward_hook(note, with_kwargs=True))
     try:
         with evaluation(model), accepts("example_input", inputs):
-            call(model, inputs)
+            call(model, copied(inputs))
     finally:
         for handle in handles:
             handle.remove()

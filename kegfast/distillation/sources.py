@@ -16,7 +16,19 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 from kegfast._util import check
 from kegfast._util.check import expected
 from kegfast._util.files import digest
-from kegfast._util.inputs import Inputs, as_inputs, call, concat, each, move, split, take, tensors_in, unpack
+from kegfast._util.inputs import (
+    Inputs,
+    as_inputs,
+    call,
+    concat,
+    copied,
+    each,
+    move,
+    split,
+    take,
+    tensors_in,
+    unpack,
+)
 from kegfast._util.inputs import count as count_of
 from kegfast.distillation.logit import UNLABELLED
 
@@ -141,7 +153,7 @@ class InMemory:
 
     def _ask(self, teacher: nn.Module, part: Inputs, device: torch.device | None) -> Tensor:
         with check.accepts("source", take(part, slice(1)), "teacher"):
-            answer = call(teacher, move(part, device) if device else part)
+            answer = call(teacher, copied(part) if device is None else move(copied(part), device))
         if not isinstance(answer, Tensor):
             raise TypeError(expected("teacher", "a model that gives logits, one tensor", answer))
         return answer

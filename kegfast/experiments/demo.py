@@ -228,7 +228,7 @@ class _Demo:
             recipe=RECIPES["kegfast"].but(batch_norm=config.batch_norm),
             steps=config.generator_steps,
             batch_size=config.generator_batch,
-            learning_rate=config.generator_lr,
+            lr=config.generator_lr,
             input_range=self.info.input_range,
             **self.options(checkpoint),
         )

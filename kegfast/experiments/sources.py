@@ -146,7 +146,7 @@ class Sources:
         checkpoint = path.with_suffix(".pt")
         recipe = replace(
             RECIPES["paper"],
-            learning_rate=self.paper.generator_lr,
+            lr=self.paper.generator_lr,
             beta=self.paper.beta,
             steps=self.config.generator_steps,
             batch_size=self.config.generator_batch,

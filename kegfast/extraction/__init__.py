@@ -4,23 +4,22 @@ from kegfast.extraction.generators import Generators
 from kegfast.extraction.networks import Decoder, ImageGenerator, TableGenerator
 from kegfast.extraction.pipeline import extract
 from kegfast.extraction.recipe import RECIPES, Recipe
-from kegfast.extraction.step import Objective, Step
+from kegfast.extraction.step import GeneratorObjective, Step
 from kegfast.extraction.teacher import FrozenTeacher
 from kegfast.extraction.terms import (
-    Batch,
     BatchNormStatistics,
     ClassBalance,
     Classification,
     Disagreement,
     Diversity,
+    Generated,
+    GeneratorTerm,
     Reconstruction,
-    Term,
     TotalVariation,
 )
 
 __all__ = [
     "RECIPES",
-    "Batch",
     "BatchNormStatistics",
     "ClassBalance",
     "Classification",
@@ -28,14 +27,15 @@ __all__ = [
     "Disagreement",
     "Diversity",
     "FrozenTeacher",
+    "Generated",
+    "GeneratorObjective",
+    "GeneratorTerm",
     "Generators",
     "ImageGenerator",
-    "Objective",
     "Recipe",
     "Reconstruction",
     "Step",
     "TableGenerator",
-    "Term",
     "TotalVariation",
     "extract",
 ]

@@ -7,15 +7,20 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from kegfast._util.files import as_path
+
 
 def share(copies: int, rank: int, world: int) -> slice:
     """The generators of one rank: consecutive ones, as equal in number as can be."""
     return slice(copies * rank // world, copies * (rank + 1) // world)
 
 
-def own_path(path: Path | None, rank: int, world: int) -> Path | None:
+def own_path(path: str | Path | None, rank: int, world: int) -> Path | None:
     """The file of one rank."""
-    return path if path is None or world == 1 else path.with_name(f"{path.name}.{rank}")
+    if path is None:
+        return None
+    path = as_path("checkpoint", path)
+    return path if world == 1 else path.with_name(f"{path.name}.{rank}")
 
 
 @torch.no_grad()

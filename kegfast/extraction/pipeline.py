@@ -13,9 +13,9 @@ from kegfast.extraction import parallel
 from kegfast.extraction.generators import Generators, check_samples
 from kegfast.extraction.networks import Decoder, Range
 from kegfast.extraction.recipe import Labels, Recipe, resolve
-from kegfast.extraction.step import Objective, Step
+from kegfast.extraction.step import GeneratorObjective, Step
 from kegfast.extraction.teacher import FrozenTeacher
-from kegfast.extraction.terms import Term
+from kegfast.extraction.terms import GeneratorTerm
 from kegfast.training import processes
 from kegfast.training.loop import MetricsLog, run_steps, seeded
 
@@ -29,18 +29,18 @@ def extract(
     recipe: Literal["kegfast", "paper"] | Recipe = "kegfast",
     steps: int | None = None,
     batch_size: int | None = None,
-    learning_rate: float | None = None,
+    lr: float | None = None,
     noise_size: int = 10,
     input_range: Range | None = None,
     labels: Labels | None = None,
     faithful: bool = False,
-    extra_terms: Sequence[Term] = (),
+    extra_terms: Sequence[GeneratorTerm] = (),
     seed: int = 0,
     device: torch.device | str | None = None,
     amp: bool = False,
     capture: bool = True,
     compile: bool = False,
-    checkpoint: Path | None = None,
+    checkpoint: str | Path | None = None,
     resume: bool = False,
     metrics: MetricsLog | None = None,
     progress: bool = False,
@@ -63,7 +63,7 @@ def extract(
             BatchNorm statistics; or a `Recipe`.
         steps: Overrides the recipe's.
         batch_size: Overrides the recipe's, per generator.
-        learning_rate: Overrides the recipe's.
+        lr: Overrides the recipe's.
         noise_size: The size of the noise vectors.
         input_range: The smallest and largest value of the teacher's input images after normalisation,
             each a number or one per channel.
@@ -90,7 +90,7 @@ def extract(
             to finite logits of that many classes.
         FloatingPointError: The training diverged.
     """
-    recipe = resolve(recipe, steps=steps, batch_size=batch_size, learning_rate=learning_rate, labels=labels)
+    recipe = resolve(recipe, steps=steps, batch_size=batch_size, lr=lr, labels=labels)
     check.counts(generators=generators, noise_size=noise_size)
     check_samples(num_classes, sample_shape, input_range)
     if not all(callable(term) and hasattr(term, "name") and hasattr(term, "weight") for term in extra_terms):
@@ -119,7 +119,7 @@ def extract(
             trained = stack(size)[1]
             parallel.take(trained, whole, own, generators)
     if size:
-        objective = Objective(trained["generator"], trained["decoder"], frozen, terms)
+        objective = GeneratorObjective(trained["generator"], trained["decoder"], frozen, terms)
         step = Step(
             objective, recipe, num_classes, noise_size, generators, own,
             amp=amp, capture=capture, compile=compile,

@@ -10,8 +10,8 @@ from kegfast.extraction.terms import (
     ClassBalance,
     Classification,
     Diversity,
+    GeneratorTerm,
     Reconstruction,
-    Term,
     TotalVariation,
 )
 
@@ -26,7 +26,7 @@ class Recipe:
     Attributes:
         steps: Steps per generator.
         batch_size: Samples per generator and step.
-        learning_rate: Adam's, at the start.
+        lr: Adam's, at the start.
         cosine: Whether the learning rate falls to 0 along a half cosine; constant otherwise.
         alpha: Weight of the decoder's error, KegNet's alpha.
         beta: Weight of the diversity term, KegNet's beta.
@@ -40,7 +40,7 @@ class Recipe:
 
     steps: int = 20_000
     batch_size: int = 256
-    learning_rate: float = 1e-3
+    lr: float = 1e-3
     cosine: bool = False
     alpha: float = 1.0
     beta: float = 1.0
@@ -50,9 +50,9 @@ class Recipe:
     ranged: bool = False
     labels: Labels = "one-hot"
 
-    def terms(self) -> list[Term]:
+    def terms(self) -> list[GeneratorTerm]:
         """The terms of the objective, those of weight 0 left out."""
-        terms: list[Term] = [
+        terms: list[GeneratorTerm] = [
             Classification(),
             Reconstruction(self.alpha),
             Diversity(self.beta),
@@ -72,7 +72,7 @@ RECIPES = {
     "kegfast": Recipe(
         steps=600,
         batch_size=64,
-        learning_rate=2e-3,
+        lr=2e-3,
         cosine=True,
         beta=0.0,
         batch_norm=0.1,
@@ -92,7 +92,7 @@ def resolve(recipe: str | Recipe, **overrides: Any) -> Recipe:
     recipe = recipe.but(**overrides)
     check.count("steps", recipe.steps)
     check.count("batch_size", recipe.batch_size, 2)  # BatchNorm needs a pair
-    check.number("learning_rate", recipe.learning_rate, above=0)
+    check.number("lr", recipe.lr, above=0)
     for name in ("alpha", "beta", "batch_norm", "total_variation", "class_balance"):
         check.number(name, getattr(recipe, name), least=0)
     check_labels(recipe.labels)

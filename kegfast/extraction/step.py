@@ -11,17 +11,17 @@ from kegfast.extraction.generators import draw_labels
 from kegfast.extraction.graph import Captured
 from kegfast.extraction.recipe import Recipe
 from kegfast.extraction.teacher import FrozenTeacher
-from kegfast.extraction.terms import Batch, Term
+from kegfast.extraction.terms import Generated, GeneratorTerm
 
 
 @dataclass
-class Objective:
+class GeneratorObjective:
     """The weighted sum of terms that one batch of all generators is judged by."""
 
     generator: nn.Module
     decoder: nn.Module
     teacher: FrozenTeacher
-    terms: Sequence[Term] = field(default_factory=list)
+    terms: Sequence[GeneratorTerm] = field(default_factory=list)
 
     def __call__(
         self,
@@ -33,7 +33,7 @@ class Objective:
         logits, norms = self.teacher(samples.flatten(0, 1), len(noise))
         logits = logits.unflatten(0, noise.shape[:2])
         shares = labels / labels.sum(-1, keepdim=True)
-        batch = Batch(shares, noise, samples, logits, self.decoder, norms)
+        batch = Generated(shares, noise, samples, logits, self.decoder, norms)
         values = {term.name: term(batch) for term in self.terms}
         loss = torch.stack([term.weight * values[term.name] for term in self.terms]).sum(0)
         log = {"loss": loss, **values}
@@ -61,7 +61,7 @@ class Step:
 
     def __init__(
         self,
-        objective: Objective,
+        objective: GeneratorObjective,
         recipe: Recipe,
         num_classes: int,
         noise_size: int,
@@ -77,7 +77,7 @@ class Step:
         parameters = [*objective.generator.parameters(), *objective.decoder.parameters()]
         self.device = parameters[0].device
         on_gpu = self.device.type == "cuda"
-        rate = torch.tensor(recipe.learning_rate, device=self.device) if on_gpu else recipe.learning_rate
+        rate = torch.tensor(recipe.lr, device=self.device) if on_gpu else recipe.lr
         self.optimizer = torch.optim.Adam(parameters, lr=rate, fused=True, capturable=on_gpu)
         self.objective: Callable[..., tuple[Tensor, dict[str, Tensor]]] = objective
         if compile:
@@ -90,7 +90,7 @@ class Step:
 
     def __call__(self, i: int) -> Mapping[str, Tensor]:
         labels, noise = self.draw()
-        self._set_rate(self.recipe.learning_rate * self._decay(i))
+        self._set_rate(self.recipe.lr * self._decay(i))
         return self.train(labels, noise)
 
     def draw(self) -> tuple[Tensor, Tensor]:  # (G, N, classes), (G, N, noise_size)

@@ -1,6 +1,6 @@
 """The terms of the objective that a generator is trained on, each with its source.
 
-A term maps a `Batch` to one value per generator. The objective is the weighted sum over terms and
+A term maps a `Generated` to one value per generator. The objective is the weighted sum over terms and
 generators: generators share no parameter, so each one's gradient is that of its own terms alone. A term
 of weight 0 is never evaluated.
 """
@@ -18,7 +18,7 @@ from kegfast.functional import diversity_loss
 
 
 @dataclass
-class Batch:
+class Generated:
     """What one step of G generators made of N noise vectors each."""
 
     labels: Tensor  # (G, N, classes), rows sum to 1
@@ -29,13 +29,13 @@ class Batch:
     norms: list[NormMoments] = field(default_factory=list)  # of the teacher's BatchNorm layers
 
 
-class Term(Protocol):
+class GeneratorTerm(Protocol):
     """One term: a name for the log, a weight, and its value per generator."""
 
     name: str
     weight: float
 
-    def __call__(self, batch: Batch) -> Tensor: ...  # (G,)
+    def __call__(self, batch: Generated) -> Tensor: ...  # (G,)
 
 
 @dataclass
@@ -45,7 +45,7 @@ class Classification:
     weight: float = 1.0
     name: str = "classification"
 
-    def __call__(self, batch: Batch) -> Tensor:  # (G,)
+    def __call__(self, batch: Generated) -> Tensor:  # (G,)
         return -(batch.labels * batch.logits.float().log_softmax(-1)).sum(-1).mean(-1)
 
 
@@ -56,7 +56,7 @@ class Reconstruction:
     weight: float = 1.0
     name: str = "reconstruction"
 
-    def __call__(self, batch: Batch) -> Tensor:  # (G,)
+    def __call__(self, batch: Generated) -> Tensor:  # (G,)
         return (batch.noise - batch.decode(batch.samples)).square().mean((1, 2))
 
 
@@ -67,7 +67,7 @@ class Diversity:
     weight: float = 1.0
     name: str = "diversity"
 
-    def __call__(self, batch: Batch) -> Tensor:  # (G,)
+    def __call__(self, batch: Generated) -> Tensor:  # (G,)
         pairs = zip(batch.noise.unbind(), batch.samples.unbind(), strict=True)
         return torch.stack([diversity_loss(noise, samples) for noise, samples in pairs])
 
@@ -85,7 +85,7 @@ class BatchNormStatistics:
     weight: float = 0.1
     name: str = "batch_norm"
 
-    def __call__(self, batch: Batch) -> Tensor:  # (G,)
+    def __call__(self, batch: Generated) -> Tensor:  # (G,)
         total = batch.noise.new_zeros(batch.noise.shape[0])
         for layer, mean, variance in batch.norms:
             known_mean, known_variance = running_statistics(layer)
@@ -109,7 +109,7 @@ class TotalVariation:
     weight: float = 1.0
     name: str = "total_variation"
 
-    def __call__(self, batch: Batch) -> Tensor:  # (G,)
+    def __call__(self, batch: Generated) -> Tensor:  # (G,)
         x = batch.samples
         if x.dim() != 5:
             return x.new_zeros(x.shape[0])
@@ -127,7 +127,7 @@ class ClassBalance:
     weight: float = 1.0
     name: str = "class_balance"
 
-    def __call__(self, batch: Batch) -> Tensor:  # (G,)
+    def __call__(self, batch: Generated) -> Tensor:  # (G,)
         share = batch.logits.float().softmax(-1).mean(1)
         return torch.special.xlogy(share, share).sum(-1)
 
@@ -147,6 +147,6 @@ class Disagreement:
     def __init__(self, student: nn.Module, weight: float = 1.0):
         self.student, self.weight = FrozenTeacher(student, watch=False), weight
 
-    def __call__(self, batch: Batch) -> Tensor:  # (G,)
+    def __call__(self, batch: Generated) -> Tensor:  # (G,)
         answers = self.student(batch.samples.flatten(0, 1))[0].unflatten(0, batch.logits.shape[:2])
         return -(answers.float() - batch.logits.float()).abs().mean((1, 2)).log1p()

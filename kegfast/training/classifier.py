@@ -41,6 +41,7 @@ def train(
     resume: bool = False,
     metrics: MetricsLog | None = None,
     progress: bool = False,
+    label: str = "train",
     log_every: int = 10,
 ) -> list[dict[str, float]]:
     """Train `model` in place with cross entropy; the learning rate rises linearly and falls as a cosine.
@@ -64,7 +65,7 @@ def train(
         augment: changes every batch of samples; its draws must come from torch's global generator.
         amp: compute in bfloat16 where that is safe (torch.autocast).
         device: where to train; by default where the model is.
-        seed, checkpoint, resume, metrics, progress, log_every: see `kegfast.training.loop.run_steps`.
+        seed, checkpoint, resume, metrics, progress, label, log_every: see `kegfast.training.loop.run_steps`.
 
     Returns:
         The history: entries with `step`, `loss` and `lr`.
@@ -118,7 +119,7 @@ def train(
         return run_steps(
             step, total, state={"model": model, "optimizer": updates, "schedule": schedule},
             given=given, seed=seed, checkpoint=checkpoint, resume=resume, metrics=metrics, progress=progress,
-            label="train", log_every=log_every,
+            label=label, log_every=log_every,
         )  # fmt: skip
 
 

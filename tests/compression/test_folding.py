@@ -8,6 +8,7 @@ from folding import X, additions, norms, pooled, relus
 from odd import odd, randomise_norms
 from torch import nn
 
+import kegfast
 from kegfast import compress, fuse, load, save
 from kegfast.compression import unfuse
 from kegfast.models import ResNet14
@@ -256,3 +257,22 @@ def test_sequentials_of_models_that_cannot_be_traced(rank):
     assert isinstance(folded, Branching)
     assert norms(folded) == 0
     torch.testing.assert_close(folded(X), student(X), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("example", [None, X])
+def test_two_norms_in_a_row_go_into_one_layer(example):
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.BatchNorm2d(8))
+    randomise_norms(model)
+    fused = fuse(model, example)
+    torch.testing.assert_close(fused(X), model.eval()(X), rtol=1e-4, atol=1e-4)
+    assert not norms(fused)
+
+
+def test_a_network_that_writes_over_its_input_changes_no_example():
+    model = nn.Sequential(nn.ReLU(inplace=True), nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Flatten())
+    randomise_norms(model)
+    example = X.clone()
+    assert not norms(fuse(model, example))
+    compress(model, 0.5, example_input=example, calibration=example, measure=False)
+    kegfast.distill(copy.deepcopy(model), model, example, steps=2, batch_size=2)
+    assert torch.equal(example, X)

@@ -13,8 +13,8 @@ from kegfast.extraction import (
     RECIPES,
     Decoder,
     FrozenTeacher,
+    GeneratorObjective,
     Generators,
-    Objective,
     Recipe,
     extract,
 )
@@ -29,7 +29,7 @@ def short(**arguments):
         "generators": 2,
         "steps": 8,
         "batch_size": 16,
-        "learning_rate": 1e-2,
+        "lr": 1e-2,
     }
     return extract(arguments.pop("teacher", None) or image_teacher(), **(options | arguments))
 
@@ -70,7 +70,7 @@ def test_batched_training_equals_one_by_one(shape, recipe, monkeypatch):
         parameters = [*network.parameters(), *decoder.parameters()]
         optimizer = torch.optim.Adam(parameters, lr=1e-2)
         for labels, noise in draws:
-            loss, _ = Objective(network, decoder, frozen, terms)(labels, noise)
+            loss, _ = GeneratorObjective(network, decoder, frozen, terms)(labels, noise)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -239,11 +239,11 @@ class Reshaping(nn.Module):
         ({"generators": True}, "generators"),
         ({"steps": 0}, "steps"),
         ({"batch_size": 1}, "batch_size"),
-        ({"learning_rate": 0.0}, "learning_rate"),
-        ({"learning_rate": float("nan")}, "learning_rate"),
+        ({"lr": 0.0}, "lr"),
+        ({"lr": float("nan")}, "lr"),
         ({"noise_size": -1}, "noise_size"),
-        ({"learning_rate": "fast"}, "learning_rate"),
-        ({"learning_rate": float("inf")}, "learning_rate"),
+        ({"lr": "fast"}, "lr"),
+        ({"lr": float("inf")}, "lr"),
         ({"recipe": RECIPES["kegfast"].but(alpha=-1.0)}, "alpha"),
         ({"recipe": RECIPES["kegfast"].but(batch_norm=float("nan"))}, "batch_norm"),
         ({"seed": "x"}, "seed"),

@@ -8,7 +8,16 @@ from small_models import SHAPE, image_teacher
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kegfast.extraction import RECIPES, Decoder, FrozenTeacher, Generators, Objective, Recipe, Step, extract
+from kegfast.extraction import (
+    RECIPES,
+    Decoder,
+    FrozenTeacher,
+    GeneratorObjective,
+    Generators,
+    Recipe,
+    Step,
+    extract,
+)
 from kegfast.extraction import terms as extraction_terms
 from kegfast.extraction.graph import WARM_UP, Captured
 from kegfast.models import LeNet5, ResNet14
@@ -46,7 +55,9 @@ def make_step(
     network = Generators(2, classes, shape, labels=recipe.labels).network.train()
     terms = recipe.terms()
     frozen = FrozenTeacher(teacher or image_teacher(), any(term.name == "batch_norm" for term in terms))
-    return Step(Objective(network, Decoder(2, shape, 10), frozen, terms), recipe, classes, 10, 2, **options)
+    return Step(
+        GeneratorObjective(network, Decoder(2, shape, 10), frozen, terms), recipe, classes, 10, 2, **options
+    )
 
 
 ALL_TERMS = RECIPES["kegfast"].but(beta=1.0, total_variation=1.0, class_balance=1.0)

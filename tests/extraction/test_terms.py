@@ -8,12 +8,12 @@ import torch.nn.functional as F
 from torch import nn
 
 from kegfast.extraction import (
-    Batch,
     BatchNormStatistics,
     ClassBalance,
     Classification,
     Disagreement,
     Diversity,
+    Generated,
     Reconstruction,
     TotalVariation,
 )
@@ -21,7 +21,7 @@ from kegfast.extraction.moments import watched_norm
 from kegfast.functional import diversity_loss
 
 
-def batch(**parts) -> Batch:
+def batch(**parts) -> Generated:
     torch.manual_seed(0)
     defaults = {
         "labels": torch.eye(3).repeat(2, 2, 1)[:, :5],
@@ -30,7 +30,7 @@ def batch(**parts) -> Batch:
         "logits": torch.randn(2, 5, 3),
         "decode": lambda samples: samples.flatten(2)[..., :4],
     }
-    return Batch(**(defaults | parts))
+    return Generated(**(defaults | parts))
 
 
 def test_classification():

@@ -2,18 +2,10 @@
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 from fuzz import reading
-
-
-def python(*arguments: str) -> subprocess.CompletedProcess[str]:
-    """Another interpreter; a fork in it must not inherit a pool of threads."""
-    path = os.pathsep.join([str(Path(__file__).parents[1]), *sys.path])
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
-    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, env=environment)
+from fuzz.interpreter import python
 
 
 def read_damaged(folder: Path, seed: int, count: int) -> list[dict]:
