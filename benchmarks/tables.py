@@ -85,6 +85,27 @@ def models_compiled(results: dict[str, Any]) -> str:
     return markdown_table(["model", "threads", "batch", "compiled dense", "compiled Sequential"], rows)
 
 
+def frozen(results: dict[str, Any]) -> str:
+    """Frozen networks against the better of ONNX Runtime and OpenVINO, with the goals."""
+    headers = [
+        "network",
+        "layers",
+        "threads",
+        "batch",
+        "kegfast (ms)",
+        "ONNX Runtime",
+        "OpenVINO",
+        "best / kegfast",
+    ]
+    rows = [
+        [row["model"], row["kind"], row["threads"], row["batch"]]
+        + [f"{1e3 * row['seconds'][name]:.3f}" for name in ("kegfast", "onnxruntime", "openvino")]
+        + [f"{row['ratio']:.2f}", row["goal"] or ""]
+        for row in results["configurations"]
+    ]
+    return markdown_table([*headers, "goal"], rows)
+
+
 def curve(cells: list[dict[str, Any]]) -> str:
     """Accuracy straight after compression, by parameter ratio and rule."""
     rules = list(dict.fromkeys(c["way"] for c in cells if c["ratio"] > 1))
@@ -280,6 +301,11 @@ def main() -> None:
         results = json.loads((RESULTS / f"{file}.json").read_text(encoding="utf-8"))
         if not update_tables(name, captioned(make(results[key] if key else results), results)):
             raise ValueError(f"no page has a place '<!-- benchmark: {name} -->'")
+    # One table for each processor and instruction set: rows of two machines are never compared.
+    machines = [
+        json.loads(path.read_text(encoding="utf-8")) for path in sorted(RESULTS.glob("frozen_*.json"))
+    ]
+    update_tables("frozen", "\n\n".join(captioned(frozen(results), results) for results in machines))
 
 
 def _mean(cell: dict[str, float], digits: int) -> str:

@@ -36,7 +36,7 @@ struct ConvMaxPoolParams {
 struct ConvMaxPoolPlan {
   int64_t band_rows;  // of y
   int64_t packed_floats;
-  int64_t input_at, conv_at, row_at, scratch_floats;  // within a thread's scratch
+  int64_t input_at, conv_at, tallest_at, row_at, scratch_floats;  // within a thread's scratch
 };
 
 #define KEGFAST_DECLARE(isa)                                                                       \

@@ -9,6 +9,7 @@
 #include "cpu/isa.h"
 #include "cpu/peak.h"
 #include "diversity.h"
+#include "frozen.h"
 #include "tucker2.h"
 #include "tucker2_repeat.h"
 
@@ -82,6 +83,7 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "kegfast's native part: build facts and kernel knobs; operators live in torch.ops.kegfast";
   if (PyModule_AddFunctions(m.ptr(), plain_functions) != 0) throw py::error_already_set();
   kegfast::add_tucker2_repeat(m);
+  kegfast::add_frozen(m);
   m.def("build_info", &build_info);
   py::enum_<kegfast::L1Kernel>(m, "L1Kernel")
       .value("automatic", kegfast::L1Kernel::automatic)

@@ -1,19 +1,30 @@
-"""kegfast: compress a trained network without its training data."""
+"""kegfast: compress a trained network without its training data.
 
-from kegfast import compression, data, distillation, extraction, functional, models, nn
-from kegfast._tuning import autotune, tuning
-from kegfast._util.files import load_weights
-from kegfast.compression import CompressionReport, compress, densify, fuse, load, save
-from kegfast.distillation import distill
-from kegfast.extraction import Generators, extract
-from kegfast.ops import reference
-from kegfast.ops._native import backend, build_info, cpu_isa, last_kernel
-from kegfast.recovery import ShrinkReport, shrink
-from kegfast.training import evaluate, train
+Names are imported when they are first used: `kegfast.runtime` needs no torch.
+"""
+
+import importlib
+import sys
+from typing import TYPE_CHECKING, Any
+
 from kegfast.version import __version__
+
+if TYPE_CHECKING:
+    from kegfast import compression, data, distillation, extraction, functional, models, nn
+    from kegfast._tuning import autotune, tuning
+    from kegfast._util.files import load_weights
+    from kegfast.compression import CompressionReport, compress, densify, fuse, load, save
+    from kegfast.distillation import distill
+    from kegfast.extraction import Generators, extract
+    from kegfast.freezing import Frozen, freeze
+    from kegfast.ops import reference
+    from kegfast.ops._native import backend, build_info, cpu_isa, last_kernel
+    from kegfast.recovery import ShrinkReport, shrink
+    from kegfast.training import evaluate, train
 
 __all__ = [
     "CompressionReport",
+    "Frozen",
     "Generators",
     "ShrinkReport",
     "__version__",
@@ -30,6 +41,7 @@ __all__ = [
     "evaluate",
     "extract",
     "extraction",
+    "freeze",
     "functional",
     "fuse",
     "last_kernel",
@@ -43,3 +55,50 @@ __all__ = [
     "train",
     "tuning",
 ]
+
+_PLACES = {
+    "CompressionReport": "compression",
+    "Frozen": "freezing",
+    "Generators": "extraction",
+    "ShrinkReport": "recovery",
+    "autotune": "_tuning",
+    "backend": "ops._native",
+    "build_info": "ops._native",
+    "compress": "compression",
+    "cpu_isa": "ops._native",
+    "densify": "compression",
+    "distill": "distillation",
+    "evaluate": "training",
+    "extract": "extraction",
+    "freeze": "freezing",
+    "fuse": "compression",
+    "last_kernel": "ops._native",
+    "load": "compression",
+    "load_weights": "_util.files",
+    "reference": "ops",
+    "save": "compression",
+    "shrink": "recovery",
+    "train": "training",
+    "tuning": "_tuning",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _PLACES:
+        value = getattr(importlib.import_module(f"kegfast.{_PLACES[name]}"), name)
+        globals()[name] = value
+        return value
+    try:
+        return importlib.import_module(f"kegfast.{name}")
+    except ModuleNotFoundError as error:
+        if error.name != f"kegfast.{name}":
+            raise
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+if "torch" in sys.modules:  # whose programs expect torch.ops.kegfast
+    importlib.import_module("kegfast.nn")

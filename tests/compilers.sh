@@ -19,7 +19,7 @@ try() { # name, compiler, further options of CMake...
   PATH="$(dirname "$python"):$PATH" "$cmake" -S . -B "build/compilers/$name" -G Ninja --log-level=WARNING \
     -DCMAKE_CXX_COMPILER="$compiler" -DCMAKE_BUILD_TYPE=Check -DCMAKE_CXX_FLAGS_CHECK="$optimization -DNDEBUG -Werror" \
     -DPython_EXECUTABLE="$python" -DFORCE_CUDA=0 "$@"
-  PATH="$(dirname "$python"):$PATH" "$cmake" --build "build/compilers/$name" --target kegfast_objects -- --quiet
+  PATH="$(dirname "$python"):$PATH" "$cmake" --build "build/compilers/$name" --target kegfast_plans kegfast_objects -- --quiet
   tried=$((tried + 1))
 }
 

@@ -6,6 +6,8 @@
 #pragma once
 
 #include "conv_max_pool.h"
+#include "cpu/padded_rows.inl"
+#include "cpu/pooling.inl"
 #include "cpu/tucker2_sweep.inl"
 
 namespace kegfast::KEGFAST_ISA {
@@ -13,37 +15,40 @@ namespace {
 
 constexpr int64_t kPooledBytes = 192 << 10;  // of the convolution's rows in a band
 
-Window conv_window(const ConvMaxPoolParams& p) {
-  return {p.conv.height, p.conv.width * p.channels};
-}
-int64_t input_row(const ConvMaxPoolParams& p) {
-  return (p.width + 2 * p.conv.padding_w) * p.channels;
+// Pixels whose features one vector holds side by side: 2 of images of one channel with few features, whose sums are too
+// short for lanes to share them. A window is then as wide as both pixels' together, and the weights of each are zeros
+// where only the other's reach.
+int64_t pixels_together(const ConvMaxPoolParams& p) {
+  const bool fits = p.channels == 1 && 2 * p.features <= kLanes && p.conv.columns(p.width) % 2 == 0;
+  return fits ? 2 : 1;
 }
 
-// The maximum of what it has seen, or NaN if that was among it, as in torch; the two are apart because a single
-// select for both would wait for the one before it.
-struct Maximum {
-  Floats largest, nan;
-  KEGFAST_INLINE void see(Floats x) {
-    largest = x > largest ? x : largest;
-    nan = x != x ? x : nan;
-  }
-  KEGFAST_INLINE Floats value() const { return nan != nan ? nan : largest; }
-};
+Window conv_window(const ConvMaxPoolParams& p) {
+  const int64_t width = p.conv.width + (pixels_together(p) - 1) * p.conv.stride_w;
+  return {p.conv.height, width * p.channels};
+}
+int64_t conv_outputs(const ConvMaxPoolParams& p) {
+  return pixels_together(p) > 1 ? kLanes : p.features;
+}
+PaddedRows input_rows(const ConvMaxPoolParams& p) {
+  return {p.channels, p.height, p.width, p.conv.padding_w, p.x_channel, p.x_row, p.x_pixel};
+}
 
 class ConvMaxPool {
  public:
   ConvMaxPool(const ConvMaxPoolParams& p, const ConvMaxPoolPlan& plan, float* scratch)
       : p_(p),
         plan_(plan),
+        rows_(input_rows(p)),
         input_(scratch + plan.input_at),
         conv_(scratch + plan.conv_at),
+        tallest_(scratch + plan.tallest_at),
         pooled_row_(scratch + plan.row_at),
         conv_height_(p.conv.rows(p.height)),
         conv_width_(p.conv.columns(p.width)),
         out_height_(p.pool.rows(conv_height_)),
         out_width_(p.pool.columns(conv_width_)) {
-    for (int64_t s = 0; s < p.conv.height; ++s) segments_[s] = s * input_row(p);
+    for (int64_t s = 0; s < p.conv.height; ++s) segments_[s] = s * rows_.row();
   }
 
   int64_t out_height() const { return out_height_; }
@@ -69,78 +74,57 @@ class ConvMaxPool {
     if (begin < end_)
       memmove(conv_, conv_ + (begin - begin_) * conv_row(), (end_ - begin) * conv_row() * sizeof(float));
     begin_ = begin, end_ = end;
-    copy_input(image, from * p_.conv.stride_h - p_.conv.padding_h,
-               (end - from - 1) * p_.conv.stride_h + p_.conv.height);
+    rows_.copy(p_.x + image * p_.x_image, from * p_.conv.stride_h - p_.conv.padding_h,
+               (end - from - 1) * p_.conv.stride_h + p_.conv.height, input_);
     Tile tile{};
     tile.segments = segments_;
     tile.segment_count = p_.conv.height;
     tile.segment_length = conv_window(p_).length;
     tile.a = input_;
-    tile.a_step = p_.conv.stride_w * p_.channels;
+    const int64_t together = pixels_together(p_);
+    tile.a_step = together * p_.conv.stride_w * p_.channels;
     tile.b = p_.packed;
     tile.c = conv_ + (from - begin) * conv_row();
-    tile.c_step = p_.features;
-    tile.bias = p_.bias;
-    const Grid grid{1, end - from, conv_width_, 0, p_.conv.stride_h * input_row(p_), 0, conv_row()};
-    sweep<ALayout::row_major>(tile, grid, tile.a_step, p_.features);
-  }
-
-  // `rows` rows of x from `row` on as pixels of contiguous channels, with their border of zeros.
-  void copy_input(int64_t image, int64_t row, int64_t rows) {
-    float* to = input_;
-    const int64_t side = p_.conv.padding_w * p_.channels, inner = p_.width * p_.channels;
-    const bool dense = p_.x_channel == 1 && p_.x_pixel == p_.channels;
-    for (int64_t r = row; r < row + rows; ++r, to += input_row(p_)) {
-      if (r < 0 || r >= p_.height) {
-        memset(to, 0, input_row(p_) * sizeof(float));
-        continue;
-      }
-      const float* const from = p_.x + image * p_.x_image + r * p_.x_row;
-      memset(to, 0, side * sizeof(float));
-      memset(to + side + inner, 0, side * sizeof(float));
-      if (dense) {
-        memcpy(to + side, from, inner * sizeof(float));
-        continue;
-      }
-      for (int64_t c = 0; c < p_.channels; ++c)
-        for (int64_t i = 0; i < p_.width; ++i)
-          to[side + i * p_.channels + c] = from[c * p_.x_channel + i * p_.x_pixel];
-    }
+    tile.c_step = together * p_.features;
+    tile.bias = together > 1 ? p_.packed + packed_floats(kLanes, conv_window(p_)) : p_.bias;
+    const bool apart = together == 1 && p_.conv.stride_w == 1;
+    tile.taps = apart && (p_.conv.width == 3 || p_.conv.width == 5) ? p_.conv.width : 0;
+    const Grid grid{1, end - from, conv_width_ / together, 0, p_.conv.stride_h * rows_.row(), 0, conv_row()};
+    sweep<ALayout::row_major>(tile, grid, tile.a_step, conv_outputs(p_));
   }
 
   void pool_row(int64_t image, int64_t row) {
     const int64_t top = row * p_.pool.stride_h - p_.pool.padding_h, k = p_.features;
     const int64_t from = larger(top, 0) - begin_, to = smaller(top + p_.pool.height, conv_height_) - begin_;
+    // Down the rows first, in whole vectors however few the features.
+    maximum(conv_ + from * conv_row(), conv_row(), to - from, conv_row(), false, tallest_);
     float* const y = p_.y + image * out_height_ * out_width_ * k;
     float* const out = p_.channels_last ? y + row * out_width_ * k : pooled_row_;
     for (int64_t i = 0; i < out_width_; ++i) {
       const int64_t left = i * p_.pool.stride_w - p_.pool.padding_w, begin = larger(left, 0);
       const int64_t columns = smaller(left + p_.pool.width, conv_width_) - begin;
-      pool_pixel(conv_ + from * conv_row() + begin * k, to - from, columns, out + i * k);
+      maximum(tallest_ + begin * k, k, columns, k, p_.relu, out + i * k);
     }
     if (p_.channels_last) return;
     for (int64_t c = 0; c < k; ++c)
       for (int64_t i = 0; i < out_width_; ++i) y[(c * out_height_ + row) * out_width_ + i] = out[i * k + c];
   }
 
-  // The maximum over rows x columns pixels from `from` on.
-  void pool_pixel(const float* from, int64_t rows, int64_t columns, float* out) const {
-    const int64_t features = p_.features, row = conv_row();  // not to be read again after every store
-    for (int64_t c = 0; c < features; c += kLanes) {
-      const int n = static_cast<int>(smaller(kLanes, features - c));
+  // Of `count` runs of numbers, `step` apart.
+  static void maximum(const float* from, int64_t step, int64_t count, int64_t numbers, bool rectify,
+                      float* out) {
+    for (int64_t c = 0; c < numbers; c += kLanes) {
+      const int n = static_cast<int>(smaller(kLanes, numbers - c));
       Maximum best{load_first(from + c, n), Floats{}};
-      const float* top = from + c;
-      for (int64_t r = 0; r < rows; ++r, top += row) {
-        const float* x = top;
-        for (int64_t i = 0; i < columns; ++i, x += features) best.see(load_first(x, n));
-      }
-      store_first(out + c, p_.relu ? relu(best.value()) : best.value(), n);
+      for (int64_t i = 0; i < count; ++i) best.see(load_first(from + c + i * step, n));
+      store_first(out + c, rectify ? relu(best.value()) : best.value(), n);
     }
   }
 
   const ConvMaxPoolParams& p_;
   const ConvMaxPoolPlan& plan_;
-  float *const input_, *const conv_, *const pooled_row_;
+  const PaddedRows rows_;
+  float *const input_, *const conv_, *const tallest_, *const pooled_row_;
   const int64_t conv_height_, conv_width_, out_height_, out_width_;
   int64_t begin_ = 0, end_ = 0;  // the convolution's rows that are present
   int64_t segments_[kMaxSegments];
@@ -154,22 +138,36 @@ ConvMaxPoolPlan conv_max_pool_plan(const ConvMaxPoolParams& p) {
   const int64_t rows = kPooledBytes / 4 / conv_row - p.pool.height;
   plan.band_rows = clamp(rows / p.pool.stride_h + 1, 1, p.pool.rows(conv_height));
   const int64_t conv_rows = smaller((plan.band_rows - 1) * p.pool.stride_h + p.pool.height, conv_height);
-  plan.packed_floats = packed_floats(p.features, conv_window(p));
+  plan.packed_floats = packed_floats(conv_outputs(p), conv_window(p)) + (pixels_together(p) > 1 ? kLanes : 0);
   int64_t at = 0;
   const auto take = [&at](int64_t floats) {
     const int64_t here = at;
     at += round_up(floats, 16);
     return here;
   };
-  plan.input_at = take(((conv_rows - 1) * p.conv.stride_h + p.conv.height) * input_row(p));
-  plan.conv_at = take(conv_rows * conv_row);
+  plan.input_at = take(((conv_rows - 1) * p.conv.stride_h + p.conv.height) * input_rows(p).row());
+  plan.conv_at = take(conv_rows * conv_row + kLanes);  // pixels taken together are stored as whole vectors
+  plan.tallest_at = take(conv_row);
   plan.row_at = take(p.channels_last ? 0 : p.pool.columns(p.conv.columns(p.width)) * p.features);
   plan.scratch_floats = at;
   return plan;
 }
 
 void conv_max_pool_pack(const ConvMaxPoolParams& p, const Tucker2Factor& weight, float* packed) {
-  pack_factor(weight, p.features, p.channels, p.conv.width, conv_window(p), true, packed);
+  const Window window = conv_window(p);
+  if (pixels_together(p) == 1)
+    return pack_factor(weight, p.features, p.channels, p.conv.width, window, true, packed);
+  float* const bias = packed + packed_floats(kLanes, window);
+  memset(packed, 0, (bias + kLanes - packed) * sizeof(float));
+  for (int64_t pixel = 0; pixel < 2; ++pixel)
+    for (int64_t k = 0; k < p.features; ++k) {
+      const int64_t lane = pixel * p.features + k;
+      if (p.bias) bias[lane] = p.bias[k];
+      for (int64_t i = 0; i < p.conv.height; ++i)
+        for (int64_t j = 0; j < p.conv.width; ++j)
+          packed[(i * window.length + j + pixel * p.conv.stride_w) * kLanes + lane] =
+              element(weight, k * weight.row + i * weight.tap_h + j * weight.tap_w);
+    }
 }
 
 void conv_max_pool_rows(const ConvMaxPoolParams& p, const ConvMaxPoolPlan& plan, int64_t begin, int64_t end,

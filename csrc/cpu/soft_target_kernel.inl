@@ -3,6 +3,7 @@
 // AVX-512, one core, 1,000 classes).
 #include <cmath>
 
+#include "cpu/exponential.inl"
 #include "cpu/vec.h"
 #include "soft_target.h"
 
@@ -14,23 +15,6 @@ using V = Vec<float>;
 using I = Vec<int32_t>;
 constexpr int kLanes = lanes<float>;
 constexpr int64_t kBlock = 64 * kLanes;  // entries summed in float before they go to double
-
-// e^x for x <= 0, 2 ulp; what float cannot hold becomes about 1e-38, NaN stays out (the caller's sums catch
-// it).
-inline V exp_negative(V x) {
-  x = vmax(x, splat(-87.0f));
-  const V shifted =
-      x * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: the integer nearest x / log 2 lands in the low bits
-  const V n = shifted - 12582912.0f;
-  const V r = (x - n * 0.693359375f) + n * 2.12194440e-4f;  // x - n log 2, in two parts
-  V p = r * 1.9875691500e-4f + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * r * r + r + 1.0f;
-  return (V)((I)p + ((I)shifted << 23));  // times 2^n
-}
 
 // Calls f(offset, student, teacher, count) for the vectors of a row; the last may hold fewer than kLanes
 // entries.

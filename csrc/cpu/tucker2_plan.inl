@@ -1,28 +1,13 @@
 // Blocking of tucker2 and the packed form of its factors.
 #pragma once
 
+#include "cpu/integers.inl"
 #include "cpu/tucker2_convert.inl"
 #include "cpu/tucker2_tile.inl"
 #include "tucker2.h"
 
 namespace kegfast::KEGFAST_ISA {
 namespace {
-
-constexpr int64_t ceil_div(int64_t a, int64_t b) {
-  return (a + b - 1) / b;
-}
-constexpr int64_t round_up(int64_t a, int64_t b) {
-  return ceil_div(a, b) * b;
-}
-constexpr int64_t smaller(int64_t a, int64_t b) {
-  return a < b ? a : b;
-}
-constexpr int64_t larger(int64_t a, int64_t b) {
-  return a > b ? a : b;
-}
-constexpr int64_t clamp(int64_t v, int64_t low, int64_t high) {
-  return smaller(larger(v, low), high);
-}
 
 constexpr int64_t padded_height(const Tucker2Params& p) {
   return p.height + 2 * p.padding_h;

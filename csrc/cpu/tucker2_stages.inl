@@ -108,7 +108,18 @@ class Stages {
 #if !defined(KEGFAST_PAIRS)
     if (plan_.winograd) {
       const int64_t rows = (band.rows - 1) * p_.stride_h + 3;
-      const WinogradBand tiled{band.count, band.rows, t1, t1_image, t1_row(), rows, t2};
+      const WinogradBand tiled{band.count,
+                               band.rows,
+                               t1,
+                               t1_image,
+                               t1_row(),
+                               rows,
+                               padded_width(p_),
+                               0,
+                               0,
+                               t2,
+                               band.rows * p_.out_width * p_.rank_out,
+                               {}};
       const float* const packed = p_.packed + plan_.winograd_at;
       float* const tiles = scratch_ + plan_.tiles_at;
       const PrefetchRange then = last_factor();

@@ -83,10 +83,20 @@ KEGFAST_INLINE void transform_input(const float* const (&d)[kSide * kSide], int6
   }
 }
 
+// What a sum meets on its way to memory, where the transform is an operator's last stage: a bias, or null; numbers
+// from the outputs to an addend, where there is one; ReLU.
+struct LastStore {
+  const float* bias;
+  bool add;
+  int64_t addend;
+  bool relu;
+};
+
 // Y = A^T m A; out[i] is null for pixels beyond an uneven edge.
 template <int Edge, int kSide>
 KEGFAST_INLINE void transform_output(const float* m, int64_t step, float* const (&out)[Edge * Edge],
-                                     int64_t channel) {
+                                     int64_t channel, const LastStore& last) {
+  const Floats bias = last.bias ? load_unaligned(last.bias + channel) : Floats{};
   Floats half[Edge][kSide];
   KEGFAST_UNROLL
   for (int j = 0; j < kSide; ++j) {
@@ -103,8 +113,13 @@ KEGFAST_INLINE void transform_output(const float* m, int64_t step, float* const 
     Floats to[Edge];
     output_axis(half[i], to);
     KEGFAST_UNROLL
-    for (int j = 0; j < Edge; ++j)
-      if (out[Edge * i + j]) store_unaligned(out[Edge * i + j] + channel, to[j]);
+    for (int j = 0; j < Edge; ++j) {
+      if (!out[Edge * i + j]) continue;
+      float* const at = out[Edge * i + j] + channel;
+      Floats y = to[j] + bias;
+      if (last.add) y += load_unaligned(at + last.addend);
+      store_unaligned(at, last.relu ? relu(y) : y);
+    }
   }
 }
 
@@ -134,12 +149,15 @@ void pack_winograd(const Tucker2Params& p, const Tucker2Factor& core, float* out
     }
 }
 
-// A band of t1: `rows` output rows of each of `images` images, t1 at the first row's window.
+// `rows` output rows of each of `images` images. t1 is its first row and pixel in memory, `above` and `left` of zeros
+// around which the first window starts.
 struct WinogradBand {
   int64_t images, rows;
   const float* t1;
-  int64_t t1_image, t1_row, t1_rows;  // t1_rows: how many of them exist from t1 on
+  int64_t t1_image, t1_row, t1_rows, t1_columns, above, left;
   float* t2;
+  int64_t t2_image;
+  LastStore last;
 };
 
 // The core in output tiles of Edge x Edge.
@@ -162,7 +180,8 @@ class Winograd {
     for (int64_t n = 0; n < band.images; ++n)
       for (int64_t i = 0; i < tile_rows; ++i)
         for (int64_t j = 0; j < tile_columns; ++j, ++tile)
-          input_tile(band, zeros, n, Stride * Edge * i, Stride * Edge * j, v + tile * p_.rank_in, tiles);
+          input_tile(band, zeros, n, Stride * Edge * i - band.above, Stride * Edge * j - band.left,
+                     v + tile * p_.rank_in, tiles);
     const int64_t share = winograd_share(p_);
     for (int64_t first = 0; first < p_.rank_out; first += share) {
       const int64_t outputs = smaller(share, p_.rank_out - first);
@@ -178,12 +197,16 @@ class Winograd {
  private:
   static constexpr int kSide = winograd_side(Edge, Stride), kPoints = kSide * kSide;
 
+  static bool in_range(int64_t i, int64_t size) {
+    return static_cast<uint64_t>(i) < static_cast<uint64_t>(size);
+  }
+
   void input_tile(const WinogradBand& band, const float* zeros, int64_t n, int64_t row, int64_t column,
                   float* v, int64_t tiles) {
     const float* d[kPoints];
     for (int i = 0; i < kSide; ++i)
       for (int j = 0; j < kSide; ++j) {
-        const bool exists = row + i < band.t1_rows && column + j < padded_width(p_);
+        const bool exists = in_range(row + i, band.t1_rows) && in_range(column + j, band.t1_columns);
         d[kSide * i + j] =
             exists ? band.t1 + n * band.t1_image + (row + i) * band.t1_row + (column + j) * p_.rank_in
                    : zeros;
@@ -223,12 +246,14 @@ class Winograd {
     for (int i = 0; i < Edge; ++i)
       for (int j = 0; j < Edge; ++j) {
         const bool exists = row + i < band.rows && column + j < p_.out_width;
-        out[Edge * i + j] =
-            exists ? band.t2 + ((n * band.rows + row + i) * p_.out_width + column + j) * p_.rank_out + first
-                   : nullptr;
+        out[Edge * i + j] = exists ? band.t2 + n * band.t2_image +
+                                         ((row + i) * p_.out_width + column + j) * p_.rank_out + first
+                                   : nullptr;
       }
+    LastStore last = band.last;
+    if (last.bias) last.bias += first;
     for (int64_t c = 0; c < outputs; c += kLanes)
-      transform_output<Edge, kSide>(m + c, point_step(tiles, outputs), out, c);
+      transform_output<Edge, kSide>(m + c, point_step(tiles, outputs), out, c, last);
   }
 
   const Tucker2Params& p_;

@@ -109,13 +109,13 @@ def _addend(call: fx.Node, addition: fx.Node, modules: dict[str, nn.Module]) -> 
         return None
     between = call.next
     while between is not addition:
-        if _may_write(between, modules):
+        if may_write(between, modules):
             return None
         between = between.next
     return other
 
 
-def _may_write(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
+def may_write(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
     """Whether it may change a tensor that others read."""
     if node.op == "call_module":
         return bool(getattr(modules[node.target], "inplace", False))
