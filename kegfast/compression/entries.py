@@ -1,4 +1,4 @@
-"""What compress writes into its report: all layers first, then plans and what was replaced, last the totals."""
+"""What compress writes into its report: all layers first, then plans and layers, the totals last."""
 
 import logging
 from collections.abc import Mapping, Sequence

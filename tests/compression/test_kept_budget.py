@@ -50,11 +50,11 @@ def test_timing_undoes_what_no_budget_asked_for(options, slow_students):
 def test_the_command_line_keeps_it_too(slow_students, tmp_path, capsys):
     torch.save(model().state_dict(), tmp_path / "weights.pt")
     layers = "nn.Conv2d(8, 16, 3), nn.ReLU(), nn.Conv2d(16, 16, 3)"
-    (tmp_path / "mine.py").write_text(f"from torch import nn\nnet = lambda: nn.Sequential({layers})\n")
+    (tmp_path / "slow_net.py").write_text(f"from torch import nn\nnet = lambda: nn.Sequential({layers})\n")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path)
         arguments = (
-            "--model mine:net --weights weights.pt --budget params=0.5 --example 1,8,9,9 -o s.safetensors"
+            "--model slow_net:net --weights weights.pt --budget params=0.5 --example 1,8,9,9 -o s.safetensors"
         )
         assert main(["compress", *arguments.split()]) == 0
     printed = capsys.readouterr().out
