@@ -37,6 +37,14 @@ inline double fill_weights(const float* z, int64_t batch, int64_t width, bool ro
   return most;
 }
 
+// Sums of fixed point wrap around: their results fit, what they pass through need not.
+inline Vec<int32_t> wrapping_add(Vec<int32_t> a, Vec<int32_t> b) {
+  return (Vec<int32_t>)((Keys)a + (Keys)b);
+}
+inline Vec<int32_t> wrapping_subtract(Vec<int32_t> a, Vec<int32_t> b) {
+  return (Vec<int32_t>)((Keys)a - (Keys)b);
+}
+
 inline void fix_weights(float* weights, int64_t batch, double unit, int32_t* offsets) {
   const Vec<float> inverse = splat(static_cast<float>(0.5 / unit));
   for (int64_t group = 0; group < batch; group += 16)
@@ -48,7 +56,7 @@ inline void fix_weights(float* weights, int64_t batch, double unit, int32_t* off
         const Vec<int32_t> half = __builtin_convertvector(load(at) * inverse + 0.5f, Vec<int32_t>);
         const Vec<int32_t> w = half + half;
         store(reinterpret_cast<int32_t*>(at), w);
-        balance += row < static_cast<int32_t>(j) ? w : -w;  // w_ii is 0
+        balance = wrapping_add(balance, row < static_cast<int32_t>(j) ? w : -w);  // w_ii is 0
       }
       for (int l = 0; l < L && group + part + l < batch; ++l) offsets[group + part + l] = balance[l];
     }
@@ -63,8 +71,8 @@ inline __attribute__((always_inline)) void add_sign(Vec<float> xi, Vec<float> xj
   gj = (Vec<int32_t>)_mm512_mask_sub_epi32((__m512i)gj, above, (__m512i)gj, (__m512i)w);
 #else
   const Vec<int32_t> part = (xi > xj) & w;
-  gi += part;
-  gj -= part;
+  gi = wrapping_add(gi, part);
+  gj = wrapping_subtract(gj, part);
 #endif
 }
 
@@ -123,8 +131,9 @@ inline void correct_pairs(const int32_t* weights, int64_t batch, const uint32_t*
         const int64_t first = keys[a * L + run->lane] & row_mask, second = keys[b * L + run->lane] & row_mask;
         const int64_t i = first < second ? first : second, j = first < second ? second : first;
         const int32_t half = weights[weight_index(i, j, batch)] / 2;
-        sums[i * L + run->lane] += half;
-        sums[j * L + run->lane] -= half;
+        const auto at_i = sums + i * L + run->lane, at_j = sums + j * L + run->lane;
+        *at_i = static_cast<int32_t>(static_cast<uint32_t>(*at_i) + static_cast<uint32_t>(half));
+        *at_j = static_cast<int32_t>(static_cast<uint32_t>(*at_j) - static_cast<uint32_t>(half));
       }
 }
 
@@ -165,7 +174,7 @@ inline void l1_pair_tiles(const DiversityParams& p, int64_t first, int64_t last,
     // for i > j. The sums are taken modulo 2^32; the result fits.
     return finish_tile<float>(p, t, 2.0 * p.weight_unit, [&](int64_t i) __attribute__((always_inline)) {
       Vec<int32_t> sum = load(sums + i * L);
-      if (!both) sum = (sum + sum - p.offsets[i]) & (Vec<int32_t>)varies;
+      if (!both) sum = wrapping_subtract(wrapping_add(sum, sum), splat(p.offsets[i])) & (Vec<int32_t>)varies;
       return __builtin_convertvector(sum, Vec<float>);
     });
   });

@@ -1,6 +1,9 @@
 #include "tucker2.h"
 
+#include <torch/csrc/stable/ops.h>
+
 #include <array>
+#include <functional>
 
 #include "check.h"
 
@@ -44,6 +47,15 @@ constexpr Case kCases[] = {
     {"winograd 2, stride 2", 1, 8, 25, 30, 64, 64, 20, 3, 3, 2, 2, 1, 1, 1, 1, 2},
     {"winograd 4", 2, 8, 15, 22, 16, 32, 20, 3, 3, 1, 1, 1, 1, 1, 1, 4},
 };
+
+// f(part, its scratch) for two parts, side by side where there are threads.
+template <class F>
+void in_halves(int64_t scratch_floats, const F& f) {
+  torch::stable::parallel_for(0, 2, 1, [&](int64_t from, int64_t to) {
+    const Memory<float> scratch(scratch_floats);
+    for (int64_t part = from; part < to; ++part) f(static_cast<int>(part), scratch.get());
+  });
+}
 
 // A call and its definition in double; images as (N, C, H, W) there.
 struct Call {
@@ -235,7 +247,7 @@ Values run_forward(Operands& of, const Call& call, Memory<float>* t1, Memory<flo
   Tucker2Params& p = of.p;
   const Tucker2Plan plan = KEGFAST_SELECT(tucker2_plan)(p, t1 ? 1 : 2);
   if (call.c.winograd) that(plan.winograd != 0, call.what() + " runs by Winograd");
-  Memory<float> packed(plan.packed_floats), scratch(plan.scratch_floats);
+  Memory<float> packed(plan.packed_floats);
   KEGFAST_SELECT(tucker2_pack)(p, plan, of.first_factor(), of.core_factor(), of.last_factor(), true,
                                packed.get());
   that(KEGFAST_SELECT(tucker2_packed_from)(p, plan, of.first_factor(), of.core_factor(), of.last_factor(),
@@ -245,10 +257,27 @@ Values run_forward(Operands& of, const Call& call, Memory<float>* t1, Memory<flo
   p.packed = packed.get(), p.y = y.data();
   p.t1 = t1 ? t1->get() : nullptr, p.t2 = t2 ? t2->get() : nullptr;
   const int64_t rows = p.images * p.out_height, half = t1 ? p.images / 2 * p.out_height : rows / 2;
-  KEGFAST_SELECT(tucker2_rows)(p, plan, 0, half, scratch.get());
-  KEGFAST_SELECT(tucker2_rows)(p, plan, half, rows, scratch.get());
+  in_halves(plan.scratch_floats, [&](int part, float* scratch) {
+    KEGFAST_SELECT(tucker2_rows)(p, plan, part ? half : 0, part ? rows : half, scratch);
+  });
   return laid_out(y.values(), p.images, p.features, p.channels_last, true);
 }
+
+// One part's sums over its images.
+struct Sums {
+  std::vector<float> first, core, last;
+  Values bias;
+
+  void set(kegfast::Tucker2GradParams& g) {
+    g.first = first.data(), g.core = core.data(), g.last = last.data(), g.bias = bias.data();
+  }
+  void add(const Sums& other) {
+    const auto add = [](auto& to, const auto& from) {
+      std::transform(to.begin(), to.end(), from.begin(), to.begin(), std::plus<>());
+    };
+    add(first, other.first), add(core, other.core), add(last, other.last), add(bias, other.bias);
+  }
+};
 
 kegfast::Tucker2Factor transposed(const kegfast::Tucker2Factor& w, int64_t bytes, int64_t h, int64_t width,
                                   bool reverse) {
@@ -279,23 +308,30 @@ void backward(Operands& of, const Call& call, const Memory<float>& t1, const Mem
   const Stored grad(call.kind, laid_out(slopes, p.images, p.features, p.channels_last));
   const Stored stopped(call.kind, laid_out(y, p.images, p.features, p.channels_last));
   const Stored dx(call.kind, static_cast<int64_t>(call.x.size()));
-  std::vector<float> dfirst(call.first.size()), dcore(call.core.size()), dlast(call.last.size());
-  Values dbias(p.features);
+  const Sums none{std::vector<float>(call.first.size()), std::vector<float>(call.core.size()),
+                  std::vector<float>(call.last.size()), Values(p.features)};
+  Sums sums[2] = {none, none};
   kegfast::Tucker2GradParams g{};
   g.forward = p, g.forward.t1 = t1.get(), g.forward.t2 = t2.get();
   g.kept = Tucker2Type::float32;
   g.grad = grad.data(), g.y = call.relu ? stopped.data() : nullptr;
   g.grad_channels_last = p.channels_last, g.dx = dx.data();
-  g.first = dfirst.data(), g.core = dcore.data(), g.last = dlast.data(), g.bias = dbias.data();
+  sums[0].set(g);
   KEGFAST_SELECT(tucker2_gradient_plan)(g, 1);
-  Memory<float> packed(g.plan.packed_floats), scratch(g.scratch_floats);
+  Memory<float> packed(g.plan.packed_floats);
   const int64_t bytes = call.kind == Kind::float32 ? 4 : 2;
   KEGFAST_SELECT(tucker2_pack)
   (g.back, g.plan, transposed(of.last_factor(), bytes, 1, 1, false),
    transposed(of.core_factor(), bytes, c.kernel_h, c.kernel_w, !g.back.up.on),
    transposed(of.first_factor(), bytes, 1, 1, false), false, packed.get());
   g.back.packed = packed.get();
-  KEGFAST_SELECT(tucker2_gradients)(g, 0, p.images, scratch.get());
+  in_halves(g.scratch_floats, [&](int part, float* scratch) {
+    kegfast::Tucker2GradParams mine = g;
+    sums[part].set(mine);
+    KEGFAST_SELECT(tucker2_gradients)(mine, p.images * part / 2, p.images * (part + 1) / 2, scratch);
+  });
+  sums[0].add(sums[1]);
+  const auto& [dfirst, dcore, dlast, dbias] = sums[0];
 
   for (size_t i = 0; call.relu && i < y.size(); ++i)
     if (y[i] <= 0) slopes[i] = 0;
