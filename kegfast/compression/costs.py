@@ -12,8 +12,9 @@ from kegfast._util.inputs import Inputs
 from kegfast._util.timing import interleaved
 from kegfast.compression.budget import Cost, Rank
 from kegfast.compression.choice import inputs_like, run_all
-from kegfast.compression.surgery import Site, build, explicit_padding
+from kegfast.compression.surgery import Site
 from kegfast.compression.traffic import Traffic
+from kegfast.nn.build import build, explicit_padding
 from kegfast.nn.factors import Factors
 
 KINDS = ("params", "flops", "latency", "memory")

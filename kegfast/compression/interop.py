@@ -7,7 +7,8 @@ from torch import Tensor, nn
 
 from kegfast._util.check import expected
 from kegfast._util.files import bare_names, state_in
-from kegfast.compression.surgery import Site, build, replace, unwrap
+from kegfast.compression.surgery import Site, replace, unwrap
+from kegfast.nn.build import build
 from kegfast.nn.factors import Factors
 
 Roles = dict[str, str]  # "first", "core" and "last", or one of the outer two less, to names

@@ -30,12 +30,12 @@ from kegfast.compression.report import CompressionReport, LayerReport
 from kegfast.compression.selection import Patterns, rule_of, select
 from kegfast.compression.surgery import (
     Site,
-    build,
     factors_of,
     replace,
     spell_out_pools,
     survey,
 )
+from kegfast.nn.build import build
 from kegfast.nn.factors import Factors
 
 log = logging.getLogger(__name__)

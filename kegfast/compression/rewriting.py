@@ -5,9 +5,10 @@ import operator
 import torch
 from torch import fx, nn
 
-from kegfast.compression.surgery import FactorChain, explicit_padding, is_plain
+from kegfast.compression.surgery import is_plain
 from kegfast.functional import Pair
 from kegfast.nn import TuckerConv2d, TuckerLinear
+from kegfast.nn.build import FactorChain, explicit_padding
 from kegfast.ops.conv_max_pool import conv_max_pool2d
 
 LAYERS = (nn.Conv2d, nn.Linear, TuckerConv2d, TuckerLinear, FactorChain)

@@ -15,8 +15,9 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from kegfast._util.check import expected
-from kegfast.compression.surgery import HOOKS, FactorChain
+from kegfast.compression.surgery import HOOKS
 from kegfast.nn import TuckerConv2d, TuckerLinear
+from kegfast.nn.build import FactorChain
 from kegfast.ops.conv_max_pool import conv_max_pool2d
 
 Plain = Any  # what JSON can hold

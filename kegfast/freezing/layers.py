@@ -5,7 +5,6 @@ from typing import Any
 
 from torch import nn
 
-from kegfast.compression.surgery import FactorChain, explicit_padding
 from kegfast.freezing.network import Step
 from kegfast.freezing.values import (
     MOST_TAPS,
@@ -20,6 +19,7 @@ from kegfast.freezing.values import (
     softmaxing,
 )
 from kegfast.nn import TuckerConv2d, TuckerLinear
+from kegfast.nn.build import FactorChain, explicit_padding
 
 
 def _conv(values: Values, args: list[Any], conv: nn.Conv2d) -> list[Step]:

@@ -89,7 +89,7 @@ class TuckerConv2d(FactoredConv2d, nn.Module):
         """
         from kegfast.compression.decompose import factorize
         from kegfast.compression.ranks import layer_rank
-        from kegfast.compression.surgery import build
+        from kegfast.nn.build import build
 
         if not isinstance(conv, nn.Conv2d) or conv.groups != 1:
             raise ValueError(expected("conv", "an nn.Conv2d with groups=1", conv))

@@ -11,9 +11,9 @@ from torch import nn
 
 from kegfast import compress, fuse
 from kegfast.compression import export_onnx, unfuse
-from kegfast.compression.surgery import FactorChain
 from kegfast.models import ResNet14
 from kegfast.nn import TuckerConv2d
+from kegfast.nn.build import FactorChain
 
 X = torch.linspace(-1, 1, 2 * 32 * 32).reshape(2, 1, 32, 32)
 

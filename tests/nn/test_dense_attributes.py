@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 from kegfast import compress
-from kegfast.compression.surgery import FactorChain
 from kegfast.nn import TuckerConv2d, TuckerLinear
+from kegfast.nn.build import FactorChain
 
 OPTIONS = {"stride": (2, 1), "padding": (1, 2), "dilation": (1, 2)}
 
