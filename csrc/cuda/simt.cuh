@@ -33,6 +33,10 @@ struct alignas(16) Words4 {
   uint32_t w[4];
 };
 
+struct alignas(8) Pair {
+  uint32_t first, second;
+};
+
 struct alignas(16) Float4 {
   float x, y, z, w;
 };

@@ -6,6 +6,17 @@
 
 namespace kegfast::cuda {
 
+struct Window {
+  int kernel_h, kernel_w, stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w;
+};
+
+// Where channel 0 of a pixel lies, inside of the image or not.
+struct Pixel {
+  int64_t at;
+  int y, x;
+  KEGFAST_DEVICE static Pixel nowhere() { return {0, -(1 << 30), 0}; }
+};
+
 // (N, C, H, W) with strides in elements.
 template <class T>
 struct Image {
@@ -13,6 +24,13 @@ struct Image {
   int64_t image, channel, row, pixel;
   int channels, height, width;
   bool vectors;  // channels lie together, and every pixel starts at a multiple of 16 bytes
+
+  KEGFAST_DEVICE Pixel pixel_at(int64_t n, int y, int x) const {
+    return {n * image + y * row + x * pixel, y, x};
+  }
+  KEGFAST_DEVICE bool has(int y, int x) const {
+    return unsigned(y) < unsigned(height) && unsigned(x) < unsigned(width);
+  }
 };
 
 template <class T>
@@ -24,25 +42,72 @@ Image<T> make_image(T* data, const int64_t (&strides)[4], int channels, int heig
   return {data, strides[0], strides[1], strides[2], strides[3], channels, height, width, vectors};
 }
 
-// Channels first .. first + 16 bytes of pixel (y, x), zeros outside of the image, to shared memory.
-template <class T>
-KEGFAST_DEVICE void load_piece(const Image<const T>& x, char* to, int64_t n, int y, int column, int first) {
-  const bool inside = unsigned(y) < unsigned(x.height) && unsigned(column) < unsigned(x.width);
-  const T* from = x.data + (inside ? n * x.image + y * x.row + column * x.pixel : 0);
-  if (x.vectors) {
-    const bool valid = inside && first < x.channels;
-    cp_async16(to, from + (valid ? first : 0), valid);
-    return;
+// Chunks of the windows of kRows pixels: K goes tap by tap, `per_tap` bytes each, or with kTaps false over the one tap.
+// find(row) gives a row's window by its first pixel: asked once for each of a thread's rows, every 16th.
+template <class T, bool kTaps, class Find>
+class PixelLoad {
+ public:
+  // `count`: of the tile's rows, those that anybody reads.
+  KEGFAST_DEVICE PixelLoad(const Image<const T>& x, int per_tap, const Window& window, int count, Find find)
+      : x_(x), window_(window), per_tap_(per_tap), count_(count), find_(find) {
+    if (!x.vectors) return;
+    KEGFAST_UNROLL
+    for (int i = 0; i < kRows / kPieceRows; ++i) pixels_[i] = find(piece_row() + i * kPieceRows);
   }
-  gather_piece(to, from + first * x.channel, x.channel, inside ? x.channels - first : 0);
-}
 
-// Piece i of a tile of kRows rows: neighbouring threads go along what lies together in memory.
-template <class T>
-KEGFAST_DEVICE void piece_of(const Image<T>& x, int i, int& row, int& piece) {
-  row = x.vectors ? i / kPieces : i % kRows;
-  piece = x.vectors ? i % kPieces : i / kRows;
-}
+  KEGFAST_DEVICE void operator()(char* stage, int chunk) const {
+    if (!x_.vectors) {
+      elements(stage, chunk);
+      return;
+    }
+    const Place place = at(chunk * kChunkBytes + piece_byte());
+    char* to = stage + piece_row() * kPitch + piece_byte();
+    KEGFAST_UNROLL
+    for (int i = 0; i < kRows / kPieceRows; ++i) {
+      if (i * kPieceRows >= count_) break;
+      const Pixel& pixel = pixels_[i];
+      const bool valid = place.channel < x_.channels && x_.has(pixel.y + place.y, pixel.x + place.x);
+      cp_async16(to + i * kPieceRows * kPitch, x_.data + (valid ? pixel.at + place.offset : 0), valid);
+    }
+  }
+
+ private:
+  // A byte of K: how far from the window's first pixel, and its channel; past the last tap in no image.
+  struct Place {
+    int y, x, channel;
+    int64_t offset;
+  };
+  KEGFAST_DEVICE Place at(int byte) const {
+    if constexpr (!kTaps) {
+      const int channel = byte / int(sizeof(T));
+      return {0, 0, channel, channel * x_.channel};
+    }
+    const int tap = byte / per_tap_, channel = (byte - tap * per_tap_) / int(sizeof(T));
+    const int y = tap / window_.kernel_w, x = tap % window_.kernel_w;
+    if (y >= window_.kernel_h) return {0, 0, x_.channels, 0};
+    return {y * window_.dilation_h, x * window_.dilation_w, channel,
+            y * window_.dilation_h * x_.row + x * window_.dilation_w * x_.pixel + channel * x_.channel};
+  }
+
+  // One by one; neighbouring threads go along what lies together in memory: pixels of a plane.
+  KEGFAST_DEVICE void elements(char* stage, int chunk) const {
+    KEGFAST_ROLLED
+    for (int i = thread(); i < kRows * kPieces; i += kTuckerThreads) {
+      const int row = i % kRows, byte = i / kRows * 16;
+      const Place place = at(chunk * kChunkBytes + byte);
+      const Pixel pixel = find_(row);
+      const bool valid = x_.has(pixel.y + place.y, pixel.x + place.x);
+      gather_piece(stage + row * kPitch + byte, x_.data + (valid ? pixel.at + place.offset : 0), x_.channel,
+                   valid ? x_.channels - place.channel : 0);
+    }
+  }
+
+  const Image<const T>& x_;
+  const Window& window_;
+  Pixel pixels_[kRows / kPieceRows];
+  int per_tap_, count_;
+  Find find_;
+};
 
 template <class T>
 struct Epilogue {
@@ -77,31 +142,64 @@ KEGFAST_DEVICE void store_rows(const Image<T>& y, const char* rows, int pitch, i
   }
 }
 
-// Accumulators -> shared memory -> bias, ReLU -> y.
-template <class T, int kTiles, class Pixel>
+// Two neighbouring columns of a row, the first an even one.
+template <class T>
+KEGFAST_DEVICE void put_pair(char* row, int column, float first, float second) {
+  if constexpr (sizeof(T) == 4) {
+    *reinterpret_cast<Pair*>(row + column * sizeof(T)) = {float_bits(first), float_bits(second)};
+  } else {
+    *reinterpret_cast<uint32_t*>(row + column * sizeof(T)) =
+        from_float<T>(first).bits | uint32_t(from_float<T>(second).bits) << 16;
+  }
+}
+
+// Accumulators -> shared memory -> bias, ReLU -> y. places[row]: where channel 0 of the row's pixel lies in y, or -1; in
+// shared memory, as rows that 8 threads store together are looked up by each.
+template <class T, int kTiles>
 KEGFAST_DEVICE void store_tile(const Image<T>& y, const float (&acc)[2][kTiles][4], char* scratch,
-                               int first_column, const Epilogue<T>& epilogue, Pixel pixel) {
+                               int first_column, const Epilogue<T>& epilogue, const int64_t* places) {
   constexpr int kColumns = 16 * kTiles, kOutPitch = kColumns * sizeof(T) + 16;
   static_assert(kStages * stage_bytes(kTiles) >= kRows * kOutPitch);
   const Place<kTiles> place;
+  const int live = smaller(kColumns, y.channels - first_column);
   barrier();  // the stages under `scratch` are read
   KEGFAST_UNROLL
-  for (int m = 0; m < 2; ++m) {
+  for (int t = 0; t < kTiles; ++t) {
+    const int column = place.out_column(t, 0);
+    float bias[2] = {};
     KEGFAST_UNROLL
-    for (int t = 0; t < kTiles; ++t) {
+    for (int e = 0; e < 2; ++e) {
+      if (epilogue.bias != nullptr && column + e < live)
+        bias[e] = to_float(epilogue.bias[first_column + column + e]);
+    }
+    KEGFAST_UNROLL
+    for (int m = 0; m < 2; ++m) {
       KEGFAST_UNROLL
-      for (int i = 0; i < 4; ++i) {
-        const int column = place.out_column(t, i);
-        float value = acc[m][t][i];
-        if (epilogue.bias != nullptr && first_column + column < y.channels)
-          value += to_float(epilogue.bias[first_column + column]);
-        if (epilogue.relu) value = value > 0 || value != value ? value : 0;  // NaN stays
-        reinterpret_cast<T*>(scratch + place.out_row(m, i) * kOutPitch)[column] = from_float<T>(value);
+      for (int i = 0; i < 4; i += 2) {
+        float value[2] = {acc[m][t][i] + bias[0], acc[m][t][i + 1] + bias[1]};
+        KEGFAST_UNROLL
+        for (int e = 0; e < 2; ++e) {
+          if (epilogue.relu) value[e] = value[e] > 0 || value[e] != value[e] ? value[e] : 0;  // NaN stays
+        }
+        put_pair<T>(scratch + place.out_row(m, i) * kOutPitch, column, value[0], value[1]);
       }
     }
   }
   barrier();
-  store_rows(y, scratch, kOutPitch, kRows, first_column, smaller(kColumns, y.channels - first_column), pixel);
+  if (!y.vectors) {
+    store_rows(y, scratch, kOutPitch, kRows, first_column, live, [places](int row) { return places[row]; });
+    return;
+  }
+  constexpr int kVector = 16 / sizeof(T), kRowPieces = kColumns / kVector;
+  const int column = thread() % kRowPieces * kVector;
+  KEGFAST_UNROLL
+  for (int row = thread() / kRowPieces; row < kRows; row += kTuckerThreads / kRowPieces) {
+    const int64_t at = places[row];
+    if (at >= 0 && column < live) {
+      store_global16(y.data + at + first_column + column,
+                     load_shared16(scratch + row * kOutPitch + column * sizeof(T)));
+    }
+  }
 }
 
 // Accumulators -> rows of shared memory, as the next stage's A: `live` columns, then zeros up to `columns`. What is
@@ -113,12 +211,16 @@ KEGFAST_DEVICE void keep_tile(char* rows, int pitch, int row_count, const float 
   KEGFAST_UNROLL
   for (int m = 0; m < 2; ++m) {
     KEGFAST_UNROLL
-    for (int t = 0; t < kTiles; ++t) {
+    for (int i = 0; i < 4; i += 2) {
+      const int row = first_row + place.out_row(m, i);
+      if (row >= row_count) continue;
       KEGFAST_UNROLL
-      for (int i = 0; i < 4; ++i) {
-        const int row = first_row + place.out_row(m, i), column = first_column + place.out_column(t, i);
-        if (row < row_count && column < columns)
-          reinterpret_cast<T*>(rows + row * pitch)[column] = from_float<T>(column < live ? acc[m][t][i] : 0);
+      for (int t = 0; t < kTiles; ++t) {
+        const int column = first_column + place.out_column(t, 0);
+        if (column < columns) {
+          put_pair<T>(rows + row * pitch, column, column < live ? acc[m][t][i] : 0,
+                      column + 1 < live ? acc[m][t][i + 1] : 0);
+        }
       }
     }
   }

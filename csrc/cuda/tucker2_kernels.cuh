@@ -31,10 +31,6 @@
 
 namespace kegfast::cuda {
 
-struct Window {
-  int kernel_h, kernel_w, stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w;
-};
-
 // ---- factors
 
 // Copies factors to [row][tap][input], inputs padded with zeros to whole steps.
@@ -91,39 +87,36 @@ struct Tucker2Stage {
     int pixels;  // images * y.height * y.width
     Epilogue<T> epilogue;
   };
-  static constexpr size_t kShared = kStages * stage_bytes(kTiles);
+  static constexpr size_t kShared = kStages * stage_bytes(kTiles) + kRows * sizeof(int64_t);
   static int blocks_x(const Params& p) { return (p.pixels - 1) / kRows + 1; }
   static int blocks_y(const Params& p) { return (p.factor.rows + kColumnsPerBlock - 1) / kColumnsPerBlock; }
 
-  KEGFAST_DEVICE static void load(const Params& p, char* stage, int first_pixel, int chunk) {
-    const int tap_bytes = p.factor.tap_bytes();
-    KEGFAST_UNROLL
-    for (int i = thread(); i < kRows * kPieces; i += kThreads) {
-      int row, piece;
-      piece_of(p.x, i, row, piece);
-      const int byte = chunk * kChunkBytes + piece * 16, tap = byte / tap_bytes;
-      const int pixel = first_pixel + row, line = pixel / p.y.width, n = line / p.y.height;
-      const int oy = line % p.y.height, ox = pixel % p.y.width;
-      const Window& w = p.window;
-      const int y = oy * w.stride_h + tap / w.kernel_w * w.dilation_h - w.padding_h;
-      const int x = ox * w.stride_w + tap % w.kernel_w * w.dilation_w - w.padding_w;
-      const bool inside = pixel < p.pixels && tap < p.factor.taps();
-      load_piece(p.x, stage + row * kPitch + piece * 16, n, inside ? y : -1, x,
-                 (byte - tap * tap_bytes) / int(sizeof(T)));
-    }
-  }
-
   KEGFAST_DEVICE static void run(const Params& p) {
     const int first_pixel = block().x * kRows, column = block().y * kColumnsPerBlock;
-    const auto load_pixels = [&](char* stage, int chunk) { load(p, stage, first_pixel, chunk); };
+    const Window& w = p.window;
+    int64_t* places = reinterpret_cast<int64_t*>(shared() + kStages * stage_bytes(kTiles));
+    const auto pixel = [&](int row, const auto& image, int step_y, int step_x, int border_y, int border_x) {
+      const int at = first_pixel + row, line = at / p.y.width;
+      return at < p.pixels ? image.pixel_at(line / p.y.height, line % p.y.height * step_y - border_y,
+                                            at % p.y.width * step_x - border_x)
+                           : Pixel::nowhere();
+    };
+    if (thread() < kRows) {
+      const Pixel to = pixel(thread(), p.y, 1, 1, 0, 0);
+      places[thread()] = to.y < 0 ? -1 : to.at;
+    }
+    const auto find = [&](int row) {
+      return pixel(row, p.x, w.stride_h, w.stride_w, w.padding_h, w.padding_w);
+    };
     float acc[2][kTiles][4];
-    product<M>(acc, p.factor, shared(), column, true, Streamed<kTiles, decltype(load_pixels)>{load_pixels});
-    store_tile<T, kTiles>(p.y, acc, shared(), column, p.epilogue, [&](int row) -> int64_t {
-      const int pixel = first_pixel + row, line = pixel / p.y.width;
-      if (pixel >= p.pixels) return -1;
-      return int64_t(line / p.y.height) * p.y.image + line % p.y.height * p.y.row +
-             pixel % p.y.width * p.y.pixel;
-    });
+    if (p.factor.taps() == 1) {
+      const PixelLoad<T, false, decltype(find)> load(p.x, p.factor.tap_bytes(), w, kRows, find);
+      product<M>(acc, p.factor, shared(), column, true, Streamed<kTiles, decltype(load)>{load});
+    } else {
+      const PixelLoad<T, true, decltype(find)> load(p.x, p.factor.tap_bytes(), w, kRows, find);
+      product<M>(acc, p.factor, shared(), column, true, Streamed<kTiles, decltype(load)>{load});
+    }
+    store_tile<T, kTiles>(p.y, acc, shared(), column, p.epilogue, places);
   }
 };
 
@@ -161,7 +154,7 @@ struct Tucker2Fused {
   };
   static size_t shared_bytes(const Params& p) {
     return kStages * stage_bytes(kTiles) + size_t(p.halo_h()) * p.halo_w() * p.t1_pitch() +
-           size_t(kRows) * p.t2_pitch() + size_t(p.core_offsets()) * sizeof(int);
+           size_t(kRows) * p.t2_pitch() + kRows * sizeof(int64_t) + size_t(p.core_offsets()) * sizeof(int);
   }
   static int64_t blocks(const Params& p) { return int64_t(p.tiles_y()) * p.tiles_x() * p.images; }
 
@@ -169,22 +162,6 @@ struct Tucker2Fused {
     int64_t image;
     int y, x;  // of its first output pixel
   };
-
-  // Stage 1 for halo pixels first_row .. + 64 of the tile.
-  KEGFAST_DEVICE static void load_halo(const Params& p, const Tile& tile, char* stage, int first_row,
-                                       int chunk) {
-    const int halo_w = p.halo_w(), count = p.halo_h() * halo_w;
-    const int y0 = tile.y * p.window.stride_h - p.window.padding_h,
-              x0 = tile.x * p.window.stride_w - p.window.padding_w;
-    KEGFAST_UNROLL
-    for (int i = thread(); i < kRows * kPieces; i += kThreads) {
-      int row, piece;
-      piece_of(p.x, i, row, piece);
-      const int pixel = first_row + row;
-      load_piece(p.x, stage + row * kPitch + piece * 16, tile.image, pixel < count ? y0 + pixel / halo_w : -1,
-                 x0 + pixel % halo_w, (chunk * kChunkBytes + piece * 16) / int(sizeof(T)));
-    }
-  }
 
   // The halo's pixels up to where the next tile begins; the last tiles' to the end.
   KEGFAST_DEVICE static void keep_t1(const Params& p, const Tile& tile, const char* t1) {
@@ -210,7 +187,8 @@ struct Tucker2Fused {
     const int halo_w = p.halo_w(), halo = p.halo_h() * halo_w, tiles = p.tiles_y() * p.tiles_x();
     char* t1 = stages + kStages * stage_bytes(kTiles);
     char* t2 = t1 + halo * p.t1_pitch();
-    int* offsets = reinterpret_cast<int*>(t2 + kRows * p.t2_pitch());
+    int64_t* places = reinterpret_cast<int64_t*>(t2 + kRows * p.t2_pitch());  // of the tile's pixels in y
+    int* offsets = reinterpret_cast<int*>(places + kRows);
     const int at = block().x % tiles;
     const Tile tile{block().x / tiles, at / p.tiles_x() * p.tile_h, at % p.tiles_x() * p.tile_w};
     const Place<kTiles> place;
@@ -225,9 +203,19 @@ struct Tucker2Fused {
                        : 0;
     }
 
+    if (thread() < kRows) places[thread()] = pixel_of(p, tile, p.y, thread());
+
+    const int y0 = tile.y * p.window.stride_h - p.window.padding_h,
+              x0 = tile.x * p.window.stride_w - p.window.padding_w;
     KEGFAST_ROLLED
     for (int first_row = 0; first_row < halo; first_row += kRows) {
-      const auto load = [&](char* stage, int chunk) { load_halo(p, tile, stage, first_row, chunk); };
+      const auto find = [&](int row) {
+        const int pixel = first_row + row;
+        return pixel < halo ? p.x.pixel_at(tile.image, y0 + pixel / halo_w, x0 + pixel % halo_w)
+                            : Pixel::nowhere();
+      };
+      const PixelLoad<T, false, decltype(find)> load(p.x, p.first.row_bytes(), p.window, halo - first_row,
+                                                     find);
       KEGFAST_ROLLED
       for (int column = 0; column < p.first.rows; column += kColumnsPerBlock) {
         product<M>(acc, p.first, stages, column, first_row + place.row < halo,
@@ -270,8 +258,7 @@ struct Tucker2Fused {
     for (int column = 0; column < p.last.rows; column += kColumnsPerBlock) {
       product<M>(acc, p.last, stages, column, true,
                  Resident<decltype(along)>{{t2_rows[0], t2_rows[1]}, along});
-      store_tile<T, kTiles>(p.y, acc, stages, column, p.epilogue,
-                            [&](int row) { return pixel_of(p, tile, p.y, row); });
+      store_tile<T, kTiles>(p.y, acc, stages, column, p.epilogue, places);
     }
   }
 };

@@ -13,17 +13,12 @@
 
 #include <type_traits>
 
-#include "simt.cuh"
+#include "tucker2_factor.cuh"
 
 namespace kegfast::cuda {
 
-using namespace kegfast::simt;
-
-constexpr int kStepBytes = 32, kChunkSteps = 4, kChunkBytes = kStepBytes * kChunkSteps,
-              kPieces = kChunkBytes / 16;
-constexpr int kPitch = kChunkBytes + 16;  // bytes between rows of a chunk in shared memory
-constexpr int kRows = 64;                 // of a block's tile
-constexpr int kStages = 3;                // chunks in flight
+constexpr int kRows = 64;   // of a block's tile
+constexpr int kStages = 3;  // chunks in flight
 
 template <class T_, bool kSplit_>
 struct Math {
@@ -147,80 +142,6 @@ KEGFAST_DEVICE void clear(float (&acc)[2][kTiles][4]) {
   }
 }
 
-// 16 bytes to shared memory: `count` elements `stride` apart, then zeros.
-template <class T>
-KEGFAST_DEVICE void gather_piece(char* to, const T* from, int64_t stride, int count) {
-  uint32_t words[4] = {};
-  KEGFAST_UNROLL
-  for (int e = 0; e < int(16 / sizeof(T)); ++e) {
-    if (e >= count) break;
-    const T value = from[e * stride];
-    if constexpr (sizeof(T) == 4) {
-      words[e] = float_bits(value);
-    } else {
-      words[e / 2] |= uint32_t(value.bits) << (16 * (e % 2));
-    }
-  }
-  store_shared16(to, {{words[0], words[1], words[2], words[3]}});
-}
-
-// A factor as (rows, inputs, kernel_h, kernel_w) in any strides, negative ones too: a transposed or flipped
-// factor is another view. Its K goes tap by tap, each tap's inputs padded with zeros to whole steps.
-template <class T>
-struct Factor {
-  const T* data;
-  int64_t row, input, tap_h, tap_w;
-  int rows, inputs, kernel_h, kernel_w;
-  bool vectors;  // a tap's inputs lie together, in whole pieces of 16 bytes at multiples of 16
-
-  KEGFAST_ANYWHERE int taps() const { return kernel_h * kernel_w; }
-  KEGFAST_ANYWHERE int tap_bytes() const {
-    return int((inputs * sizeof(T) + kStepBytes - 1) / kStepBytes * kStepBytes);
-  }
-  KEGFAST_ANYWHERE int row_bytes() const { return tap_bytes() * taps(); }
-  KEGFAST_ANYWHERE int64_t elements() const { return int64_t(rows) * inputs * taps(); }
-  KEGFAST_ANYWHERE int chunks() const { return (row_bytes() + kChunkBytes - 1) / kChunkBytes; }
-  KEGFAST_ANYWHERE int steps(int chunk) const {
-    return smaller(kChunkSteps, row_bytes() / kStepBytes - chunk * kChunkSteps);
-  }
-};
-
-template <class T>
-Factor<T> make_factor(const T* data, const int64_t (&strides)[4], int rows, int inputs, int kernel_h,
-                      int kernel_w) {
-  constexpr int kVector = 16 / sizeof(T);
-  const auto whole = [](int64_t stride, int size) { return size == 1 || stride % kVector == 0; };
-  const bool vectors = (strides[1] == 1 || inputs == 1) && inputs % kVector == 0 && whole(strides[0], rows) &&
-                       whole(strides[2], kernel_h) && whole(strides[3], kernel_w) &&
-                       reinterpret_cast<uintptr_t>(data) % 16 == 0;
-  return {data, strides[0], strides[1], strides[2], strides[3], rows, inputs, kernel_h, kernel_w, vectors};
-}
-
-// One chunk of the factor's rows first .. first + kRowCount into a stage; zeros past its end.
-template <int kRowCount, int kThreads, class T>
-KEGFAST_DEVICE void load_factor(const Factor<T>& factor, char* stage, int first, int chunk) {
-  const bool down = factor.row == 1;  // neighbouring threads go along what lies together in memory
-  KEGFAST_UNROLL
-  for (int i = thread(); i < kRowCount * kPieces; i += kThreads) {
-    const int row = down ? i % kRowCount : i / kPieces, piece = down ? i / kRowCount : i % kPieces;
-    const int byte = chunk * kChunkBytes + piece * 16, tap = byte / factor.tap_bytes();
-    const int input = (byte - tap * factor.tap_bytes()) / int(sizeof(T));
-    const bool inside = first + row < factor.rows && tap < factor.taps() && input < factor.inputs;
-    const T* from = factor.data;
-    if (inside) {
-      from += (first + row) * factor.row + tap / factor.kernel_w * factor.tap_h +
-              tap % factor.kernel_w * factor.tap_w + input * factor.input;
-    }
-    char* to = stage + row * kPitch + piece * 16;
-    if (factor.vectors) {
-      cp_async16(to, from, inside);
-    } else {
-      gather_piece(to, from, factor.input, inside ? factor.inputs - input : 0);
-    }
-  }
-}
-
-constexpr int kTuckerThreads = 128;
 KEGFAST_ANYWHERE constexpr size_t stage_bytes(int tiles) {
   return size_t(kRows + 16 * tiles) * kPitch;
 }
@@ -236,13 +157,14 @@ KEGFAST_DEVICE void product(float (&acc)[2][kTiles][4], const Factor<T>& factor,
                             bool live, const A& a) {
   const Place<kTiles> place;
   const int columns = live ? factor.rows - column - place.column : 0;
+  const FactorLoad<16 * kTiles, T> load_factor(factor, column);
   clear(acc);
   pipeline(
       factor.chunks(),
       [&](int chunk, int s) {
         char* stage = stages + s * stage_bytes(kTiles);
         a.load(stage, chunk);
-        load_factor<16 * kTiles, kTuckerThreads>(factor, stage + kRows * kPitch, column, chunk);
+        load_factor(stage + kRows * kPitch, chunk);
       },
       [&](int chunk, int s) {
         const char* stage = stages + s * stage_bytes(kTiles);
