@@ -4,13 +4,13 @@ PYTHON := $(shell python3 -c "import importlib.util as u, sys; \
   print(sys.executable if u.find_spec('torch') else '.venv/bin/python')")
 # One set of stamps per environment: another one, or one that was removed, is built anew.
 STAMPS := build/stamps/$(subst /,-,$(PYTHON))
-SANITIZER := PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer
+SANITIZER := PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --kernel-name kns=kegfast
 BENCH_SECONDS := 200
 KEGFAST_FUZZ_SECONDS ?= 3600
 OPTIMIZE ?= -O3
 NATIVE := setup.py CMakeLists.txt $(wildcard cmake/*) $(shell find csrc -type f)
 
-.PHONY: missing venv build demo test compilers fuzz test-cuda sanitize-cuda bench bench-diversity bench-tucker2 bench-cuda fmt lint docs clean
+.PHONY: missing venv build demo test compilers fuzz device-check test-cuda sanitize-cuda bench bench-diversity bench-tucker2 bench-cuda fmt lint docs clean
 .DEFAULT_GOAL := build
 
 venv: $(STAMPS)/venv
@@ -47,12 +47,17 @@ compilers: $(STAMPS)/venv
 fuzz: $(STAMPS)/dev
 	KEGFAST_FUZZ_SECONDS=$(KEGFAST_FUZZ_SECONDS) OMP_WAIT_POLICY=PASSIVE $(PYTHON) -m pytest tests/fuzz
 
+# For a bare machine that has a device: no network, nothing installed. What it finds is left in OUT.
+OUT := build/device
+device-check:
+	$(PYTHON) tests/cuda/device_check.py --out $(OUT)
+
 test-cuda: $(STAMPS)/dev
 	$(PYTHON) -m pytest tests/cuda/test_cuda.py
 
 sanitize-cuda: $(STAMPS)/dev
-	$(SANITIZER) --tool memcheck --error-exitcode 1 $(PYTHON) -m pytest -x tests/cuda/test_cuda.py -k sanitized
-	$(SANITIZER) --tool racecheck --error-exitcode 1 $(PYTHON) -m pytest -x tests/cuda/test_cuda.py -k sanitized
+	for tool in memcheck synccheck racecheck; do \
+	  $(SANITIZER) --tool $$tool --error-exitcode 1 $(PYTHON) -m pytest -x tests/cuda/test_cuda.py -k sanitized || exit 1; done
 
 bench: bench-diversity bench-tucker2
 

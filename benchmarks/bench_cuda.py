@@ -79,6 +79,19 @@ def jobs() -> list[Job]:
     return found
 
 
+def emulated_jobs() -> list[Job]:
+    """What shows without a device that a run reaches its end: one cell of each outcome."""
+
+    def wrong() -> cells.Row:
+        cells.verified({"kegfast": 1.0}, 0.5)
+        raise AssertionError
+
+    return [
+        Job("soft_target", "soft target 3 x 10, emulated", 1, cells.emulated_soft_target),
+        Job("wrong", "a wrong result, on purpose", 1, wrong),
+    ]
+
+
 def run_jobs(
     todo: Sequence[Job], seconds: float, keep: Callable[[str, cells.Row], object] = lambda name, row: None
 ) -> tuple[list[cells.Row], list[str]]:
@@ -197,22 +210,25 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seconds", type=float, default=300, help="for all cells together (default 300)")
     parser.add_argument("--out", type=Path, help="folder for all that is written")
+    parser.add_argument("--emulated", action="store_true", help="a dry run of two cells on the CPU")
     arguments = parser.parse_args()
-    if not (torch.cuda.is_available() and build_info()["cuda_kernels"]):
+    emulated = arguments.emulated
+    if not emulated and not (torch.cuda.is_available() and build_info()["cuda_kernels"]):
         raise SystemExit("bench_cuda needs a CUDA device and a kegfast built with nvcc")
     begin = time.monotonic()
     torch.manual_seed(0)
-    limits = cells.ceilings()
+    limits = {} if emulated else cells.ceilings()
     folder = arguments.out or RESULTS
 
     def keep(name: str, row: cells.Row) -> None:
         write_json(folder / "cuda-cells" / (re.sub(r"[^\w.]+", "-", name) + ".json"), row)
 
-    rows, left_out = run_jobs(jobs(), arguments.seconds - (time.monotonic() - begin), keep)
+    todo = emulated_jobs() if emulated else jobs()
+    rows, left_out = run_jobs(todo, arguments.seconds - (time.monotonic() - begin), keep)
     measured = [row for row in rows if "times" in row]
     shares(measured, limits)
     reached = goals(measured, limits)
-    device = torch.cuda.get_device_name()
+    device = "emulated" if emulated else torch.cuda.get_device_name()
     tf32 = {
         "cudnn": torch.backends.cudnn.conv.fp32_precision,
         "matmul": torch.backends.cuda.matmul.fp32_precision,

@@ -2,7 +2,12 @@
 
 import itertools
 import math
+import os
+import sys
+import tempfile
+import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -281,6 +286,25 @@ def soft_target(batch: int, classes: int, dtype: torch.dtype = torch.float32) ->
         "errors": verified(errors, 1e-2),
         "times": cuda.measure({name: rotating(r, sets) for name, r in contenders.items()}, turn_ms=5),
         "bytes": 3 * batch * classes * dtype.itemsize,
+    }
+
+
+def emulated_soft_target() -> Row:
+    """Loss and gradient on the tests' emulator: no time of any device."""
+    sys.path.append(str(Path(__file__).parents[1] / "tests"))
+    from cuda_emulator import Emulator, compile_emulator
+
+    built = os.environ.get("KEGFAST_EMULATOR")
+    device = Emulator(Path(built) if built else compile_emulator(Path(tempfile.mkdtemp())))
+    student, teacher = torch.randn(2, 3, 10)
+    loss, _ = device.soft_target(student, teacher, 4.0, "ascending")
+    begin = time.perf_counter()
+    device.soft_target(student, teacher, 4.0, "ascending")
+    milliseconds = (time.perf_counter() - begin) * 1e3
+    return {
+        "operator": "soft_target, emulated",
+        "errors": verified({"kegfast": error(loss, reference.soft_target(student, teacher, 4.0))}, 1e-5),
+        "times": {"kegfast": {"eager": milliseconds}},
     }
 
 

@@ -38,7 +38,8 @@ def seeded() -> None:
 
 @pytest.fixture(scope="session")
 def device(tmp_path_factory):
-    """The CUDA kernels on the fiber emulator, compiled by g++."""
+    """The CUDA kernels on the fiber emulator, compiled by g++ or found where KEGFAST_EMULATOR says."""
     from cuda_emulator import Emulator, compile_emulator
 
-    return Emulator(compile_emulator(tmp_path_factory.mktemp("emulator")))
+    built = os.environ.get("KEGFAST_EMULATOR")
+    return Emulator(Path(built) if built else compile_emulator(tmp_path_factory.mktemp("emulator")))

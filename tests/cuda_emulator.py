@@ -128,6 +128,7 @@ class Emulator:
     """The library's entry points on tensors."""
 
     def __init__(self, library: Path):
+        self.path = library
         self.library = ctypes.CDLL(str(library))
         for name in ("diversity_error", "tucker2_error", "soft_target_error", "broken_error"):
             getattr(self.library, name).restype = ctypes.c_char_p

@@ -11,9 +11,7 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from kegfast._util.check import expected
@@ -111,6 +109,8 @@ def save_tensors(
         tensors: any devices, layouts and sharing of memory; each is stored whole.
         metadata: strings kept in the file's header.
     """
+    import safetensors.torch  # here, so that kernels run where nothing but torch is installed
+
     # Cloned: safetensors refuses tensors that share memory, as tied weights do.
     whole = {
         name: t.detach().cpu().clone(memory_format=torch.contiguous_format) for name, t in tensors.items()
@@ -155,13 +155,15 @@ def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         OSError: the file cannot be opened.
         ValueError: it is not a safetensors file.
     """
+    import safetensors
+
     with open(as_path("path", path), "rb"):
         pass  # the usual OSError, with its reason, before the library's own
     try:
         with safetensors.safe_open(path, framework="pt", device="cpu") as file:
             names = list(file.keys())
             return {name: file.get_tensor(name) for name in names}, dict(file.metadata() or {})
-    except SafetensorError as error:
+    except safetensors.SafetensorError as error:
         raise ValueError(f"{path}: expected a safetensors file, got {error}") from error
 
 
