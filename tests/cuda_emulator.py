@@ -13,7 +13,7 @@ METRICS = ("l1", "sqeuclidean", "euclidean", "cosine")
 NOISE_METRICS = ("sqeuclidean", "euclidean")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ORDERS = ("ascending", "descending")
-FORMS = ("automatic", "fused", "stages")
+FORMS = ("automatic", "fused", "stages", "persistent")
 H200_SHARED = 227 * 1024
 A100_SHARED = 163 * 1024
 PANEL = 64 << 20  # bytes of each matrix over pairs
@@ -76,7 +76,8 @@ class Tucker2Call(ctypes.Structure):
         + [(name, ctypes.c_int) for name in ("features", "out_height", "out_width")]
         + [("window", ctypes.c_int * 8)]
         + [(name, ctypes.c_int) for name in ("relu", "form", "dtype", "split", "multiprocessors", "order")]
-        + [("shared_bytes", ctypes.c_int64), ("dry", ctypes.c_int), ("launches", ctypes.c_int)]
+        + [("shared_bytes", ctypes.c_int64)]
+        + [(name, ctypes.c_int) for name in ("bulk_copies", "dry", "launches", "persistent")]
         + [(name, ctypes.c_int64) for name in ("blocks", "most_shared", "workspace")]
     )
 
@@ -171,6 +172,7 @@ class Emulator:
     def tucker2(
         self, x, first, core, last, bias, stride, padding, dilation, relu, order,
         form="fused", split=True, keep=False, multiprocessors=132, shared=H200_SHARED, dry=False,
+        bulk=True,
     ):  # fmt: skip
         """y, t1, t2 (None where not kept; NaN before the call) and the call; dry: only its plan."""
         first, core, last = (w if isinstance(w, View) else View.of(w) for w in (first, core, last))
@@ -194,7 +196,7 @@ class Emulator:
             *x.shape, r1, r2, last.shape[0], out_h, out_w,
             (ctypes.c_int * 8)(kh, kw, *stride, *padding, *dilation),
             relu, FORMS.index(form), DTYPES.index(x.dtype), split, multiprocessors, order_number(order),
-            shared, dry,
+            shared, bulk, dry,
         )  # fmt: skip
         self.call("emulate_tucker2", "tucker2_error", ctypes.byref(call))
         return y, t1, t2, call

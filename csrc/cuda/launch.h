@@ -1,6 +1,7 @@
 // Puts kernels of simt.cuh's form on a CUDA stream.
 #pragma once
 
+#include <cuda.h>
 #include <cuda_runtime.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/tensor.h>
@@ -11,6 +12,8 @@
 #include <cstdint>
 #include <mutex>
 
+#include "simt.cuh"
+
 // Part of torch's stable ABI; its header hides it from a build without a CUDA torch.
 extern "C" AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void** stream);
 
@@ -18,6 +21,16 @@ namespace kegfast::cuda {
 
 inline void check(cudaError_t error) {
   STD_TORCH_CHECK(error == cudaSuccess, "kegfast: CUDA: ", cudaGetErrorString(error));
+}
+
+// The driver's function by its address: the library is not linked with the driver, which a machine that builds lacks.
+inline decltype(&cuTensorMapEncodeTiled) tensor_map_encoder() {
+  void* function = nullptr;
+  cudaDriverEntryPointQueryResult found;
+  check(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault,
+                                         &found));
+  STD_TORCH_CHECK(found == cudaDriverEntryPointSuccess, "kegfast: this CUDA driver knows no tensor maps");
+  return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(function);
 }
 
 template <class Kernel>
@@ -77,3 +90,23 @@ class Launcher {
 };
 
 }  // namespace kegfast::cuda
+
+namespace kegfast::simt {
+
+inline TensorMap make_tensor_map(const TensorView& view) {
+  static const auto encode = kegfast::cuda::tensor_map_encoder();
+  cuuint64_t sizes[4], strides[3];
+  cuuint32_t box[4] = {kBoxRow / 2}, every[4] = {1, 1, 1, 1};
+  for (int i = 0; i < 4; ++i) sizes[i] = view.sizes[i];
+  for (int i = 0; i < 3; ++i) strides[i] = view.strides[i] * 2, box[i + 1] = view.box[i];
+  static_assert(sizeof(CUtensorMap) == sizeof(TensorMap));
+  TensorMap map;
+  const CUresult result = encode(reinterpret_cast<CUtensorMap*>(&map), CU_TENSOR_MAP_DATA_TYPE_UINT16, 4,
+                                 const_cast<void*>(view.data), sizes, strides, box, every,
+                                 CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+                                 CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  STD_TORCH_CHECK(result == CUDA_SUCCESS, "kegfast: no tensor map of this image, CUresult ", int(result));
+  return map;
+}
+
+}  // namespace kegfast::simt

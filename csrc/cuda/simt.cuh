@@ -41,6 +41,22 @@ struct alignas(16) Float4 {
   float x, y, z, w;
 };
 
+// A tensor of 16-bit elements of which bulk copies move boxes: sizes from the innermost dimension outward, strides in
+// elements of the outer three. A box's rows are 64 elements.
+struct TensorView {
+  const void* data;
+  int sizes[4];
+  int64_t strides[3];
+  int box[3];  // of the outer dimensions, at most 256 each
+};
+constexpr int kBoxRow = 128;  // bytes
+
+// Where a byte of a box's row lies in shared memory, from the box's beginning (at a multiple of 1024): the same piece of
+// eight rows is in eight different banks.
+KEGFAST_ANYWHERE int in_box(int row, int byte) {
+  return row * kBoxRow + (byte ^ (row % 8 * 16));
+}
+
 struct bf16 {
   uint16_t bits;
 };
@@ -64,7 +80,7 @@ KEGFAST_DEVICE Index grid() {
 }
 
 KEGFAST_DEVICE char* shared() {
-  extern __shared__ __align__(128) char dynamic_shared[];
+  extern __shared__ __align__(1024) char dynamic_shared[];
   return dynamic_shared;
 }
 
@@ -119,6 +135,64 @@ KEGFAST_DEVICE void cp_async_commit() {
 template <int kPending>
 KEGFAST_DEVICE void cp_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
+// ---- bulk copies (sm_90): one thread asks, the copy engine moves a box of a tensor, zeros where the tensor is not.
+
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+constexpr bool kBulkCopies = false;
+#else
+constexpr bool kBulkCopies = true;
+#endif
+
+struct alignas(64) TensorMap {  // what the driver makes of a TensorView: make_tensor_map in launch.h
+  uint64_t opaque[16];
+};
+struct Arrival {  // in shared memory: of one load at a time
+  uint64_t state;
+};
+
+KEGFAST_DEVICE void arrival_init(Arrival* arrival) {  // by one thread, before a barrier
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;\n fence.mbarrier_init.release.cluster;" ::"r"(
+                   uint32_t(__cvta_generic_to_shared(arrival)))
+               : "memory");
+}
+// Until load number `turn` of the arrival (from 0) is there.
+KEGFAST_DEVICE void arrival_wait(Arrival* arrival, int turn) {
+  uint32_t there = 0;
+  while (there == 0) {
+    asm volatile(
+        "{ .reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
+        : "=r"(there)
+        : "r"(uint32_t(__cvta_generic_to_shared(arrival))), "r"(turn % 2)
+        : "memory");
+  }
+}
+// The box whose first element is at (c, x, y, n), outside of the tensor too. `bytes`: of the whole box.
+KEGFAST_DEVICE void bulk_load(void* to_shared, const TensorMap& map, int c, int x, int y, int n, int bytes,
+                              Arrival* arrival) {
+  const uint32_t at = uint32_t(__cvta_generic_to_shared(arrival));
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(at), "r"(bytes) : "memory");
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, "
+      "%4, %5}], [%6];" ::"r"(uint32_t(__cvta_generic_to_shared(to_shared))),
+      "l"(&map), "r"(c), "r"(x), "r"(y), "r"(n), "r"(at)
+      : "memory");
+}
+// What this thread wrote to shared memory is the copy engine's to read, after a barrier.
+KEGFAST_DEVICE void bulk_fence() {
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+KEGFAST_DEVICE void bulk_store(const TensorMap& map, int c, int x, int y, int n, const void* from_shared) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.global.shared::cta.tile.bulk_group [%0, {%1, %2, %3, %4}], [%5];" ::"l"(&map),
+      "r"(c), "r"(x), "r"(y), "r"(n), "r"(uint32_t(__cvta_generic_to_shared(from_shared)))
+      : "memory");
+  asm volatile("cp.async.bulk.commit_group;" ::: "memory");
+}
+// Until what this thread's stores read may be overwritten.
+KEGFAST_DEVICE void bulk_store_wait() {
+  asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
 }
 
 // 16 bytes at once. The global forms say which memory is meant: the compiler cannot tell from a pointer

@@ -100,6 +100,11 @@ void check_image(const char* name, const Tensor& t) {
     KEGFAST_CHECK(t.size(dim) < int64_t(1) << 30, name, "below 2^30 in every size", t.size(dim));
 }
 
+DeviceLimits limits(const Launcher& launcher) {
+  return {launcher.shared_limit(), launcher.attribute(cudaDevAttrMultiProcessorCount),
+          launcher.attribute(cudaDevAttrComputeCapabilityMajor) >= 9};
+}
+
 struct Kept {
   Tensor y, t1, t2;
 };
@@ -154,7 +159,7 @@ Kept forward(const Tensor& x, const Tensor& first_weight, const Tensor& core_wei
                              window,
                              int(n),
                              form,
-                             {launcher.shared_limit(), launcher.attribute(cudaDevAttrMultiProcessorCount)}},
+                             limits(launcher)},
            x, launcher);
   });
   return kept;
@@ -173,7 +178,8 @@ Window window_of(const Tensor& core, int64_t stride_h, int64_t stride_w, int64_t
 Tensor tucker2_as(const Tensor& x, const Tensor& first, const Tensor& core, const Tensor& last,
                   const std::optional<Tensor>& bias, int64_t stride_h, int64_t stride_w, int64_t padding_h,
                   int64_t padding_w, int64_t dilation_h, int64_t dilation_w, bool relu, int64_t form) {
-  KEGFAST_CHECK(form >= 0 && form < 3, "form", "0 (automatic), 1 (fused) or 2 (stages)", form);
+  KEGFAST_CHECK(form >= 0 && form < 4, "form", "0 (automatic), 1 (fused), 2 (stages) or 3 (persistent)",
+                form);
   const Window window = window_of(core, stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w);
   return forward(x, first, core, last, bias, window, relu, false, Form(form)).y;
 }
@@ -279,7 +285,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> tucker2_backward(
                                window,
                                int(n),
                                Form::automatic,
-                               {launcher.shared_limit(), launcher.attribute(cudaDevAttrMultiProcessorCount)}},
+                               limits(launcher)},
              gradient, launcher);
     });
   }
@@ -311,7 +317,7 @@ void allow_tf32(bool allow) {
 
 // Operators that only the CUDA library has.
 STABLE_TORCH_LIBRARY_FRAGMENT(kegfast, m) {
-  // tucker2 in a chosen form, for measurements: 0 automatic, 1 fused, 2 stages.
+  // tucker2 in a chosen form, for measurements: 0 automatic, 1 fused, 2 stages, 3 persistent.
   m.def(
       "tucker2_as(Tensor x, Tensor first, Tensor core, Tensor last, Tensor? bias, int stride_h, int "
       "stride_w, int padding_h,"

@@ -56,6 +56,11 @@ struct Factor {
   KEGFAST_ANYWHERE int row_bytes() const { return tap_bytes() * taps(); }
   KEGFAST_ANYWHERE int64_t elements() const { return int64_t(rows) * inputs * taps(); }
   KEGFAST_ANYWHERE int chunks() const { return (row_bytes() + kChunkBytes - 1) / kChunkBytes; }
+  // Which tap a byte of K belongs to, and which of its inputs.
+  KEGFAST_ANYWHERE void place(int byte, int& tap, int& input) const {
+    tap = taps() == 1 ? 0 : byte / tap_bytes();
+    input = (byte - tap * tap_bytes()) / int(sizeof(T));
+  }
   KEGFAST_ANYWHERE int steps(int chunk) const {
     return smaller(kChunkSteps, row_bytes() / kStepBytes - chunk * kChunkSteps);
   }
@@ -70,6 +75,24 @@ Factor<T> make_factor(const T* data, const int64_t (&strides)[4], int rows, int 
                        whole(strides[2], kernel_h) && whole(strides[3], kernel_w) &&
                        reinterpret_cast<uintptr_t>(data) % 16 == 0;
   return {data, strides[0], strides[1], strides[2], strides[3], rows, inputs, kernel_h, kernel_w, vectors};
+}
+
+// 16 bytes of K of a row to shared memory; zeros where the factor has none.
+template <class T>
+KEGFAST_DEVICE void load_piece(const Factor<T>& factor, int row, int byte, char* to) {
+  int tap, input;
+  factor.place(byte, tap, input);
+  const bool inside = row < factor.rows && tap < factor.taps() && input < factor.inputs;
+  const T* from = factor.data;
+  if (inside) {
+    from += row * factor.row + tap / factor.kernel_w * factor.tap_h + tap % factor.kernel_w * factor.tap_w +
+            input * factor.input;
+  }
+  if (factor.vectors) {
+    cp_async16(to, from, inside);
+  } else {
+    gather_piece(to, from, factor.input, inside ? factor.inputs - input : 0);
+  }
 }
 
 // Rows first .. first + kRowCount of a factor, a chunk at a time; zeros past the end of K. Of the rows that the factor has
@@ -90,7 +113,7 @@ class FactorLoad {
     }
     const int byte = chunk * kChunkBytes + piece_byte();
     int tap, input;
-    place(byte, tap, input);
+    factor_.place(byte, tap, input);
     const bool there = tap < factor_.taps() && input < factor_.inputs;
     const T* from = row_ + input;
     if (factor_.taps() > 1)
@@ -105,28 +128,14 @@ class FactorLoad {
   }
 
  private:
-  KEGFAST_DEVICE void place(int byte, int& tap, int& input) const {
-    tap = factor_.taps() == 1 ? 0 : byte / factor_.tap_bytes();
-    input = (byte - tap * factor_.tap_bytes()) / int(sizeof(T));
-  }
-
-  // One by one; neighbouring threads go along what lies together in memory.
+  // Neighbouring threads go along what lies together in memory.
   KEGFAST_DEVICE void elements(char* stage, int chunk) const {
     const bool down = factor_.row == 1;
     const int rows = (live_ + kPieceRows - 1) / kPieceRows * kPieceRows;
     KEGFAST_ROLLED
     for (int i = thread(); i < rows * kPieces; i += kTuckerThreads) {
       const int row = down ? i % rows : i / kPieces, piece = down ? i / rows : i % kPieces;
-      int tap, input;
-      place(chunk * kChunkBytes + piece * 16, tap, input);
-      const bool inside = row < live_ && tap < factor_.taps() && input < factor_.inputs;
-      const T* from = factor_.data;
-      if (inside) {
-        from += (first_ + row) * factor_.row + tap / factor_.kernel_w * factor_.tap_h +
-                tap % factor_.kernel_w * factor_.tap_w + input * factor_.input;
-      }
-      gather_piece(stage + row * kPitch + piece * 16, from, factor_.input,
-                   inside ? factor_.inputs - input : 0);
+      load_piece(factor_, first_ + row, chunk * kChunkBytes + piece * 16, stage + row * kPitch + piece * 16);
     }
   }
 

@@ -8,6 +8,14 @@ namespace kegfast::cuda {
 
 struct Window {
   int kernel_h, kernel_w, stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w;
+
+  // Rows and columns of input under so many of output.
+  KEGFAST_ANYWHERE int halo_h(int tile_h) const {
+    return (tile_h - 1) * stride_h + (kernel_h - 1) * dilation_h + 1;
+  }
+  KEGFAST_ANYWHERE int halo_w(int tile_w) const {
+    return (tile_w - 1) * stride_w + (kernel_w - 1) * dilation_w + 1;
+  }
 };
 
 // Where channel 0 of a pixel lies, inside of the image or not.
@@ -113,6 +121,10 @@ template <class T>
 struct Epilogue {
   const T* bias;  // [K], or null
   bool relu;
+
+  KEGFAST_DEVICE float finish(float value) const {
+    return !relu || value > 0 || value != value ? value : 0;  // NaN stays
+  }
 };
 
 // Rows of shared memory -> columns first .. of pixels of y, 16 bytes at a time where they may be. pixel(row):
@@ -142,14 +154,18 @@ KEGFAST_DEVICE void store_rows(const Image<T>& y, const char* rows, int pitch, i
   }
 }
 
+template <class T>
+KEGFAST_DEVICE uint32_t pack_pair(float first, float second) {
+  return from_float<T>(first).bits | uint32_t(from_float<T>(second).bits) << 16;
+}
+
 // Two neighbouring columns of a row, the first an even one.
 template <class T>
 KEGFAST_DEVICE void put_pair(char* row, int column, float first, float second) {
   if constexpr (sizeof(T) == 4) {
     *reinterpret_cast<Pair*>(row + column * sizeof(T)) = {float_bits(first), float_bits(second)};
   } else {
-    *reinterpret_cast<uint32_t*>(row + column * sizeof(T)) =
-        from_float<T>(first).bits | uint32_t(from_float<T>(second).bits) << 16;
+    *reinterpret_cast<uint32_t*>(row + column * sizeof(T)) = pack_pair<T>(first, second);
   }
 }
 
@@ -176,12 +192,8 @@ KEGFAST_DEVICE void store_tile(const Image<T>& y, const float (&acc)[2][kTiles][
     for (int m = 0; m < 2; ++m) {
       KEGFAST_UNROLL
       for (int i = 0; i < 4; i += 2) {
-        float value[2] = {acc[m][t][i] + bias[0], acc[m][t][i + 1] + bias[1]};
-        KEGFAST_UNROLL
-        for (int e = 0; e < 2; ++e) {
-          if (epilogue.relu) value[e] = value[e] > 0 || value[e] != value[e] ? value[e] : 0;  // NaN stays
-        }
-        put_pair<T>(scratch + place.out_row(m, i) * kOutPitch, column, value[0], value[1]);
+        put_pair<T>(scratch + place.out_row(m, i) * kOutPitch, column,
+                    epilogue.finish(acc[m][t][i] + bias[0]), epilogue.finish(acc[m][t][i + 1] + bias[1]));
       }
     }
   }

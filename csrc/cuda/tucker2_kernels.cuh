@@ -138,12 +138,8 @@ struct Tucker2Fused {
     int images;
     Epilogue<T> epilogue;
 
-    KEGFAST_ANYWHERE int halo_h() const {
-      return (tile_h - 1) * window.stride_h + (window.kernel_h - 1) * window.dilation_h + 1;
-    }
-    KEGFAST_ANYWHERE int halo_w() const {
-      return (tile_w - 1) * window.stride_w + (window.kernel_w - 1) * window.dilation_w + 1;
-    }
+    KEGFAST_ANYWHERE int halo_h() const { return window.halo_h(tile_h); }
+    KEGFAST_ANYWHERE int halo_w() const { return window.halo_w(tile_w); }
     KEGFAST_ANYWHERE int tiles_y() const { return (y.height + tile_h - 1) / tile_h; }
     KEGFAST_ANYWHERE int tiles_x() const { return (y.width + tile_w - 1) / tile_w; }
     KEGFAST_ANYWHERE int t1_pitch() const { return core.tap_bytes() + 16; }

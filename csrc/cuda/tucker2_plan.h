@@ -5,14 +5,17 @@
 
 #include "arena.h"
 #include "tucker2_kernels.cuh"
+#include "tucker2_persistent.cuh"
 
 namespace kegfast::cuda {
 
-enum class Form { automatic, fused, stages };
+// `persistent` wherever it can be, else as `fused`; never taken by itself before it was measured.
+enum class Form { automatic, fused, stages, persistent };
 
 struct DeviceLimits {
   size_t shared_bytes;  // that a block may ask for
   int multiprocessors;
+  bool bulk_copies;
 };
 
 template <class T>
@@ -160,6 +163,64 @@ void run_stages(const Tucker2Problem<T>& p, T* t1, T* t2, Launch&& launch) {
   if (p.y.data != nullptr) run_stage<M>(p, readable(z2), p.y, p.last, one, p.epilogue, launch);
 }
 
+// The persistent form's parameters with the tile of least work, or none (tile_h 0) where it cannot be: it has 16-bit
+// numbers, channels together, ranks up to 64, halos up to 192 pixels, and keeps neither t1 nor t2.
+template <class Kernel, class T>
+PersistentParams<T> persistent_params(const Tucker2Problem<T>& p) {
+  PersistentParams<T> q{{}, {}, p.first,    p.core,    p.last,   p.window,
+                        0,  0,  p.y.height, p.y.width, p.images, p.epilogue};
+  const int rank = larger(p.first.rows, p.core.rows);
+  if (!p.limits.bulk_copies || !p.x.vectors || !p.y.vectors || p.y.data == nullptr || p.t1 != nullptr ||
+      p.t2 != nullptr || rank > 64)
+    return q;
+  double least = INFINITY;
+  PersistentParams<T> best = q;
+  for (q.tile_h = 1; q.tile_h <= smaller(Kernel::kPixels, p.y.height); ++q.tile_h) {
+    const int widest = smaller(Kernel::kPixels / q.tile_h, p.y.width),
+              parts = (p.y.width + widest - 1) / widest;
+    q.tile_w = (p.y.width + parts - 1) / parts;
+    const int64_t halo = int64_t(q.halo_h()) * q.halo_w();
+    if (halo > Kernel::kHalo || Kernel::shared_bytes(q) > p.limits.shared_bytes) continue;
+    const double work =
+        std::ceil(halo / 64.0) * 64 * p.first.row_bytes() * p.first.rows +
+        double(Kernel::kPixels) * (p.core.row_bytes() * p.core.rows + p.last.row_bytes() * p.last.rows);
+    if (work * q.tiles() < least) {
+      least = work * q.tiles();
+      best = q;
+    }
+  }
+  if (least == INFINITY) return best;
+  const auto view = [&](const auto& image, int box_h, int box_w) {
+    return make_tensor_map({image.data,
+                            {image.channels, image.width, image.height, p.images},
+                            {image.pixel, image.row, image.image},
+                            {box_w, box_h, 1}});
+  };
+  best.x = view(p.x, best.halo_h(), best.halo_w());
+  best.y = view(p.y, best.tile_h, best.tile_w);
+  return best;
+}
+
+// Whether the persistent form took the call.
+template <class T, class Launch>
+bool run_persistent(const Tucker2Problem<T>& p, Launch&& launch) {
+  if constexpr (sizeof(T) == 2) {
+    const int rank = larger(p.first.rows, p.core.rows);
+    const auto run = [&](auto kernel) {
+      using Kernel = decltype(kernel);
+      const PersistentParams<T> q = persistent_params<Kernel>(p);
+      if (q.tile_h == 0) return false;
+      const int64_t fit = Kernel::kBlocksPerSm * int64_t(p.limits.multiprocessors);
+      launch(kernel, q, smaller(fit, q.tiles()), 1, Kernel::shared_bytes(q));
+      return true;
+    };
+    if (rank <= 16) return run(Tucker2Persistent<T, 16>{});
+    if (rank <= 32) return run(Tucker2Persistent<T, 32>{});
+    return run(Tucker2Persistent<T, 64>{});
+  }
+  return false;
+}
+
 template <class M>
 struct Choice {
   typename Tucker2Fused<M, 4>::Params narrow;
@@ -215,6 +276,7 @@ void launch_fused(typename Kernel::Params q, const Tucker2Problem<T>& p, Launch&
 // some is needed.
 template <class M, class T, class Launch, class Workspace>
 void tucker2(Tucker2Problem<T> p, Workspace&& workspace, Launch&& launch) {
+  if (p.form == Form::persistent && run_persistent(p, launch)) return;
   const Choice<M> choice = choose<M>(p);
   typename Tucker2Pack<T>::Params pack{{p.first, p.core, p.last}, {}};
   const auto take = [&](Arena& arena, T*& t1, T*& t2) {

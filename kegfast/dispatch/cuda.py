@@ -21,10 +21,10 @@ from kegfast.dispatch import cpu
 from kegfast.dispatch.cache import cache_folder, keep_choices, read_choices, write_choices
 from kegfast.ops import _native, reference
 
-Form = Literal["fused", "stages", "convolutions"]
+Form = Literal["fused", "stages", "persistent", "convolutions"]
 Geometry = tuple[tuple[int, int], tuple[int, int], tuple[int, int]]  # stride, padding, dilation
 Times = dict[str, dict[str, float]]  # form -> {"eager": ms, "graph": ms}
-FORMS: dict[Form, int | None] = {"fused": 1, "stages": 2, "convolutions": None}
+FORMS: dict[Form, int | None] = {"fused": 1, "stages": 2, "persistent": 3, "convolutions": None}
 """The forms by their number in `torch.ops.kegfast.tucker2_as`; None stands for torch's convolutions."""
 
 _log = logging.getLogger(__name__)
@@ -156,7 +156,7 @@ def _measure_forms(
         if training:
             tensors = [t.clone().requires_grad_() for t in tensors]
             grad = torch.ones_like(reference.tucker_conv2d(*tensors, None, *geometry, None))
-        names = [name for name in FORMS if name != "stages" or not training]
+        names = [name for name in FORMS if name in ("fused", "convolutions") or not training]
         return measure({name: step(name) for name in names}, device=x.device)
 
 

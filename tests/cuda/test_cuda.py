@@ -108,7 +108,7 @@ def test_diversity_is_deterministic():
 
 
 @pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format], ids=["nhwc", "nchw"])
-@pytest.mark.parametrize("form", [0, 1, 2])
+@pytest.mark.parametrize("form", [0, 1, 2, 3])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_tucker2(case, dtype, form, layout):
@@ -290,4 +290,6 @@ def test_sanitized(dtype):
         for layout in (torch.channels_last, torch.contiguous_format):
             tensors, geometry = tucker2(case, dtype, layout)
             functional.tucker_conv2d(*tensors, *geometry).sum().backward()
+            ints = [n for value in geometry for n in (value if isinstance(value, tuple) else (value, value))]
+            torch.ops.kegfast.tucker2_as(*(t.detach() for t in tensors), *ints, True, 3)
     torch.cuda.synchronize()

@@ -95,6 +95,26 @@ def test_a_block_has_no_more_shared_memory_than_the_device(device):
         device.call("emulate_shared", "broken_error", pointer(out), ctypes.c_int64(H200_SHARED + 1))
 
 
+def boxed(device, mistake, order):
+    """Whether rows -1 and 0 of an image of 2 x 3 pixels of 40 channels came doubled, and nothing else."""
+    source = torch.arange(1, 241, dtype=torch.int16).view(2, 3, 40)
+    out = torch.full((2, 3, 40), -1, dtype=torch.int16)
+    arguments = pointer(source), pointer(out), mistake, order_number(order)
+    device.call("emulate_boxed", "broken_error", *arguments)
+    want = torch.full((2, 3, 40), -1, dtype=torch.int16)
+    want[:, 0] = 2 * source[:, 0]  # the box's other column is left of the image
+    return torch.equal(out, want)
+
+
+def test_emulator_catches_mistakes_with_bulk_copies(device):
+    orders = [*ORDERS, *range(4)]
+    assert all(boxed(device, 0, order) for order in orders)
+    with pytest.raises(RuntimeError, match="two bulk loads at once"):
+        boxed(device, 1, 0)
+    for mistake in (2, 3, 4):  # no wait for the load; no fence before the store; no wait for the store
+        assert not all(boxed(device, mistake, order) for order in orders)
+
+
 @pytest.mark.slow
 def test_sanitizers(tmp_path):
     """Every kernel on buffers of exact length; and a stray and a misaligned access, that they are seen."""

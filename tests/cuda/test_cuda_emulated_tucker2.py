@@ -239,3 +239,92 @@ def test_tucker2_trains_in_one_launch(device, channels, size, share):
     """Keeping t1 and t2 for the gradients costs a store, not another form."""
     call = plan(device, channels, size, share, 128, keep=True, form="fused")
     assert (call.launches, call.workspace) == (1, 0)
+
+
+# ---- the persistent form
+
+PERSISTENT = TUCKER2 | {
+    "two chunks": ((2, 104, 9, 7), (16, 24), 72, (3, 3), (1, 1), (1, 1), (1, 1)),
+    "three chunks": ((1, 136, 5, 20), (40, 33), 136, (3, 3), (1, 1), (1, 1), (1, 1)),
+    "rank 64": ((1, 64, 9, 9), (64, 64), 64, (3, 3), (1, 1), (1, 1), (1, 1)),
+    "stride and dilation": ((2, 16, 13, 17), (16, 8), 24, (3, 3), (2, 1), (2, 2), (1, 2)),
+}
+PERSISTENT = {
+    name: case
+    for name, case in PERSISTENT.items()
+    if case[0][1] % 8 == 0 and case[0][2] > 1 and case[2] % 8 == 0 and max(case[1]) <= 64
+}
+
+
+@pytest.mark.parametrize("order", [*ORDERS, 0, 1, 2])
+@pytest.mark.parametrize("multiprocessors", [1, 132])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("case", PERSISTENT.values(), ids=PERSISTENT)
+def test_tucker2_persistent(device, case, dtype, multiprocessors, order):
+    """One multiprocessor's blocks take several tiles each."""
+    tensors, geometry = tucker2_case(case, dtype)
+    options = {"form": "persistent", "multiprocessors": multiprocessors}
+    y, *_, call = device.tucker2(*tensors, *geometry, True, order, **options)
+    assert call.persistent
+    assert (call.launches, call.workspace) == (1, 0)
+    assert error(y, tucker2_definition(tensors, geometry)) < TOLERANCE[dtype]
+    packed, *_ = device.tucker2(*in_vectors(tensors), *geometry, True, order, **options)
+    assert torch.equal(packed, y)
+
+
+@pytest.mark.parametrize("seed", range(24))
+def test_tucker2_persistent_is_the_same_in_any_order(device, seed):
+    tensors, geometry = tucker2_case(PERSISTENT["two chunks"], torch.bfloat16)
+    options = {"form": "persistent", "multiprocessors": 1}
+    want = device.tucker2(*tensors, *geometry, True, "ascending", **options)[0]
+    assert torch.equal(device.tucker2(*tensors, *geometry, True, seed, **options)[0], want)
+
+
+@pytest.mark.parametrize("case", ["three chunks", "stride and dilation"])
+def test_tucker2_persistent_keeps_infinities_and_nan(device, case):
+    tensors, geometry = tucker2_case(PERSISTENT[case], torch.bfloat16)
+    tensors[0][0, 1, 2, 4] = float("inf")
+    tensors[0][0, 2, 4, 12] = float("nan")
+    tensors = (tensors[0], *(w.abs() for w in tensors[1:]))
+    y, *_ = device.tucker2(*tensors, *geometry, True, "ascending", form="persistent")
+    want = tucker2_definition(tensors, geometry)
+    assert want.isinf().any()
+    assert torch.equal(want.isinf(), y.isinf())
+    assert torch.equal(want.isnan(), y.isnan())
+    assert error(y[y.isfinite()], want[y.isfinite()]) < TOLERANCE[torch.bfloat16]
+
+
+def test_tucker2_persistent_where_it_cannot_be_is_fused(device):
+    tensors, geometry = tucker2_case(PERSISTENT["plain"], torch.bfloat16)
+    planes = tucker2_case(PERSISTENT["plain"], torch.bfloat16, torch.contiguous_format)[0]
+    wide = tucker2_case(WIDE, torch.bfloat16)
+    exact = tucker2_case(PERSISTENT["plain"], torch.float32)
+    for (given, where), options in (
+        ((tensors, geometry), {"bulk": False}),
+        ((tensors, geometry), {"keep": True}),
+        ((planes, geometry), {}),
+        (wide, {}),
+        (exact, {}),
+    ):
+        y, *_, call = device.tucker2(*given, *where, True, "ascending", form="persistent", **options)
+        assert not call.persistent
+        assert error(y, tucker2_definition(given, where)) < TOLERANCE[given[0].dtype]
+
+
+def test_tucker2_persistent_reads_a_view_of_channels(device):
+    tensors, geometry = tucker2_case(PERSISTENT["plain"], torch.bfloat16)
+    x = torch.randn(2, 9, 9, 40, generator=torch.Generator().manual_seed(2)).bfloat16()
+    for first, taken in ((8, True), (4, False)):  # at a multiple of 16 bytes, and not
+        view = x[..., first : first + 16].permute(0, 3, 1, 2)
+        y, *_, call = device.tucker2(view, *tensors[1:], *geometry, True, "ascending", form="persistent")
+        assert call.persistent == taken
+        assert error(y, tucker2_definition((view, *tensors[1:]), geometry)) < TOLERANCE[torch.bfloat16]
+
+
+@pytest.mark.parametrize(("channels", "size", "blocks"), [(64, 56, 264), (128, 28, 264), (256, 14, 132)])
+def test_tucker2_persistent_plan_of_resnet(device, channels, size, blocks):
+    """C / 4 at batch 128: two blocks a multiprocessor, one where the factors take 138 KB."""
+    call = plan(device, channels, size, 4, 128, form="persistent")
+    assert call.persistent
+    assert (call.launches, call.workspace, call.blocks) == (1, 0, blocks)
+    assert call.most_shared <= H200_SHARED / (blocks / 132) - 1024

@@ -150,6 +150,40 @@ struct Misaligned {
   }
 };
 
+// A box to shared memory and back, times two; with a mistake of each kind.
+template <int kMistake>
+struct Boxed {
+  static constexpr int kThreads = 64;
+  struct Params {
+    simt::TensorMap from, to;
+  };
+  static void run(const Params& p) {
+    uint16_t* in = reinterpret_cast<uint16_t*>(simt::shared());
+    uint16_t* out = in + 1024;
+    simt::Arrival* arrival = reinterpret_cast<simt::Arrival*>(out + 1024);
+    if (simt::thread() == 0) {
+      simt::arrival_init(arrival);
+      simt::bulk_load(in, p.from, 0, -1, 0, 0, 4 * 128, arrival);
+      if (kMistake == 1) simt::bulk_load(in, p.from, 0, -1, 0, 0, 4 * 128, arrival);
+    }
+    simt::barrier();
+    if (kMistake != 2) simt::arrival_wait(arrival, 0);
+    for (int row = 0; row < 4; ++row) {
+      const int at = simt::in_box(row, 2 * simt::thread()) / 2;
+      out[at] = uint16_t(2 * in[at]);
+    }
+    if (kMistake != 3) simt::bulk_fence();
+    simt::barrier();
+    if (simt::thread() == 0) {
+      simt::bulk_store(p.to, 0, -1, 0, 0, out);
+      if (kMistake != 4) simt::bulk_store_wait();
+    }
+    simt::barrier();
+    for (int row = 0; row < 4; ++row) out[simt::in_box(row, 2 * simt::thread()) / 2] = 0;
+    if (kMistake == 4) simt::bulk_fence();
+  }
+};
+
 std::string error;
 
 template <class Kernel>
@@ -202,4 +236,16 @@ extern "C" int emulate_shared(float* out, int64_t bytes) {
 }
 extern "C" int emulate_misaligned(float* out) {
   return emulate<Misaligned>({out}, 36 * sizeof(float), 0);
+}
+extern "C" int emulate_boxed(const uint16_t* from, uint16_t* to, int mistake, int order) {  // [2, 3, 40]
+  const auto map = [](const void* data) {
+    return simt::make_tensor_map({data, {40, 3, 2, 1}, {40, 120, 240}, {2, 2, 1}});
+  };
+  const size_t bytes = 2 * 2048 + sizeof(simt::Arrival);
+  const auto run = [&](auto kernel) { return emulate<decltype(kernel)>({map(from), map(to)}, bytes, order); };
+  if (mistake == 1) return run(Boxed<1>{});
+  if (mistake == 2) return run(Boxed<2>{});
+  if (mistake == 3) return run(Boxed<3>{});
+  if (mistake == 4) return run(Boxed<4>{});
+  return run(Boxed<0>{});
 }

@@ -3,12 +3,14 @@
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
+#include <map>
 #include <memory>
 #include <new>
 #include <numeric>
 #include <random>
 #include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
 #ifdef __SANITIZE_ADDRESS__
@@ -56,6 +58,11 @@ struct Copy {
   bool valid;
 };
 
+struct Store {
+  const char* from;
+  std::function<void(const char*)> copy;
+};
+
 struct Meeting {  // a barrier or a warp's collective: all `expected` fibers come, then all go
   int expected = 0, arrived = 0;
   uint32_t generation = 0;
@@ -72,6 +79,13 @@ struct Fiber {
   bool done = false;
   std::vector<std::vector<Copy>> groups;  // committed asynchronous copies, oldest first
   std::vector<Copy> open_group;
+  std::vector<Store> stores;  // bulk copies to global memory that were not waited for
+};
+
+struct Arriving {  // loads to one place of shared memory, one at a time
+  Meeting meeting;
+  int done = 0;
+  std::function<void()> copy;  // of the load that is under way, if any
 };
 
 struct Warp {
@@ -84,6 +98,8 @@ struct Block {
   std::vector<Warp> warps;
   Meeting barrier;
   Meeting parts[16];
+  std::map<const void*, Arriving> arrivals;
+  std::vector<char> fenced;  // shared memory as the copy engine sees it
   const std::function<void()>* body = nullptr;
   void* scheduler = nullptr;
   void* scheduler_fake_stack = nullptr;
@@ -114,6 +130,7 @@ void fiber_main() {
 #endif
   try {
     (*block->body)();
+    bulk_store_wait();
   } catch (const std::exception& error) {
     block->error = error.what();
   }
@@ -147,6 +164,7 @@ void prepare(Fiber& fiber) {
   fiber.done = false;
   fiber.groups.clear();
   fiber.open_group.clear();
+  fiber.stores.clear();
 }
 
 bool ready(const Fiber& fiber) {
@@ -238,13 +256,15 @@ void run_grid(const int (&grid)[3], int threads, size_t shared_bytes, Order orde
   for (int at : turns.of(grid[0] * grid[1] * grid[2])) {
     // Exactly as long as asked for, so that a sanitizer sees an access past its end.
     void* memory = nullptr;
-    if (posix_memalign(&memory, 128, shared_bytes + (shared_bytes == 0)) != 0) throw std::bad_alloc();
+    if (posix_memalign(&memory, 1024, shared_bytes + (shared_bytes == 0)) != 0) throw std::bad_alloc();
     std::unique_ptr<char, decltype(&std::free)> shared(static_cast<char*>(memory), &std::free);
     turns.poison(shared.get(), shared_bytes);
     state.warps.assign((threads + kWarp - 1) / kWarp, Warp());
     for (Warp& warp : state.warps) warp.meeting.expected = kWarp;
     state.barrier = Meeting{threads};
     for (Meeting& part : state.parts) part = Meeting{};
+    state.arrivals.clear();
+    state.fenced.assign(shared_bytes, char(0xff));
     block = &state;
     for (int t = 0; t < threads; ++t) {
       prepare(state.fibers[t]);
@@ -304,6 +324,57 @@ void async_wait(int pending) {
     }
     groups.erase(groups.begin());
   }
+}
+
+void arrival_init(const void* arrival) {
+  block->arrivals[arrival] = Arriving{};
+}
+
+void arrival_wait(const void* arrival, int turn) {
+  const auto found = block->arrivals.find(arrival);
+  if (found == block->arrivals.end()) throw std::runtime_error("a wait for an arrival without a beginning");
+  Arriving& arriving = found->second;
+  // The unit knows no more than whether a turn is even.
+  while (arriving.done % 2 == turn % 2) {
+    if (arriving.copy) {
+      std::exchange(arriving.copy, nullptr)();
+      ++arriving.done;
+      ++arriving.meeting.generation;
+      continue;
+    }
+    arriving.meeting.what = "arrival";
+    running->waits_for = &arriving.meeting;
+    running->generation = arriving.meeting.generation;
+    to_scheduler(false);
+    running->waits_for = nullptr;
+  }
+}
+
+void bulk_load(const void* arrival, char* to, size_t bytes, std::function<void(char*)> copy) {
+  const auto found = block->arrivals.find(arrival);
+  if (found == block->arrivals.end())
+    throw std::runtime_error("a bulk load without a beginning of its arrival");
+  if (found->second.copy) throw std::runtime_error("two bulk loads at once on one arrival");
+  require_aligned(to, 1024, "bulk load");
+  std::memset(to, 0xff, bytes);
+  found->second.copy = [to, copy] { copy(to); };
+  ++found->second.meeting.generation;  // those who wait look again
+}
+
+void bulk_fence() {
+  const char* shared = running->position.shared;
+  std::copy(shared, shared + block->fenced.size(), block->fenced.begin());
+}
+
+void bulk_store(const char* from, std::function<void(const char*)> copy) {
+  require_aligned(from, 1024, "bulk store");
+  running->stores.push_back({from, std::move(copy)});
+}
+
+void bulk_store_wait() {
+  for (const Store& store : running->stores)
+    store.copy(block->fenced.data() + (store.from - running->position.shared));
+  running->stores.clear();
 }
 
 void require_shared(size_t bytes, size_t limit) {

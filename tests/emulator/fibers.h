@@ -38,6 +38,14 @@ char* warp_exchange(const char* what, const void* in, size_t bytes, void (*combi
 void async_copy16(void* to, const void* from, bool valid);
 void async_commit();
 void async_wait(int pending);
+// Bulk copies come when somebody waits for them, `to` is poisoned until then; stores read when their thread waits or
+// ends, and see of shared memory what was there at the last bulk_fence.
+void arrival_init(const void* arrival);
+void arrival_wait(const void* arrival, int turn);
+void bulk_load(const void* arrival, char* to, size_t bytes, std::function<void(char* to)> copy);
+void bulk_fence();
+void bulk_store(const char* from, std::function<void(const char* from)> copy);
+void bulk_store_wait();
 void require_aligned(const void* pointer, size_t alignment, const char* what);
 
 void require_shared(size_t bytes, size_t limit);

@@ -12,8 +12,10 @@ struct Tucker2Call {
   int window[8];
   int relu, form, dtype, split, multiprocessors, order;
   int64_t shared_bytes;
+  int bulk_copies;              // whether the device has them
   int dry;                      // only the plan
   int launches;                 // out: kernels run
+  int persistent;               // out: whether the last one was the persistent form
   int64_t blocks, most_shared;  // out: of the last kernel; of any
   int64_t workspace;            // out: bytes
 };

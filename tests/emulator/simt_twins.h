@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstring>
+#include <stdexcept>
 
 #include "fibers.h"
 
@@ -89,6 +90,82 @@ inline void cp_async_commit() {
 template <int kPending>
 void cp_async_wait() {
   em::async_wait(kPending);
+}
+
+constexpr bool kBulkCopies = true;
+struct TensorMap {
+  TensorView view;
+};
+struct Arrival {
+  uint64_t state;
+};
+
+inline TensorMap make_tensor_map(const TensorView& view) {
+  em::require_aligned(view.data, 16, "bulk copies of a tensor");
+  for (int64_t stride : view.strides) {
+    if (stride < 0 || stride % 8 != 0) throw std::runtime_error("bulk copies want strides of whole 16 bytes");
+  }
+  for (int size : view.sizes) {
+    if (size < 1) throw std::runtime_error("bulk copies of nothing");
+  }
+  for (int size : view.box) {
+    if (size < 1 || size > 256) throw std::runtime_error("a box that bulk copies have not");
+  }
+  return {view};
+}
+inline void arrival_init(Arrival* arrival) {
+  em::arrival_init(arrival);
+}
+inline void arrival_wait(Arrival* arrival, int turn) {
+  em::arrival_wait(arrival, turn);
+}
+inline void bulk_fence() {
+  em::bulk_fence();
+}
+inline void bulk_store_wait() {
+  em::bulk_store_wait();
+}
+
+// each(place in the box, element of the tensor, or null outside of it)
+template <class Each>
+void for_box(const TensorView& v, int c, int x, int y, int n, Each each) {
+  const auto inside = [&v](int at, int dim) { return at >= 0 && at < v.sizes[dim]; };
+  int row = 0;
+  for (int k = n; k < n + v.box[2]; ++k) {
+    for (int j = y; j < y + v.box[1]; ++j) {
+      for (int i = x; i < x + v.box[0]; ++i, ++row) {
+        for (int e = 0; e < kBoxRow / 2; ++e) {
+          const bool there = inside(c + e, 0) && inside(i, 1) && inside(j, 2) && inside(k, 3);
+          const int64_t at = c + e + i * v.strides[0] + j * v.strides[1] + k * v.strides[2];
+          each(in_box(row, 2 * e), there ? static_cast<const char*>(v.data) + 2 * at : nullptr);
+        }
+      }
+    }
+  }
+}
+
+inline void bulk_load(void* to_shared, const TensorMap& map, int c, int x, int y, int n, int bytes,
+                      Arrival* arrival) {
+  const TensorView& v = map.view;
+  if (bytes != v.box[0] * v.box[1] * v.box[2] * kBoxRow)
+    throw std::runtime_error("a bulk load of other bytes than its box has");
+  em::bulk_load(arrival, static_cast<char*>(to_shared), bytes, [v, c, x, y, n](char* to) {
+    for_box(v, c, x, y, n, [to](int at, const char* from) {
+      if (from == nullptr) {
+        std::memset(to + at, 0, 2);
+      } else {
+        std::memcpy(to + at, from, 2);
+      }
+    });
+  });
+}
+inline void bulk_store(const TensorMap& map, int c, int x, int y, int n, const void* from_shared) {
+  const TensorView& v = map.view;
+  em::bulk_store(static_cast<const char*>(from_shared), [v, c, x, y, n](const char* from) {
+    for_box(v, c, x, y, n, [from](int at, const char* to) {
+      if (to != nullptr) std::memcpy(const_cast<char*>(to), from + at, 2);
+    });
+  });
 }
 
 inline Words4 load_shared16(const void* shared) {

@@ -35,10 +35,11 @@ void run(Tucker2Call& c) {
       window,
       c.images,
       cuda::Form(c.form),
-      {size_t(c.shared_bytes), c.multiprocessors}};
+      {size_t(c.shared_bytes), c.multiprocessors, c.bulk_copies != 0}};
   const auto order = emulator::Order(c.order);
   const auto launch = [&](auto kernel, const auto& params, int64_t x, int64_t y, size_t shared_bytes) {
     ++c.launches;
+    c.persistent = std::is_same_v<typename decltype(kernel)::Params, cuda::PersistentParams<T>>;
     c.blocks = x * y;
     c.most_shared = simt::larger(c.most_shared, int64_t(shared_bytes));
     const size_t limit = c.shared_bytes;

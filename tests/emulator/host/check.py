@@ -50,7 +50,7 @@ for (shape, r1, r2, k, kernel, padding, dilation), dtype, layout in itertools.pr
     exact = [t.double().requires_grad_() for t in (x, first, core, last)]
     want = reference.tucker_conv2d(*exact, bias.double(), (1, 1), (padding,) * 2, (dilation,) * 2, None)
     ints = (1, 1, padding, padding, dilation, dilation)
-    for form in range(3):
+    for form in range(4):
         y = ops.tucker2_as(x, first, core, last, bias, *ints, True, form)
         check(y, want.detach().relu(), tolerance[dtype], "tucker2_as", shape, dtype)
         assert y.is_contiguous(memory_format=layout)
