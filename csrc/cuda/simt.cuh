@@ -273,6 +273,32 @@ KEGFAST_DEVICE fp16 from_float<fp16>(float x) {
   return {__half_as_ushort(__float2half_rn(x))};
 }
 
+// Two numbers of 16 bits in a word, and the larger of each and 0, NaN staying NaN.
+template <class T>
+KEGFAST_DEVICE uint32_t pack(float low, float high);
+template <>
+KEGFAST_DEVICE uint32_t pack<bf16>(float low, float high) {
+  uint32_t r;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
+  return r;
+}
+template <>
+KEGFAST_DEVICE uint32_t pack<fp16>(float low, float high) {
+  uint32_t r;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
+  return r;
+}
+KEGFAST_DEVICE uint32_t relu(uint32_t pair, bf16) {
+  uint32_t r;
+  asm("max.NaN.bf16x2 %0, %1, %2;" : "=r"(r) : "r"(pair), "r"(0));
+  return r;
+}
+KEGFAST_DEVICE uint32_t relu(uint32_t pair, fp16) {
+  uint32_t r;
+  asm("max.NaN.f16x2 %0, %1, %2;" : "=r"(r) : "r"(pair), "r"(0));
+  return r;
+}
+
 #else  // the emulator's twins
 }  // namespace kegfast::simt
 #include "simt_twins.h"

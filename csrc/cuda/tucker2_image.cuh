@@ -154,18 +154,13 @@ KEGFAST_DEVICE void store_rows(const Image<T>& y, const char* rows, int pitch, i
   }
 }
 
-template <class T>
-KEGFAST_DEVICE uint32_t pack_pair(float first, float second) {
-  return from_float<T>(first).bits | uint32_t(from_float<T>(second).bits) << 16;
-}
-
 // Two neighbouring columns of a row, the first an even one.
 template <class T>
 KEGFAST_DEVICE void put_pair(char* row, int column, float first, float second) {
   if constexpr (sizeof(T) == 4) {
     *reinterpret_cast<Pair*>(row + column * sizeof(T)) = {float_bits(first), float_bits(second)};
   } else {
-    *reinterpret_cast<uint32_t*>(row + column * sizeof(T)) = pack_pair<T>(first, second);
+    *reinterpret_cast<uint32_t*>(row + column * sizeof(T)) = pack<T>(first, second);
   }
 }
 

@@ -29,7 +29,7 @@ struct PersistentParams {
   KEGFAST_ANYWHERE int halo_w() const { return window.halo_w(tile_w); }
   KEGFAST_ANYWHERE int tiles_y() const { return (height + tile_h - 1) / tile_h; }
   KEGFAST_ANYWHERE int tiles_x() const { return (width + tile_w - 1) / tile_w; }
-  KEGFAST_ANYWHERE int64_t tiles() const { return int64_t(tiles_y()) * tiles_x() * images; }
+  KEGFAST_ANYWHERE int tiles() const { return tiles_y() * tiles_x() * images; }
 };
 
 // kRank: R1 and R2 at most, 16, 32 or 64.
@@ -42,7 +42,7 @@ struct Tucker2Persistent {
   static constexpr int kColumns = kBoxRow / int(sizeof(T));               // channels of a box
   using Params = PersistentParams<T>;
 
-  // ---- shared memory: slots, y or t1, factors, arrivals
+  // ---- shared memory: slots, y or t1, factors, bias, arrivals
 
   KEGFAST_ANYWHERE static int slot_bytes(const Params& p) {
     return ((p.halo_h() * p.halo_w() + 15) / 16 * 16 * kBoxRow + 1023) / 1024 * 1024;
@@ -56,7 +56,10 @@ struct Tucker2Persistent {
   static size_t shared_bytes(const Params& p) {
     return size_t(kSlots) * slot_bytes(p) + common_bytes(p) + size_t(rank_rows(p.first)) * pitch(p.first) +
            size_t(rank_rows(p.core)) * pitch(p.core) + size_t(last_rows(p)) * pitch(p.last) +
-           kSlots * sizeof(Arrival);
+           bias_columns(p) * sizeof(float) + kSlots * sizeof(Arrival);
+  }
+  KEGFAST_ANYWHERE static int bias_columns(const Params& p) {
+    return (p.last.rows + kColumns - 1) / kColumns * kColumns;
   }
   KEGFAST_ANYWHERE static int rank_rows(const Factor<T>& f) { return (f.rows + 15) / 16 * 16; }
 
@@ -65,9 +68,9 @@ struct Tucker2Persistent {
   struct Tile {
     int image, y, x;  // of its first output pixel
   };
-  KEGFAST_DEVICE static Tile tile_at(const Params& p, int64_t tile) {
-    const int each = p.tiles_y() * p.tiles_x(), at = int(tile % each);
-    return {int(tile / each), at / p.tiles_x() * p.tile_h, at % p.tiles_x() * p.tile_w};
+  KEGFAST_DEVICE static Tile tile_at(const Params& p, int tile) {
+    const int each = p.tiles_y() * p.tiles_x(), at = tile % each;
+    return {tile / each, at / p.tiles_x() * p.tile_h, at % p.tiles_x() * p.tile_w};
   }
 
   // Rows of a factor, zeros up to `rows`.
@@ -82,7 +85,7 @@ struct Tucker2Persistent {
 
   // The block's chunk number `turn` of all its tiles' halos, if there is one.
   KEGFAST_DEVICE static void ask(const Params& p, int turn, int chunks, char* slots, Arrival* arrivals) {
-    const int64_t tile = block().x + int64_t(turn / chunks) * grid().x;
+    const int tile = block().x + turn / chunks * grid().x;
     if (tile >= p.tiles()) return;
     const Tile at = tile_at(p, tile);
     const int slot = turn % kSlots;
@@ -129,10 +132,19 @@ struct Tucker2Persistent {
     }
   }
 
-  // Accumulators of two neighbouring columns as one word, 0 from column `live` on: past a factor's rows stands 0 only
-  // while all of x is finite.
-  KEGFAST_DEVICE static uint32_t pair_of(const float (&acc)[4], int i, int column, int live) {
-    return pack_pair<T>(column < live ? acc[i] : 0, column + 1 < live ? acc[i + 1] : 0);
+  // Past a factor's rows stands 0 only while all of x is finite.
+  template <int kM, int kTiles>
+  KEGFAST_DEVICE static void clear_from(int rows, float (&acc)[kM][kTiles][4]) {
+    if (rows % 16 == 0) return;
+    KEGFAST_UNROLL
+    for (int t = 0; t < kTiles; ++t) {
+      KEGFAST_UNROLL
+      for (int i = 0; i < 4; ++i) {
+        KEGFAST_UNROLL
+        for (int m = 0; m < kM; ++m)
+          acc[m][t][i] = 8 * t + 2 * (lane() % 4) + i % 2 < rows ? acc[m][t][i] : 0;
+      }
+    }
   }
 
   // ---- the kernel
@@ -148,9 +160,12 @@ struct Tucker2Persistent {
     char* first = common + common_bytes(p);
     char* core = first + rank_rows(p.first) * pitch(p.first);
     char* last = core + rank_rows(p.core) * pitch(p.core);
-    Arrival* arrivals = reinterpret_cast<Arrival*>(last + last_rows(p) * pitch(p.last));
+    float* bias = reinterpret_cast<float*>(last + last_rows(p) * pitch(p.last));
+    Arrival* arrivals = reinterpret_cast<Arrival*>(bias + bias_columns(p));
     const int chunks = (p.first.row_bytes() + kBoxRow - 1) / kBoxRow;
-    const int halo_w = p.halo_w(), halo = p.halo_h() * halo_w, first_row = warp() * 32;
+    const int halo_w = p.halo_w(), halo = p.halo_h() * halo_w,
+              in_warp = shuffle(warp(), 0),  // known to be the same for all lanes
+        first_row = in_warp * 32;
     const int in_row = lane() % 16, in_piece = lane() / 16 * 16, out_row = lane() / 4,
               out_column = 2 * (lane() % 4);
 
@@ -160,6 +175,8 @@ struct Tucker2Persistent {
     keep_factor(p.first, first, rank_rows(p.first));
     keep_factor(p.core, core, rank_rows(p.core));
     keep_factor(p.last, last, last_rows(p));
+    for (int i = thread(); i < bias_columns(p); i += kThreads)
+      bias[i] = p.epilogue.bias != nullptr && i < p.last.rows ? to_float(p.epilogue.bias[i]) : 0;
     cp_async_commit();
     cp_async_wait<0>();
     barrier();
@@ -168,8 +185,13 @@ struct Tucker2Persistent {
     }
 
     // This lane's rows: of the halo's groups warp, warp + 4, warp + 8, and of t1 under its output pixels.
-    const int groups = smaller(kHaloTiles, ((halo + 15) / 16 - warp() + kWarps - 1) / kWarps);
-    int t1_row[2];
+    const int groups = smaller(kHaloTiles, ((halo + 15) / 16 - in_warp + kWarps - 1) / kWarps);
+    const int halo_row = (in_warp * 16 + in_row) * kBoxRow;
+    const char* const first_b = b_row(first, pitch(p.first));
+    int t1_row[2], piece[kChunkSteps];
+    KEGFAST_UNROLL
+    for (int step = 0; step < kChunkSteps; ++step)
+      piece[step] = in_box(in_row % 8, step * kStepBytes + in_piece) % kBoxRow;
     KEGFAST_UNROLL
     for (int m = 0; m < 2; ++m) {
       const int pixel = first_row + 16 * m + in_row < p.tile_h * p.tile_w ? first_row + 16 * m + in_row : 0;
@@ -180,14 +202,15 @@ struct Tucker2Persistent {
 
     int turn = 0;
     KEGFAST_ROLLED
-    for (int64_t tile = block().x; tile < p.tiles(); tile += grid().x) {
+    for (int tile = block().x; tile < p.tiles(); tile += grid().x) {
       const Tile at = tile_at(p, tile);
       {
         float acc[kHaloTiles][kRankTiles][4];
         clear(acc);
         KEGFAST_ROLLED
         for (int chunk = 0; chunk < chunks; ++chunk, ++turn) {
-          const char* slot = slots + turn % kSlots * slot_bytes(p);
+          const char* rows = slots + turn % kSlots * slot_bytes(p) + halo_row;
+          const char* b = first_b + chunk * kChunkBytes;
           const int steps = smaller(kChunkSteps, p.first.row_bytes() / kStepBytes - chunk * kChunkSteps);
           arrival_wait(arrivals + turn % kSlots, turn / kSlots);
           KEGFAST_UNROLL
@@ -200,27 +223,25 @@ struct Tucker2Persistent {
               ldmatrix_x4(a[m],
                           slot + in_box((warp() + m * kWarps) * 16 + in_row, step * kStepBytes + in_piece));
             }
-            multiply<kHaloTiles, kRankPairs>(
-                acc, a, groups, b_row(first, pitch(p.first)) + (chunk * kChunkSteps + step) * kStepBytes,
-                pitch(p.first), p.first.rows);
+            multiply<kHaloTiles, kRankPairs>(acc, a, groups, b + step * kStepBytes, pitch(p.first),
+                                             p.first.rows);
           }
           if (thread() == 0 && chunk + 1 == chunks) bulk_store_wait();
           barrier();  // the slot is read, and in the end y's last columns
           if (thread() == 0) ask(p, turn + kSlots, chunks, slots, arrivals);
         }
+        clear_from(p.first.rows, acc);
         KEGFAST_UNROLL
         for (int m = 0; m < kHaloTiles; ++m) {
           KEGFAST_UNROLL
           for (int i = 0; i < 4; i += 2) {
-            const int row = (warp() + m * kWarps) * 16 + out_row + 4 * i;
+            const int row = (in_warp + m * kWarps) * 16 + out_row + 4 * i;
             if (row >= halo) continue;
+            char* to = common + row * t1_pitch(p) + out_column * int(sizeof(T));
             KEGFAST_UNROLL
             for (int t = 0; t < kRankTiles; ++t) {
-              const int column = 8 * t + out_column;
-              if (column * int(sizeof(T)) < p.core.tap_bytes()) {
-                *reinterpret_cast<uint32_t*>(common + row * t1_pitch(p) + column * sizeof(T)) =
-                    pair_of(acc[m][t], i, column, p.first.rows);
-              }
+              if (16 * t >= p.core.tap_bytes()) break;
+              *reinterpret_cast<uint32_t*>(to + 16 * t) = pack<T>(acc[m][t][i], acc[m][t][i + 1]);
             }
           }
         }
@@ -254,8 +275,7 @@ struct Tucker2Persistent {
           KEGFAST_UNROLL
           for (int t = 0; t < kRankTiles; ++t) {
             KEGFAST_UNROLL
-            for (int i = 0; i < 2; ++i)
-              t2[m][t][i] = pair_of(acc[m][t], 2 * i, 8 * t + out_column, p.core.rows);
+            for (int i = 0; i < 2; ++i) t2[m][t][i] = pack<T>(acc[m][t][2 * i], acc[m][t][2 * i + 1]);
           }
         }
       }
@@ -263,7 +283,15 @@ struct Tucker2Persistent {
       KEGFAST_ROLLED
       for (int column = 0; column < p.last.rows; column += kColumns) {
         float acc[2][kColumns / 8][4];
-        clear(acc);
+        KEGFAST_UNROLL
+        for (int t = 0; t < kColumns / 8; ++t) {
+          const Pair both = *reinterpret_cast<const Pair*>(bias + column + 8 * t + out_column);
+          KEGFAST_UNROLL
+          for (int m = 0; m < 2; ++m) {
+            KEGFAST_UNROLL
+            for (int i = 0; i < 4; ++i) acc[m][t][i] = bits_float(i % 2 == 0 ? both.first : both.second);
+          }
+        }
         KEGFAST_UNROLL
         for (int step = 0; step < kRank / 16; ++step) {
           if (step * kStepBytes >= p.last.row_bytes()) break;
@@ -279,23 +307,17 @@ struct Tucker2Persistent {
         }
         if (thread() == 0 && column > 0) bulk_store_wait();
         barrier();  // t1 is read, or y's columns before
+        char* to = common + first_row * kBoxRow + out_row * kBoxRow + out_column * int(sizeof(T));
         KEGFAST_UNROLL
         for (int t = 0; t < kColumns / 8; ++t) {
-          const int feature = column + 8 * t + out_column;
-          float bias[2] = {};
-          KEGFAST_UNROLL
-          for (int e = 0; e < 2; ++e) {
-            if (p.epilogue.bias != nullptr && feature + e < p.last.rows)
-              bias[e] = to_float(p.epilogue.bias[feature + e]);
-          }
+          char* const piece_to = to + (16 * t ^ out_row * 16);
           KEGFAST_UNROLL
           for (int m = 0; m < 2; ++m) {
             KEGFAST_UNROLL
             for (int i = 0; i < 4; i += 2) {
-              const int row = first_row + 16 * m + out_row + 4 * i;
-              *reinterpret_cast<uint32_t*>(common + in_box(row, 16 * t) + out_column * sizeof(T)) =
-                  pack_pair<T>(p.epilogue.finish(acc[m][t][i] + bias[0]),
-                               p.epilogue.finish(acc[m][t][i + 1] + bias[1]));
+              uint32_t both = pack<T>(acc[m][t][i], acc[m][t][i + 1]);
+              if (p.epilogue.relu) both = relu(both, T{});
+              *reinterpret_cast<uint32_t*>(piece_to + (16 * m + 4 * i) * kBoxRow) = both;
             }
           }
         }

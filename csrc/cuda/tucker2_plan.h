@@ -211,7 +211,7 @@ bool run_persistent(const Tucker2Problem<T>& p, Launch&& launch) {
       const PersistentParams<T> q = persistent_params<Kernel>(p);
       if (q.tile_h == 0) return false;
       const int64_t fit = Kernel::kBlocksPerSm * int64_t(p.limits.multiprocessors);
-      launch(kernel, q, smaller(fit, q.tiles()), 1, Kernel::shared_bytes(q));
+      launch(kernel, q, smaller(fit, int64_t(q.tiles())), 1, Kernel::shared_bytes(q));
       return true;
     };
     if (rank <= 16) return run(Tucker2Persistent<T, 16>{});

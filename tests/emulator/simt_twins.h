@@ -220,6 +220,21 @@ inline fp16 from_float<fp16>(float x) {
   return r;
 }
 
+template <class T>
+uint32_t pack(float low, float high) {
+  return from_float<T>(low).bits | uint32_t(from_float<T>(high).bits) << 16;
+}
+template <class T>
+uint32_t relu(uint32_t pair, T) {
+  uint32_t result = 0;
+  for (int half = 0; half < 2; ++half) {
+    const uint16_t bits = uint16_t(pair >> (16 * half));
+    const float value = to_float(T{bits});
+    if (value > 0 || value != value) result |= uint32_t(bits) << (16 * half);
+  }
+  return result;
+}
+
 inline uint32_t round_tf32(uint32_t bits) {
   return (bits & 0x7f800000u) == 0x7f800000u ? bits : (bits + 0x1000u) & 0xffffe000u;
 }
