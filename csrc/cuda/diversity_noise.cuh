@@ -232,7 +232,7 @@ struct Finish {
   // cosine, a zero row i: its distance to every row is 1, which |unit_i - unit_j|^2 falls short of by 1.
   KEGFAST_DEVICE static double zero_row(const Params& p, int i) {
     double sum = 0;
-    for (int j = thread(); j < p.batch; j += kThreads) {
+    for (int j = 0; j < p.batch; ++j) {
       float w = 0;
       for (int k = 0; k < p.noise_size; ++k) {
         const float d = p.noises[int64_t(i) * p.noise_size + k] - p.noises[int64_t(j) * p.noise_size + k];
@@ -251,7 +251,7 @@ struct Finish {
     double* scratch = reinterpret_cast<double*>(shared());
     double sum = 0;
     for (int i = thread(); i < p.partials; i += kThreads) sum += p.partial[i];
-    for (int i = 0; p.inverse != nullptr && i < p.batch; ++i) {
+    for (int i = thread(); p.inverse != nullptr && i < p.batch; i += kThreads) {
       if (p.inverse[i] == 0) sum += zero_row(p, i);
     }
     sum = p.coefficient * block_sum<kThreads>(sum, scratch);

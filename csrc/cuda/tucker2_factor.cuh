@@ -77,11 +77,9 @@ Factor<T> make_factor(const T* data, const int64_t (&strides)[4], int rows, int 
   return {data, strides[0], strides[1], strides[2], strides[3], rows, inputs, kernel_h, kernel_w, vectors};
 }
 
-// 16 bytes of K of a row to shared memory; zeros where the factor has none.
+// 16 bytes of a row to shared memory, from an input of a tap on; zeros where the factor has none.
 template <class T>
-KEGFAST_DEVICE void load_piece(const Factor<T>& factor, int row, int byte, char* to) {
-  int tap, input;
-  factor.place(byte, tap, input);
+KEGFAST_DEVICE void load_piece(const Factor<T>& factor, int row, int tap, int input, char* to) {
   const bool inside = row < factor.rows && tap < factor.taps() && input < factor.inputs;
   const T* from = factor.data;
   if (inside) {
@@ -135,7 +133,9 @@ class FactorLoad {
     KEGFAST_ROLLED
     for (int i = thread(); i < rows * kPieces; i += kTuckerThreads) {
       const int row = down ? i % rows : i / kPieces, piece = down ? i / rows : i % kPieces;
-      load_piece(factor_, first_ + row, chunk * kChunkBytes + piece * 16, stage + row * kPitch + piece * 16);
+      int tap, input;
+      factor_.place(chunk * kChunkBytes + piece * 16, tap, input);
+      load_piece(factor_, first_ + row, tap, input, stage + row * kPitch + piece * 16);
     }
   }
 

@@ -15,16 +15,8 @@
 // Stage: one of the three as an implicit product over all output pixels, for the shapes that the fused form
 // does not fit (shared memory) or does not fill (few images): 64 pixels x 64 or 128 columns a block.
 //
-// Where bandwidth decides, fused over unfused is 1 + 2R/C: 2.0, 1.5, 1.25 at C/2, C/4, C/8. Predictions for
-// an H200, bf16, batch 128 (Estimate in tucker2_plan.h: 4.8 TB/s, mma.sync at a third of the tensor cores'
-// peak; not yet measured), microseconds:
-//            C/4: bound  fused  stages   C/8: bound  fused  stages
-//   64@56         21.4    27.9    43.9        21.4    27.2    37.8
-//   128@28        10.7    18.7    30.0        10.7    14.1    23.0
-//   256@14         5.4    18.2    23.0         5.4     9.8    16.9
-//   512@7          2.7    30.6    25.4         2.7    11.8    17.8
-// By these, 70 % of the bandwidth bound is kept at 64@56 and 128@28 C/8 alone: the deeper layers are bound by
-// their products (the halo of a 7 x 7 tile adds 60 % to `first`), and 0.41 is the geometric mean.
+// Where bandwidth decides, fused over unfused is 1 + 2R/C: 2.0, 1.5, 1.25 at C/2, C/4, C/8. What instructions decide
+// stands in docs/kernels/cuda.md: not yet measured on a device.
 #pragma once
 
 #include "tucker2_image.cuh"

@@ -8,6 +8,11 @@
 // shifted. (3) last: t2 is turned from accumulators to operands inside of the warp's registers; y goes 64 channels at a
 // time through shared memory and back by a bulk copy, which leaves out what is outside of the image. t1's place serves y.
 //
+// Prediction for an H200, bf16, batch 128, C / 4, before it was written: 26 us at 64@56, 14 at 128@28, where the fused form's
+// instructions alone take 143 and 76 and bandwidth 21.4 and 10.7. Counted from sm_90's code: 3.3 thousand warp instructions
+// a tile at 64@56, 6.9 at 128@28, issued in 13 and 8 us: bandwidth bounds both. At 256@14 a block is alone on its
+// multiprocessor, one warp a scheduler: latency bounds it. Not yet measured on a device.
+//
 // Rows of factors and of t1 are padded by 16 bytes, halo and y swizzled as the copy engine does it: the 8 rows of an
 // ldmatrix lie in different banks.
 #pragma once
@@ -36,32 +41,27 @@ struct PersistentParams {
 template <class T, int kRank>
 struct Tucker2Persistent {
   static_assert(sizeof(T) == 2);
-  static constexpr int kThreads = kTuckerThreads, kBlocksPerSm = kRank > 32 ? 1 : 2;
+  static constexpr int kThreads = kTuckerThreads, kBlocksPerSm = kRank > 32 ? 1 : (kRank > 16 ? 2 : 3);
   static constexpr int kWarps = kThreads / kWarp, kPixels = 32 * kWarps, kSlots = 2;
   static constexpr int kHaloTiles = 3, kHalo = 16 * kHaloTiles * kWarps;  // pixels at most
   static constexpr int kColumns = kBoxRow / int(sizeof(T));               // channels of a box
   using Params = PersistentParams<T>;
 
-  // ---- shared memory: slots, y or t1, factors, bias, arrivals
+  // ---- shared memory: slots, y or t1, factors, bias, arrivals. Ranks, channels and features are padded with zeros to
+  // kRank and whole boxes, so that no loop over them has an end of its own.
 
-  KEGFAST_ANYWHERE static int slot_bytes(const Params& p) {
-    return ((p.halo_h() * p.halo_w() + 15) / 16 * 16 * kBoxRow + 1023) / 1024 * 1024;
-  }
-  KEGFAST_ANYWHERE static int t1_pitch(const Params& p) { return p.core.tap_bytes() + 16; }
-  KEGFAST_ANYWHERE static int common_bytes(const Params& p) {  // of t1, and of y's columns after it
-    return (larger(p.halo_h() * p.halo_w() * t1_pitch(p), kPixels * kBoxRow) + 15) / 16 * 16;
-  }
-  KEGFAST_ANYWHERE static int pitch(const Factor<T>& f) { return f.row_bytes() + 16; }
-  KEGFAST_ANYWHERE static int last_rows(const Params& p) { return (p.last.rows + 15) / 16 * 16; }
+  static constexpr int kTapBytes = kRank * int(sizeof(T)), kT1Pitch = kTapBytes + 16;
+  static constexpr int kSlotBytes = kHalo * kBoxRow;
+  static constexpr int kCommonBytes =
+      kHalo * kT1Pitch > kPixels* kBoxRow ? kHalo * kT1Pitch : kPixels * kBoxRow;
+  KEGFAST_ANYWHERE static int boxes(int channels) { return (channels + kColumns - 1) / kColumns; }
+  KEGFAST_ANYWHERE static int first_pitch(const Params& p) { return boxes(p.first.inputs) * kBoxRow + 16; }
+  KEGFAST_ANYWHERE static int core_pitch(const Params& p) { return p.core.taps() * kTapBytes + 16; }
+  KEGFAST_ANYWHERE static int features(const Params& p) { return boxes(p.last.rows) * kColumns; }
   static size_t shared_bytes(const Params& p) {
-    return size_t(kSlots) * slot_bytes(p) + common_bytes(p) + size_t(rank_rows(p.first)) * pitch(p.first) +
-           size_t(rank_rows(p.core)) * pitch(p.core) + size_t(last_rows(p)) * pitch(p.last) +
-           bias_columns(p) * sizeof(float) + kSlots * sizeof(Arrival);
+    return size_t(kSlots) * kSlotBytes + kCommonBytes + size_t(kRank) * (first_pitch(p) + core_pitch(p)) +
+           features(p) * (size_t(kT1Pitch) + sizeof(float)) + kSlots * sizeof(Arrival);
   }
-  KEGFAST_ANYWHERE static int bias_columns(const Params& p) {
-    return (p.last.rows + kColumns - 1) / kColumns * kColumns;
-  }
-  KEGFAST_ANYWHERE static int rank_rows(const Factor<T>& f) { return (f.rows + 15) / 16 * 16; }
 
   // ---- pieces
 
@@ -73,13 +73,14 @@ struct Tucker2Persistent {
     return {tile / each, at / p.tiles_x() * p.tile_h, at % p.tiles_x() * p.tile_w};
   }
 
-  // Rows of a factor, zeros up to `rows`.
-  KEGFAST_DEVICE static void keep_factor(const Factor<T>& factor, char* to, int rows) {
-    const int pieces = factor.row_bytes() / 16;
+  // A factor, zeros up to `rows` and, in each tap, up to `tap_bytes`.
+  KEGFAST_DEVICE static void keep_factor(const Factor<T>& factor, char* to, int rows, int tap_bytes) {
+    const int bytes = factor.taps() * tap_bytes, pieces = bytes / 16;
     KEGFAST_ROLLED
     for (int i = thread(); i < rows * pieces; i += kThreads) {
       const int row = i / pieces, byte = i % pieces * 16;
-      load_piece(factor, row, byte, to + row * pitch(factor) + byte);
+      load_piece(factor, row, byte / tap_bytes, byte % tap_bytes / int(sizeof(T)),
+                 to + row * (bytes + 16) + byte);
     }
   }
 
@@ -89,7 +90,7 @@ struct Tucker2Persistent {
     if (tile >= p.tiles()) return;
     const Tile at = tile_at(p, tile);
     const int slot = turn % kSlots;
-    bulk_load(slots + slot * slot_bytes(p), p.x, turn % chunks * kColumns,
+    bulk_load(slots + slot * kSlotBytes, p.x, turn % chunks * kColumns,
               at.x * p.window.stride_w - p.window.padding_w, at.y * p.window.stride_h - p.window.padding_h,
               at.image, p.halo_h() * p.halo_w() * kBoxRow, arrivals + slot);
   }
@@ -99,23 +100,19 @@ struct Tucker2Persistent {
     return factor + (lane() % 8 + lane() / 16 * 8) * pitch + lane() / 8 % 2 * 16;
   }
 
-  // acc += A times up to 16 kPairs columns, one step of K; of these `columns` exist.
+  // acc += A times 16 kPairs columns, one step of K.
   template <int kM, int kPairs>
-  KEGFAST_DEVICE static void multiply(float (&acc)[kM][2 * kPairs][4], const uint32_t (&a)[kM][4], int groups,
-                                      const char* b, int pitch, int columns) {
+  KEGFAST_DEVICE static void multiply(float (&acc)[kM][2 * kPairs][4], const uint32_t (&a)[kM][4],
+                                      const char* b, int pitch) {
     KEGFAST_UNROLL
     for (int pair = 0; pair < kPairs; ++pair) {
-      if (pair * 16 >= columns) break;
       uint32_t fb[4];
       ldmatrix_x4(fb, b + pair * 16 * pitch);
       KEGFAST_UNROLL
       for (int half = 0; half < 2; ++half) {
         const uint32_t column[2] = {fb[2 * half], fb[2 * half + 1]};
         KEGFAST_UNROLL
-        for (int m = 0; m < kM; ++m) {
-          if (m >= groups) break;
-          mma(acc[m][2 * pair + half], a[m], column, T{});
-        }
+        for (int m = 0; m < kM; ++m) mma(acc[m][2 * pair + half], a[m], column, T{});
       }
     }
   }
@@ -135,7 +132,7 @@ struct Tucker2Persistent {
   // Past a factor's rows stands 0 only while all of x is finite.
   template <int kM, int kTiles>
   KEGFAST_DEVICE static void clear_from(int rows, float (&acc)[kM][kTiles][4]) {
-    if (rows % 16 == 0) return;
+    if (rows == 8 * kTiles) return;
     KEGFAST_UNROLL
     for (int t = 0; t < kTiles; ++t) {
       KEGFAST_UNROLL
@@ -155,14 +152,15 @@ struct Tucker2Persistent {
 
   KEGFAST_DEVICE static void work(const Params& p) {
     constexpr int kRankTiles = kRank / 8, kRankPairs = kRank / 16;
+    const int first_pitch = Tucker2Persistent::first_pitch(p), core_pitch = Tucker2Persistent::core_pitch(p);
     char* slots = shared();
-    char* common = slots + kSlots * slot_bytes(p);
-    char* first = common + common_bytes(p);
-    char* core = first + rank_rows(p.first) * pitch(p.first);
-    char* last = core + rank_rows(p.core) * pitch(p.core);
-    float* bias = reinterpret_cast<float*>(last + last_rows(p) * pitch(p.last));
-    Arrival* arrivals = reinterpret_cast<Arrival*>(bias + bias_columns(p));
-    const int chunks = (p.first.row_bytes() + kBoxRow - 1) / kBoxRow;
+    char* common = slots + kSlots * kSlotBytes;
+    char* first = common + kCommonBytes;
+    char* core = first + kRank * first_pitch;
+    char* last = core + kRank * core_pitch;
+    float* bias = reinterpret_cast<float*>(last + features(p) * kT1Pitch);
+    Arrival* arrivals = reinterpret_cast<Arrival*>(bias + features(p));
+    const int chunks = boxes(p.first.inputs);
     const int halo_w = p.halo_w(), halo = p.halo_h() * halo_w,
               in_warp = shuffle(warp(), 0),  // known to be the same for all lanes
         first_row = in_warp * 32;
@@ -172,10 +170,10 @@ struct Tucker2Persistent {
     if (thread() == 0) {
       for (int s = 0; s < kSlots; ++s) arrival_init(arrivals + s);
     }
-    keep_factor(p.first, first, rank_rows(p.first));
-    keep_factor(p.core, core, rank_rows(p.core));
-    keep_factor(p.last, last, last_rows(p));
-    for (int i = thread(); i < bias_columns(p); i += kThreads)
+    keep_factor(p.first, first, kRank, chunks * kBoxRow);
+    keep_factor(p.core, core, kRank, kTapBytes);
+    keep_factor(p.last, last, features(p), kTapBytes);
+    for (int i = thread(); i < features(p); i += kThreads)
       bias[i] = p.epilogue.bias != nullptr && i < p.last.rows ? to_float(p.epilogue.bias[i]) : 0;
     cp_async_commit();
     cp_async_wait<0>();
@@ -185,9 +183,8 @@ struct Tucker2Persistent {
     }
 
     // This lane's rows: of the halo's groups warp, warp + 4, warp + 8, and of t1 under its output pixels.
-    const int groups = smaller(kHaloTiles, ((halo + 15) / 16 - in_warp + kWarps - 1) / kWarps);
     const int halo_row = (in_warp * 16 + in_row) * kBoxRow;
-    const char* const first_b = b_row(first, pitch(p.first));
+    const char* const first_b = b_row(first, first_pitch);
     int t1_row[2], piece[kChunkSteps];
     KEGFAST_UNROLL
     for (int step = 0; step < kChunkSteps; ++step)
@@ -195,9 +192,9 @@ struct Tucker2Persistent {
     KEGFAST_UNROLL
     for (int m = 0; m < 2; ++m) {
       const int pixel = first_row + 16 * m + in_row < p.tile_h * p.tile_w ? first_row + 16 * m + in_row : 0;
-      t1_row[m] = (pixel / p.tile_w * p.window.stride_h * halo_w + pixel % p.tile_w * p.window.stride_w) *
-                      t1_pitch(p) +
-                  in_piece;
+      t1_row[m] =
+          (pixel / p.tile_w * p.window.stride_h * halo_w + pixel % p.tile_w * p.window.stride_w) * kT1Pitch +
+          in_piece;
     }
 
     int turn = 0;
@@ -209,22 +206,16 @@ struct Tucker2Persistent {
         clear(acc);
         KEGFAST_ROLLED
         for (int chunk = 0; chunk < chunks; ++chunk, ++turn) {
-          const char* rows = slots + turn % kSlots * slot_bytes(p) + halo_row;
-          const char* b = first_b + chunk * kChunkBytes;
-          const int steps = smaller(kChunkSteps, p.first.row_bytes() / kStepBytes - chunk * kChunkSteps);
+          const char* rows = slots + turn % kSlots * kSlotBytes + halo_row;
+          const char* b = first_b + chunk * kBoxRow;
           arrival_wait(arrivals + turn % kSlots, turn / kSlots);
           KEGFAST_UNROLL
-          for (int step = 0; step < kChunkSteps; ++step) {
-            if (step >= steps) break;
+          for (int step = 0; step < kBoxRow / kStepBytes; ++step) {
             uint32_t a[kHaloTiles][4];
             KEGFAST_UNROLL
-            for (int m = 0; m < kHaloTiles; ++m) {
-              if (m >= groups) break;
-              ldmatrix_x4(a[m],
-                          slot + in_box((warp() + m * kWarps) * 16 + in_row, step * kStepBytes + in_piece));
-            }
-            multiply<kHaloTiles, kRankPairs>(acc, a, groups, b + step * kStepBytes, pitch(p.first),
-                                             p.first.rows);
+            for (int m = 0; m < kHaloTiles; ++m)
+              ldmatrix_x4(a[m], rows + piece[step] + m * kWarps * 16 * kBoxRow);
+            multiply<kHaloTiles, kRankPairs>(acc, a, b + step * kStepBytes, first_pitch);
           }
           if (thread() == 0 && chunk + 1 == chunks) bulk_store_wait();
           barrier();  // the slot is read, and in the end y's last columns
@@ -237,10 +228,9 @@ struct Tucker2Persistent {
           for (int i = 0; i < 4; i += 2) {
             const int row = (in_warp + m * kWarps) * 16 + out_row + 4 * i;
             if (row >= halo) continue;
-            char* to = common + row * t1_pitch(p) + out_column * int(sizeof(T));
+            char* to = common + row * kT1Pitch + out_column * int(sizeof(T));
             KEGFAST_UNROLL
             for (int t = 0; t < kRankTiles; ++t) {
-              if (16 * t >= p.core.tap_bytes()) break;
               *reinterpret_cast<uint32_t*>(to + 16 * t) = pack<T>(acc[m][t][i], acc[m][t][i + 1]);
             }
           }
@@ -252,24 +242,24 @@ struct Tucker2Persistent {
       {
         float acc[2][kRankTiles][4];
         clear(acc);
-        const char* b = b_row(core, pitch(p.core));
+        const char* b = b_row(core, core_pitch);
         KEGFAST_ROLLED
         for (int ky = 0; ky < p.window.kernel_h; ++ky) {
           KEGFAST_ROLLED
           for (int kx = 0; kx < p.window.kernel_w; ++kx) {
             const char* rows =
-                common + (ky * p.window.dilation_h * halo_w + kx * p.window.dilation_w) * t1_pitch(p);
+                common + (ky * p.window.dilation_h * halo_w + kx * p.window.dilation_w) * kT1Pitch;
             KEGFAST_UNROLL
             for (int step = 0; step < kRank / 16; ++step) {
-              if (step * kStepBytes >= p.core.tap_bytes()) break;
               uint32_t a[2][4];
               KEGFAST_UNROLL
               for (int m = 0; m < 2; ++m) ldmatrix_x4(a[m], rows + t1_row[m] + step * kStepBytes);
-              multiply<2, kRankPairs>(acc, a, 2, b + step * kStepBytes, pitch(p.core), p.core.rows);
+              multiply<2, kRankPairs>(acc, a, b + step * kStepBytes, core_pitch);
             }
-            b += p.core.tap_bytes();
+            b += kTapBytes;
           }
         }
+        clear_from(p.core.rows, acc);
         KEGFAST_UNROLL
         for (int m = 0; m < 2; ++m) {
           KEGFAST_UNROLL
@@ -294,16 +284,14 @@ struct Tucker2Persistent {
         }
         KEGFAST_UNROLL
         for (int step = 0; step < kRank / 16; ++step) {
-          if (step * kStepBytes >= p.last.row_bytes()) break;
           uint32_t a[2][4];
           KEGFAST_UNROLL
           for (int m = 0; m < 2; ++m) {
             KEGFAST_UNROLL
             for (int i = 0; i < 4; ++i) a[m][i] = t2[m][2 * step + i / 2][i % 2];
           }
-          multiply<2, kColumns / 16>(acc, a, 2,
-                                     b_row(last + column * pitch(p.last), pitch(p.last)) + step * kStepBytes,
-                                     pitch(p.last), p.last.rows - column);
+          multiply<2, kColumns / 16>(acc, a, b_row(last + column * kT1Pitch, kT1Pitch) + step * kStepBytes,
+                                     kT1Pitch);
         }
         if (thread() == 0 && column > 0) bulk_store_wait();
         barrier();  // t1 is read, or y's columns before

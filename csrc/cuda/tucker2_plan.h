@@ -163,7 +163,7 @@ void run_stages(const Tucker2Problem<T>& p, T* t1, T* t2, Launch&& launch) {
   if (p.y.data != nullptr) run_stage<M>(p, readable(z2), p.y, p.last, one, p.epilogue, launch);
 }
 
-// The persistent form's parameters with the tile of least work, or none (tile_h 0) where it cannot be: it has 16-bit
+// The persistent form's parameters with the tile of which there are fewest, or none (tile_h 0) where it cannot be: it has 16-bit
 // numbers, channels together, ranks up to 64, halos up to 192 pixels, and keeps neither t1 nor t2.
 template <class Kernel, class T>
 PersistentParams<T> persistent_params(const Tucker2Problem<T>& p) {
@@ -181,11 +181,9 @@ PersistentParams<T> persistent_params(const Tucker2Problem<T>& p) {
     q.tile_w = (p.y.width + parts - 1) / parts;
     const int64_t halo = int64_t(q.halo_h()) * q.halo_w();
     if (halo > Kernel::kHalo || Kernel::shared_bytes(q) > p.limits.shared_bytes) continue;
-    const double work =
-        std::ceil(halo / 64.0) * 64 * p.first.row_bytes() * p.first.rows +
-        double(Kernel::kPixels) * (p.core.row_bytes() * p.core.rows + p.last.row_bytes() * p.last.rows);
-    if (work * q.tiles() < least) {
-      least = work * q.tiles();
+    const double work = double(q.tiles()) * Kernel::kHalo + halo;  // all tiles cost the same
+    if (work < least) {
+      least = work;
       best = q;
     }
   }
@@ -210,7 +208,10 @@ bool run_persistent(const Tucker2Problem<T>& p, Launch&& launch) {
       using Kernel = decltype(kernel);
       const PersistentParams<T> q = persistent_params<Kernel>(p);
       if (q.tile_h == 0) return false;
-      const int64_t fit = Kernel::kBlocksPerSm * int64_t(p.limits.multiprocessors);
+      const size_t bytes = Kernel::shared_bytes(q) + 1024;  // the system keeps a kilobyte for each block
+      const int64_t on_each =
+          smaller(int64_t(Kernel::kBlocksPerSm), int64_t((p.limits.shared_bytes + 1024) / bytes));
+      const int64_t fit = on_each * p.limits.multiprocessors;
       launch(kernel, q, smaller(fit, int64_t(q.tiles())), 1, Kernel::shared_bytes(q));
       return true;
     };

@@ -26,6 +26,8 @@ REGISTERS = {
     "SumSorted": 128,
     "SoftTarget.* 16, 24>": 128,
     "SoftTarget.* 8, 16>": 84,
+    "Tucker2Persistent.* 16>": 168,
+    "Tucker2Persistent": 255,
     r"Tucker2(Fused|Stage)<Math<float, true>, 4>": 168,
     r"Tucker2(Fused|Stage).* 4>": 128,
     "Tucker2(Fused|Stage)": 255,
@@ -152,6 +154,15 @@ def test_tucker2_runs_on_the_tensor_cores(compiled):
             assert "ldmatrix.sync.aligned.m8n8.x4" in body, name
             assert "cp.async.cg.shared.global" in body, name
             assert re.search(r"st\.global\.v4", body), name
+
+
+def test_tucker2_persistent_copies_boxes(compiled):
+    for name, body in bodies(compiled, "tucker2", "Tucker2Persistent"):
+        assert "cp.async.bulk.tensor.4d.shared::cluster.global" in body, name
+        assert "cp.async.bulk.tensor.4d.global.shared::cta" in body, name
+        assert "mbarrier.try_wait.parity" in body, name
+        assert "mma.sync.aligned.m16n8k16" in body, name
+        assert "ld.local" not in body, name
 
 
 def test_threefold_tf32_multiplies_three_times(compiled):
