@@ -6,6 +6,7 @@ cd "$(dirname "$0")/.."
 python=$(cd "$(dirname "$1")" && pwd)/$(basename "$1") optimization=$2
 cmake=$(dirname "$python")/cmake
 [ -x "$cmake" ] || cmake=cmake
+torch=$("$python" -c "import importlib.util as u; print(u.find_spec('torch').submodule_search_locations[0])")
 skipped="" tried=0
 
 try() { # name, compiler, further options of CMake...
@@ -18,7 +19,7 @@ try() { # name, compiler, further options of CMake...
   echo "== $name: $("$compiler" --version | head -1)"
   PATH="$(dirname "$python"):$PATH" "$cmake" -S . -B "build/compilers/$name" -G Ninja --log-level=WARNING \
     -DCMAKE_CXX_COMPILER="$compiler" -DCMAKE_BUILD_TYPE=Check -DCMAKE_CXX_FLAGS_CHECK="$optimization -DNDEBUG -Werror" \
-    -DPython_EXECUTABLE="$python" -DFORCE_CUDA=0 "$@"
+    -DPython_EXECUTABLE="$python" -DKEGFAST_TORCH_DIR="$torch" -DFORCE_CUDA=0 "$@"
   PATH="$(dirname "$python"):$PATH" "$cmake" --build "build/compilers/$name" --target kegfast_plans kegfast_objects -- --quiet
   tried=$((tried + 1))
 }
