@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from kegfast.compression import decompose
 from kegfast.compression.decompose import Metric, factorize, relative_error
 from kegfast.compression.ranks import spectra
 from kegfast.nn.factors import reconstruct
@@ -118,3 +119,24 @@ def test_a_matrix_is_taken_apart_once_for_its_ranks(monkeypatch):
     assert calls == [(300, 300)]
     assert inputs is output
     np.testing.assert_allclose(output, torch.linalg.svd(weight.double())[1].numpy(), rtol=1e-9)
+
+
+@pytest.mark.parametrize("decades", [0.0, 5.0])
+def test_a_small_rank_of_a_large_matrix_is_nearly_the_best(decades, monkeypatch):
+    monkeypatch.setattr(decompose, "SKETCH_FROM", 512)
+    torch.manual_seed(0)
+    weight = torch.randn(600, 512)
+    left, values, right = torch.linalg.svd(weight, full_matrices=False)
+    if decades:
+        values = torch.logspace(0, -decades, 512)
+        weight = (left * values) @ right
+    state = torch.get_rng_state()
+    for rank in (20, 128):
+        best = float(values[rank:].double().norm() / values.double().norm())
+        error = relative_error(weight, factorize(weight, (rank, None)))
+        assert best * 0.999 <= error <= best * 1.004
+        assert error == relative_error(weight, factorize(weight, (rank, None)))
+    assert torch.equal(torch.get_rng_state(), state)
+    monkeypatch.setattr(decompose, "_leading_svd", None)
+    whole = factorize(weight, (129, None))
+    assert relative_error(weight, whole) <= float(values[129:].norm() / values.norm()) * 1.001
