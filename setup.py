@@ -91,6 +91,8 @@ class CMakeBuild(build_ext):
                 raise CompileError(f"kegfast's compiled kernels: {message}. Log: {log}") from None
             absent.write_text(f"not compiled when it was installed: {message}")
             self.distribution.ext_modules = []
+            if wheel := self.distribution.get_command_obj("bdist_wheel", create=False):
+                wheel.root_is_pure = True
             atexit.register(
                 print,
                 f"kegfast is installed WITHOUT its compiled kernels: {message}. Log: {log}. "
@@ -126,14 +128,11 @@ def kept(log: str) -> str:
 
 
 class Wheel(bdist_wheel):
-    """A wheel of this build alone, pure where nothing could be compiled."""
+    """A wheel of this build alone."""
 
     def run(self) -> None:
         build = self.get_finalized_command("build")
         shutil.rmtree(build.build_lib, ignore_errors=True)  # else what an earlier build left rides along
-        if self.distribution.ext_modules:
-            self.run_command("build_ext")
-            self.root_is_pure = not self.distribution.ext_modules
         super().run()
 
 
