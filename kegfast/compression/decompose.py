@@ -79,7 +79,7 @@ class Decomposition:
         return _svd(self._target.flatten(1))
 
     def _svd_to(self, rank: int) -> tuple[Tensor, Tensor, Tensor]:
-        """The thin SVD; its start alone where the matrix is large, the rank small, the whole not known yet."""
+        """The thin SVD, or its start where the matrix is large, the rank small, the whole not yet known."""
         sides = self._target.shape[:2]
         if "_svd" in vars(self) or min(sides) < SKETCH_FROM or rank > min(sides) // 4:
             return self._svd
