@@ -10,7 +10,7 @@ KEGFAST_FUZZ_SECONDS ?= 3600
 OPTIMIZE ?= -O3
 NATIVE := setup.py CMakeLists.txt $(wildcard cmake/*) $(shell find csrc -type f)
 
-.PHONY: missing venv build demo test compilers fuzz device-check test-cuda sanitize-cuda bench bench-diversity bench-tucker2 bench-cuda fmt lint docs clean
+.PHONY: missing venv build demo test compilers fuzz sanitize device-check test-cuda sanitize-cuda bench bench-diversity bench-tucker2 bench-cuda fmt lint docs clean
 .DEFAULT_GOAL := build
 
 venv: $(STAMPS)/venv
@@ -51,6 +51,13 @@ fuzz: $(STAMPS)/dev
 OUT := build/device
 device-check:
 	$(PYTHON) tests/cuda/device_check.py --out $(OUT)
+
+# The CPU kernels on every instruction set of this machine: addresses and undefined behavior, then races of two threads.
+sanitize: $(STAMPS)/venv
+	set -e; export PATH="$(dir $(abspath $(PYTHON))):$$PATH"; for kind in Sanitize Races; do \
+	  cmake -S . -B build/$$kind -G Ninja -DCMAKE_BUILD_TYPE=$$kind -DPython_EXECUTABLE="$(abspath $(PYTHON))" \
+	    -DFORCE_CUDA=0; \
+	  cmake --build build/$$kind --target kegfast_kernels; build/$$kind/kegfast_kernels; done
 
 test-cuda: $(STAMPS)/dev
 	$(PYTHON) -m pytest tests/cuda/test_cuda.py
