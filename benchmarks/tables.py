@@ -106,6 +106,23 @@ def frozen(results: dict[str, Any]) -> str:
     return markdown_table([*headers, "goal"], rows)
 
 
+def exact_comparison(results: dict[str, Any]) -> str:
+    """Repeated calls with every byte of their factors compared, and with factors promised to be final."""
+    batches = list(dict.fromkeys(row["batch"] for row in results["configurations"]))
+    layers: dict[str, dict[int, dict[str, Any]]] = {}
+    for row in results["configurations"]:
+        layers.setdefault(row["layer"], {})[row["batch"]] = row
+    rows = []
+    for layer, of in layers.items():
+        cells = [layer, f"{of[batches[0]]['bytes'] / 1024:,.0f}"]
+        for batch in batches:
+            final, exact = of[batch]["final"], of[batch]["exact"]
+            cells += [f"{final:.1f}", f"{exact:.1f}", f"{exact / final - 1:+.0%}"]
+        rows.append(cells)
+    headers = [f"batch {batch}: {what}" for batch in batches for what in ("final (us)", "exact (us)", "more")]
+    return markdown_table(["layer", "factors (KB)", *headers], rows)
+
+
 def curve(cells: list[dict[str, Any]]) -> str:
     """Accuracy straight after compression, by parameter ratio and rule."""
     rules = list(dict.fromkeys(c["way"] for c in cells if c["ratio"] > 1))
@@ -279,6 +296,7 @@ TABLES: dict[str, tuple[str, str, Callable[[Any], str]]] = {
     "shuttle": ("reproduce_shuttle", "rows", paper),
     "pendigits": ("reproduce_pendigits", "rows", paper),
     "letter": ("reproduce_letter", "rows", paper),
+    "exact comparison": ("tucker2_exact", "", exact_comparison),
     "soft_target": ("soft_target", "rows", soft_target),
     "training": ("training", "", training),
     "hinton": ("hinton", "results", hinton),

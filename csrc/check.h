@@ -19,8 +19,8 @@ inline void check_in_memory(const char* name, const torch::stable::Tensor& t) {
     if (t.size(i) == 0) return;
     last += (t.size(i) - 1) * t.stride(i);
   }
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(t.get(), &kept));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_offset(t.get(), &offset));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(t.get(), &kept));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_offset(t.get(), &offset));
   const auto number = static_cast<int64_t>(t.element_size());
   KEGFAST_CHECK((offset + last + 1) * number <= kept && t.const_data_ptr() != nullptr, name,
                 "a tensor whose numbers are in memory", kept);

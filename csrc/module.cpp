@@ -4,12 +4,12 @@
 #include <pybind11/stl.h>
 
 #include <chrono>
-#include <cstring>
 
 #include "cpu/isa.h"
 #include "cpu/peak.h"
 #include "diversity.h"
 #include "frozen.h"
+#include "plain.h"
 #include "tucker2.h"
 #include "tucker2_repeat.h"
 
@@ -52,36 +52,11 @@ double multiply_add_rate(bool bfloat16) {
   return rate_of(KEGFAST_SELECT(issue_multiply_adds));
 }
 
-// A number that changes with any of up to 32 floats, spread over `count` from an address.
-PyObject* sample_of(PyObject*, PyObject* const* arguments, Py_ssize_t given) {
-  if (given != 2) {
-    PyErr_SetString(PyExc_TypeError, "sample_of takes an address and a number of floats");
-    return nullptr;
-  }
-  const auto* const bytes = static_cast<const char*>(PyLong_AsVoidPtr(arguments[0]));
-  const int64_t count = PyLong_AsLongLong(arguments[1]);
-  if (PyErr_Occurred()) return nullptr;
-  constexpr int64_t kSamples = 32;
-  uint64_t sum = 1469598103934665603u;  // FNV-1a, word by word
-  const int64_t samples = count < kSamples ? count : kSamples;
-  for (int64_t i = 0; i < samples; ++i) {
-    uint32_t word;
-    std::memcpy(&word, bytes + i * count / samples * 4, 4);
-    sum = (sum ^ word) * 1099511628211u;
-  }
-  return PyLong_FromUnsignedLongLong(sum);
-}
-
-PyMethodDef plain_functions[] = {
-    {"sample_of", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&sample_of)), METH_FASTCALL,
-     "A number that changes with samples of so many floats from an address."},
-    {nullptr, nullptr, 0, nullptr}};
-
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "kegfast's native part: build facts and kernel knobs; operators live in torch.ops.kegfast";
-  if (PyModule_AddFunctions(m.ptr(), plain_functions) != 0) throw py::error_already_set();
+  kegfast::add_plain(m);
   kegfast::add_tucker2_repeat(m);
   kegfast::add_frozen(m);
   m.def("build_info", &build_info);

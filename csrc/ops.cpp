@@ -24,7 +24,7 @@ STABLE_TORCH_LIBRARY(kegfast, m) {
       "  -> (Tensor loss, Tensor gradient)");
 
   // A Tucker-2 convolution last(core(first(x))) + bias, then ReLU if asked. packed: tucker2_pack of these
-  // factors, or none. Strides, paddings and dilations come as single ints: lists cost a microsecond a call.
+  // factors as they are now, which is the caller's to know, or none. Strides, paddings and dilations come as single ints: lists cost a microsecond a call.
   m.def(
       "tucker2(Tensor x, Tensor first, Tensor core, Tensor last, Tensor? bias, Tensor? packed, "
       "  int stride_h, int stride_w, int padding_h, int padding_w, int dilation_h, int dilation_w, "
@@ -52,12 +52,6 @@ STABLE_TORCH_LIBRARY(kegfast, m) {
       "tucker2_backward(Tensor gradient, Tensor x, Tensor t1, Tensor t2, Tensor first, Tensor core, "
       "  Tensor last, int padding_h, int padding_w, int dilation_h, int dilation_w, bool need_x, "
       "  bool need_first, bool need_core, bool need_last) -> (Tensor, Tensor, Tensor, Tensor)");
-  // Settles a call of tucker2 or tucker2_add for repetition: the address of a
-  // Tucker2Prepared (csrc/tucker2.h), or 0.
-  m.def(
-      "tucker2_prepare(Tensor x, Tensor first, Tensor core, Tensor last, Tensor? bias, Tensor? addend, "
-      "  Tensor packed, int stride_h, int stride_w, int padding_h, int padding_w, int dilation_h, "
-      "  int dilation_w, bool relu) -> int");
   // The factors in the order in which the CPU kernels read them, for one memory layout and instruction set.
   m.def(
       "tucker2_pack(Tensor first, Tensor core, Tensor last, int stride_h, int stride_w, "

@@ -80,20 +80,22 @@ struct Tucker2Plan {
   int64_t t1_at, t2_at, planes_at, tiles_at, x_at, y_at, scratch_floats;  // within a thread's scratch
 };
 
-// A number of a factor and its copy in the packed form.
-struct Tucker2Sample {
-  const void *factor, *packed;
-};
-constexpr int64_t kMostSamples = 96;
-
-// A call, in float32 or in pairs of bfloat16, that is settled but for where x lies, made by tucker2_prepare of ops.cpp. Whoever holds
-// one also holds the memory of its factors and their packed form.
+// A call, in float32 or in pairs of bfloat16, that is settled but for where x lies. Whoever holds one also holds the
+// memory of its factors, of their copies and of their packed form.
 struct Tucker2Prepared;
-// x, first, core, last and bias, if there is one, by the addresses of their implementations.
-std::vector<void*> prepared_tensors(const Tucker2Prepared& call);
-// y of x and the addend, null where there is none: all tensors by the addresses of their implementations, but y
-// is an AtenTensorHandle, the caller's to delete. The factors must be alive. Null, with nothing done, where the call
-// no longer holds: another kind of x or addend, other factors than then, other threads, another instruction set.
+// Every tensor by the address of its implementation, alive, or null where there is none.
+struct Tucker2Tensors {
+  void *x, *factors[3], *bias, *addend;
+  void* copies[3];  // of the factors, byte for byte, as they were when they were packed; null: they are final
+  void* packed;
+};
+// geometry: strides, paddings, dilations. Null where every call needs what the operator does.
+Tucker2Prepared* prepare_tucker2(const Tucker2Tensors& tensors, const std::array<int64_t, 6>& geometry,
+                                 bool relu);
+// y of x and the addend, null where there is none: by the addresses of their implementations, but y is an
+// AtenTensorHandle, the caller's to delete. The factors must be alive. Null, with nothing done, where the call no
+// longer holds: another kind of x or addend, other factors than then or other bytes in them, other threads, another
+// instruction set.
 void* run_prepared(const Tucker2Prepared& call, void* x, void* addend);
 void unsettle();                                     // No call that is prepared by now holds any longer.
 bool grad_mode();                                    // of this thread
@@ -127,21 +129,15 @@ void set_tucker2_winograd(int64_t most);
 std::string last_kernel();  // what the last tucker2 call of any thread ran: "winograd avx512"
 void note_unfused();        // it was torch's own convolutions
 
-#define KEGFAST_DECLARE(isa)                                                                                                     \
-  namespace isa {                                                                                                                \
-  Tucker2Plan tucker2_plan(const Tucker2Params& p, int64_t threads);                                                             \
-  /* all: the core in every form, else in the plan's only. */                                                                    \
-  void tucker2_pack(const Tucker2Params& p, const Tucker2Plan& plan, const Tucker2Factor& first,                                 \
-                    const Tucker2Factor& core, const Tucker2Factor& last, bool all, float* packed);                              \
-  /* Whether `packed` still holds these factors, by samples of each. */                                                          \
-  bool tucker2_packed_from(const Tucker2Params& p, const Tucker2Plan& plan, const Tucker2Factor& first,                          \
-                           const Tucker2Factor& core, const Tucker2Factor& last, const float* packed);                           \
-  /* The elements that tucker2_packed_from looks at: at most kMostSamples; their number. Of numbers of the kernel's own type. */ \
-  int64_t tucker2_samples(const Tucker2Params& p, const Tucker2Plan& plan, const Tucker2Factor& first,                           \
-                          const Tucker2Factor& core, const Tucker2Factor& last, Tucker2Sample* samples);                         \
-  /* Output rows begin <= n * P + row < end. */                                                                                  \
-  void tucker2_rows(const Tucker2Params& p, const Tucker2Plan& plan, int64_t begin, int64_t end,                                 \
-                    float* scratch);                                                                                             \
+#define KEGFAST_DECLARE(isa)                                                                        \
+  namespace isa {                                                                                   \
+  Tucker2Plan tucker2_plan(const Tucker2Params& p, int64_t threads);                                \
+  /* all: the core in every form, else in the plan's only. */                                       \
+  void tucker2_pack(const Tucker2Params& p, const Tucker2Plan& plan, const Tucker2Factor& first,    \
+                    const Tucker2Factor& core, const Tucker2Factor& last, bool all, float* packed); \
+  /* Output rows begin <= n * P + row < end. */                                                     \
+  void tucker2_rows(const Tucker2Params& p, const Tucker2Plan& plan, int64_t begin, int64_t end,    \
+                    float* scratch);                                                                \
   }
 KEGFAST_EACH_ISA(KEGFAST_DECLARE)
 KEGFAST_EACH_BF16_ISA(KEGFAST_DECLARE)

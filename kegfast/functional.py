@@ -9,33 +9,22 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 from kegfast._util import check
 from kegfast._util.check import expected
-from kegfast.dispatch import cuda
+from kegfast.dispatch.tucker2 import Call, choose, run
 from kegfast.ops import _native, diversity, reference
+from kegfast.ops._operands import (
+    Pair,
+    autocast,
+    check_activation,
+    check_addend,
+    check_tucker2,
+    is_dense_float,
+    tucker2_size,
+)
 from kegfast.ops.soft_target import fused as _fused_soft_target
-from kegfast.ops.tucker2 import reads_channels_last as reads_channels_last
-from kegfast.ops.tucker2 import tucker2_output_size, tucker2_training
 
 Metric = Literal["l1", "sqeuclidean", "l2", "euclidean", "cosine"]
 NoiseMetric = Literal["sqeuclidean", "euclidean"]
 _REDUCTIONS = ("mean", "sum")
-_FURTHEST = 2**24  # of strides, paddings and dilations: sizes of images must not overflow 64 bits
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-Pair = int | tuple[int, int]
-
-
-def _has_kernel(operator: str, device: str) -> bool:
-    registered = hasattr(torch.ops.kegfast, operator)
-    key = device.upper()
-    return registered and torch._C._dispatch_has_kernel_for_dispatch_key(f"kegfast::{operator}", key)
-
-
-# Asked once: torch.compile cannot trace the question.
-_KERNELS = {
-    (operator, device)
-    for operator in ("diversity_forward", "soft_target_forward", "tucker2")
-    for device in ("cpu", "cuda")
-    if _has_kernel(operator, device)
-}
 
 
 def diversity_loss(
@@ -95,11 +84,9 @@ def diversity_loss(
 def _diversity(
     noises: Tensor, samples: Tensor, metric: str, noise_metric: str, scale: float, log: bool
 ) -> Tensor:  # (B, nz), (B, D) -> ()
-    device = "cpu" if samples.is_cpu else samples.device.type
     # No CUDA kernel computes in float64.
-    wide = device == "cuda" and torch.float64 in (samples.dtype, noises.dtype)
-    known = ("diversity_forward", device) in _KERNELS and not wide
-    if known and _native.use_native() and _native.runs_on(samples.device):
+    wide = samples.is_cuda and torch.float64 in (samples.dtype, noises.dtype)
+    if not wide and _native.use_native() and _native.has_kernel("diversity_forward", samples.device):
         return diversity.diversity(noises, samples, metric, noise_metric, scale, log)
     exponent = reference.diversity_exponent(noises, samples, metric, noise_metric)
     return diversity.finish(exponent, samples.dtype, scale, log)
@@ -145,8 +132,7 @@ def check_diversity_options(metric: str, noise_metric: str, reduction: str, log:
     _check_one_of("metric", metric, diversity.METRICS)
     _check_one_of("noise_metric", noise_metric, diversity.NOISE_METRICS)
     _check_one_of("reduction", reduction, _REDUCTIONS)
-    if not isinstance(log, bool):
-        raise TypeError(expected("log", "True or False", log))
+    check.flag("log", log)
     return metric
 
 
@@ -158,28 +144,8 @@ def _check_groups(labels: Tensor, noises: Tensor) -> None:
         raise ValueError(expected("labels", what, labels))
 
 
-def _is_dense_float(x: object) -> bool:
-    """Whether the operators compute with it: no tensor that is sparse, quantised or of 8 bits."""
-    return isinstance(x, Tensor) and x.dtype in _FLOATS and x.layout is torch.strided
-
-
-def _check_operands(x: Tensor, bias: Tensor | None, **weights: Tensor) -> None:
-    """Raises unless a convolution's input, weights and bias are dense floats, alike in device and dtype."""
-    for name, t in {"x": x, **weights, "bias": bias}.items():
-        if t is None and name == "bias":
-            continue
-        if not _is_dense_float(t):
-            raise TypeError(expected(name, "a floating-point tensor", t))
-        if t.device != x.device:
-            raise ValueError(expected(name, f"on x's device, {x.device}", t))
-        if t.dtype != x.dtype and not _autocasts(x):
-            raise TypeError(expected(name, f"of x's dtype, {x.dtype}", t))
-        if name != "bias" and t.dim() != 4:
-            raise ValueError(expected(name, "4-dimensional", t))
-
-
 def _check_batch(name: str, x: Tensor) -> None:
-    if not _is_dense_float(x):
+    if not is_dense_float(x):
         raise TypeError(expected(name, "a floating-point tensor", x))
     if x.dim() < 2 or x.numel() == 0:
         raise ValueError(expected(name, "of shape (batch, ...), with something in it", x))
@@ -234,29 +200,12 @@ def tucker_conv2d(
         options = stride, padding, dilation, activation, recompute, addend
         y = tucker_conv2d(x[None], first, core, last, bias, *options)
         return y if isinstance(addend, Tensor) and addend.dim() > 3 else y[0]
-    geometry = _check_tucker2(x, first, core, last, bias, stride, padding, dilation, activation)
-    x, first, core, last, bias = _autocast(x, first, core, last, bias)
-    weights = (x, first, core, last, bias)
-    training = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in weights)
-    form = _form(*weights[:4], geometry, training) if _fuses(x, core) else None
-    if addend is not None:
-        size = (x.shape[0], last.shape[0], *tucker2_output_size(*x.shape[2:], core, *geometry))
-        _check_addend(addend, size, x.device)
-    if form is None:
-        _native.note_unfused()
-        return reference.tucker_conv2d(*weights, *geometry, activation, addend)
-    ints = [n for two in geometry for n in two]
-    if addend is not None:
-        if x.is_cpu and not training and _adds(addend, size, x.dtype):
-            return torch.ops.kegfast.tucker2_add(*weights, addend, None, *ints, activation == "relu")
-        y = tucker_conv2d(*weights, *geometry, None, recompute)
-        return reference.finish(y, addend, activation)
-    if training:
-        keep = not recompute and any(t.requires_grad for t in (first, core, last))
-        return tucker2_training(*weights, *ints, activation == "relu", keep)
-    if form:
-        return torch.ops.kegfast.tucker2_as(*weights, *ints, activation == "relu", form)
-    return torch.ops.kegfast.tucker2(*weights, None, *ints, activation == "relu")
+    check_activation(activation)
+    geometry = check_tucker2(given, stride, padding, dilation)
+    check_addend(addend, tucker2_size(x, core, last, geometry), x.device)
+    x, *weights = autocast(given)
+    call = Call(x, tuple(weights), geometry, activation, recompute, addend, None)
+    return run(call, choose(call))
 
 
 def soft_target(
@@ -293,120 +242,6 @@ def soft_target(
     check.number("temperature", temperature, above=0)
     teacher = teacher.detach()
     dtypes = (torch.float32, torch.bfloat16, torch.float16) if student.is_cuda else (torch.float32,)
-    known = student.dtype in dtypes and ("soft_target_forward", student.device.type) in _KERNELS
-    fused = known and _native.use_native() and _native.runs_on(student.device)
+    known = student.dtype in dtypes and _native.has_kernel("soft_target_forward", student.device)
+    fused = known and _native.use_native()
     return (_fused_soft_target if fused else reference.soft_target)(student, teacher, temperature)
-
-
-def pair(name: str, value: Pair, least: int) -> tuple[int, int]:
-    """An int or a (vertical, horizontal) pair as a pair; ValueError unless in [least, `_FURTHEST`]."""
-    two = tuple(value) if isinstance(value, tuple | list) else (value, value)
-    if len(two) != 2 or not all(isinstance(n, int | torch.SymInt) and least <= n <= _FURTHEST for n in two):
-        what = f"an int or a pair of ints, each from {least} to {_FURTHEST}"
-        raise ValueError(expected(name, what, value))
-    return two
-
-
-def _check_tucker2(
-    x: Tensor,
-    first: Tensor,
-    core: Tensor,
-    last: Tensor,
-    bias: Tensor | None,
-    stride: Pair,
-    padding: Pair,
-    dilation: Pair,
-    activation: str | None,
-) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int]]:
-    """Raises ValueError or TypeError for what `tucker_conv2d` cannot take; the geometry as pairs."""
-    if activation not in (None, "relu"):
-        raise ValueError(expected("activation", "None or 'relu'", activation))
-    _check_operands(x, bias, first=first, core=core, last=last)
-    if first.shape[1:] != (x.shape[1], 1, 1):
-        raise ValueError(expected("first", f"(R1, {x.shape[1]}, 1, 1), x's channels", first))
-    if core.shape[1] != first.shape[0] or 0 in core.shape:
-        raise ValueError(expected("core", f"(R2, {first.shape[0]}, kh, kw), first's rank", core))
-    if last.shape[1:] != (core.shape[0], 1, 1) or last.shape[0] == 0:
-        raise ValueError(expected("last", f"(K, {core.shape[0]}, 1, 1), core's rank", last))
-    if bias is not None and bias.shape != last.shape[:1]:
-        raise ValueError(expected("bias", f"({last.shape[0]},), one per output channel", bias))
-    geometry = pair("stride", stride, 1), pair("padding", padding, 0), pair("dilation", dilation, 1)
-    reach = [d * (k - 1) + 1 - 2 * p for k, p, d in zip(core.shape[2:], *geometry[1:], strict=True)]
-    if x.shape[2] < reach[0] or x.shape[3] < reach[1] or x.shape[2] == 0 or x.shape[3] == 0:
-        what = f"at least {max(reach[0], 1)} x {max(reach[1], 1)} pixels, the core's window"
-        raise ValueError(expected("x", what, x))
-    return geometry
-
-
-def _check_addend(addend: object, size: tuple[int, ...], device: torch.device) -> None:
-    if isinstance(addend, int | float):
-        return
-    if not isinstance(addend, Tensor) or addend.layout is not torch.strided:
-        raise TypeError(expected("addend", "a dense tensor or a number", addend))
-    sizes = zip(reversed(addend.shape), reversed(size), strict=False)
-    if (addend.dim() and addend.device != device) or any(a != b and 1 not in (a, b) for a, b in sizes):
-        what = f"on {device} and of a shape that adds to {tuple(map(int, size))}"
-        raise ValueError(expected("addend", what, addend))
-
-
-def _adds(addend: Tensor | float, size: tuple[int, ...], dtype: torch.dtype) -> bool:
-    """Whether the compiled operator takes it on the CPU; otherwise torch's addition does."""
-    return (
-        isinstance(addend, Tensor)
-        and addend.is_cpu
-        and addend.dtype is dtype
-        and addend.shape == size
-        and not (torch.is_grad_enabled() and addend.requires_grad)
-    )
-
-
-def _autocasts(x: Tensor) -> bool:
-    return not x.is_meta and torch.is_autocast_enabled(x.device.type)
-
-
-def _autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    """Inputs in autocast's dtype where it is on, as torch's own convolutions take them."""
-    if not _autocasts(tensors[0]) or tensors[0].dtype == torch.float64:
-        return tensors
-    dtype = torch.get_autocast_dtype(tensors[0].device.type)
-    return tuple(t if t is None else t.to(dtype) for t in tensors)
-
-
-def _fuses(x: Tensor, core: Tensor) -> bool:
-    """Whether a compiled kernel takes this call; otherwise torch's own convolutions do."""
-    return (
-        x.dtype in (torch.float32, torch.bfloat16, torch.float16)
-        and core.shape[2] * core.shape[3] <= 256
-        and _native.use_native()
-        and ("tucker2", x.device.type) in _KERNELS
-        and _native.runs_on(x.device)
-    )
-
-
-def _form(
-    x: Tensor,
-    first: Tensor,
-    core: Tensor,
-    last: Tensor,
-    geometry: tuple[tuple[int, int], ...],
-    training: bool,
-) -> int | None:
-    """What takes the call: a number for `tucker2_as` (CUDA), 0 the operator's own choice, None torch."""
-    return cuda.form(x, first, core, last, geometry, training) if x.is_cuda else 0
-
-
-def fuses_inference(x: Tensor) -> bool:
-    """Whether a call outside autograd may go straight to `torch.ops.kegfast`.
-
-    Only what is cheap to ask: the operator refuses the rest, and `tucker_conv2d` then decides.
-    """
-    if not isinstance(x, Tensor):
-        return False
-    device = "cpu" if x.is_cpu else "cuda"
-    return (
-        (x.is_cpu or (x.is_cuda and ("tucker2", "cuda") in _KERNELS and _native.runs_on(x.device)))
-        and x.dim() == 4
-        and x.dtype is not torch.float64
-        and _native.use_native()
-        and not torch.is_autocast_enabled(device)
-    )

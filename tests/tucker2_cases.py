@@ -6,6 +6,7 @@ from torch import Tensor
 
 import kegfast
 from kegfast.functional import tucker_conv2d
+from kegfast.nn import TuckerConv2d
 from kegfast.ops import reference
 
 needs_native = pytest.mark.skipif(
@@ -99,3 +100,21 @@ def check_gradients(
 
 def relative_error(y: Tensor, want: Tensor) -> float:
     return ((y.double() - want).norm() / want.norm()).item()
+
+
+def settled(**options) -> tuple[TuckerConv2d, torch.Tensor]:
+    """A layer whose next call repeats the last one, and its input."""
+    torch.manual_seed(0)
+    layer = TuckerConv2d(6, 20, 3, (4, 17), padding=1, **options).eval()
+    x = torch.randn(2, 6, 9, 8)
+    with torch.no_grad():
+        for _ in range(3):
+            layer(x)
+    assert layer._memory.settled.call is not None or not kegfast.build_info()["native"]
+    return layer, x
+
+
+def three_convolutions(layer: TuckerConv2d, x: torch.Tensor) -> torch.Tensor:
+    """What the layer stands for."""
+    with torch.no_grad():
+        return layer.to_sequential()(x)

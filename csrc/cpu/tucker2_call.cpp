@@ -168,6 +168,46 @@ Tucker2Factor factor(const Tensor& weight) {  // (O, I, kh, kw)
           weight.stride(2),        weight.stride(3), weight.size(0),   weight.size(1)};
 }
 
+void check_weights(const Tensor& x, const Tensor& first, const Tensor& core, const Tensor& last,
+                   const std::optional<Tensor>& bias) {
+  KEGFAST_CHECK(x.dim() == 4, "x", "4-dimensional", x.dim());
+  KEGFAST_CHECK(first.dim() == 4 && first.size(1) == x.size(1), "first",
+                "(R1, C, 1, 1) with the channels of x", first.size(1));
+  KEGFAST_CHECK(core.dim() == 4 && core.size(1) == first.size(0), "core", "(R2, R1, kh, kw)", core.size(1));
+  KEGFAST_CHECK(last.dim() == 4 && last.size(1) == core.size(0), "last", "(K, R2, 1, 1)", last.size(1));
+  check_in_memory("x", x);
+  check_in_memory("first", first), check_in_memory("core", core), check_in_memory("last", last);
+  if (bias) check_in_memory("bias", *bias);
+  for (const Tensor* t : {&first, &core, &last})
+    KEGFAST_CHECK(t->scalar_type() == x.scalar_type() && t->is_cpu(), "weights",
+                  "tensors of x's type on x's device", static_cast<int>(t->scalar_type()));
+  if (bias)
+    KEGFAST_CHECK(bias->numel() == last.size(0) && bias->scalar_type() == x.scalar_type(), "bias",
+                  "(K) of x's type", bias->numel());
+}
+
+void check_addend(const Tucker2Params& p, const Tensor& addend) {
+  KEGFAST_CHECK(addend.dim() == 4 && addend.size(0) == p.images && addend.size(1) == p.features &&
+                    addend.size(2) == p.out_height && addend.size(3) == p.out_width,
+                "addend", "of the output's shape", addend.dim());
+  KEGFAST_CHECK(addend.is_cpu() && type_of(addend) == p.type, "addend", "of x's type on x's device",
+                static_cast<int>(addend.scalar_type()));
+  check_in_memory("addend", addend);
+}
+
+bool lies_as_output(const Tucker2Params& p, const Tensor& t) {
+  const int64_t plane = p.out_height * p.out_width, k = p.features;
+  const int64_t strides[] = {k * plane, p.channels_last ? 1 : plane, p.out_width * (p.channels_last ? k : 1),
+                             p.channels_last ? k : 1};
+  for (int64_t i = 0; i < 4; ++i)
+    if (t.size(i) > 1 && t.stride(i) != strides[i]) return false;
+  return true;
+}
+
+bool is_packed_for(const Tucker2Plan& plan, const Tensor& packed) {
+  return packed.numel() == plan.packed_floats && packed.const_data_ptr<float>()[0] == plan.packed_layout;
+}
+
 Tucker2Params geometry(int64_t images, int64_t channels, int64_t height, int64_t width, const Tensor& core,
                        int64_t features, const Geometry& g) {
   Tucker2Params p{};

@@ -36,6 +36,14 @@ Tensor readable(const Tensor& x);
 Tucker2Type type_of(const Tensor& t);
 Tucker2Factor factor(const Tensor& weight);  // (O, I, kh, kw)
 
+// Throw for tensors that are not a layer's, or not in memory.
+void check_weights(const Tensor& x, const Tensor& first, const Tensor& core, const Tensor& last,
+                   const std::optional<Tensor>& bias);
+void check_addend(const Tucker2Params& p, const Tensor& addend);
+bool lies_as_output(const Tucker2Params& p, const Tensor& t);
+// By size and layout alone: whoever hands a packed buffer on has made sure of its numbers.
+bool is_packed_for(const Tucker2Plan& plan, const Tensor& packed);
+
 // The whole Params of a call but for x, y and what is kept; throws for a geometry that cannot be.
 Tucker2Params geometry(int64_t images, int64_t channels, int64_t height, int64_t width, const Tensor& core,
                        int64_t features, const Geometry& g);

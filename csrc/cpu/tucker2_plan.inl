@@ -300,40 +300,6 @@ void pack_factor(const Tucker2Factor& w, int64_t outputs, int64_t inputs, int64_
             [&](const Part& part, int64_t at) { pack_part(w, part, inputs, taps_w, window, out + at); });
 }
 
-constexpr int64_t kPadding = -1;  // no element of the factor, but a zero
-
-// Up to kSamples elements, spread over outputs and inputs alike: f(offset in the factor or kPadding, bytes from
-// the start of its packed form) as long as it returns true. place(o, s, word): where that is, in floats.
-template <class Place, class F>
-bool each_sample(const Tucker2Factor& w, int64_t outputs, int64_t inputs, int64_t taps_w, Window window,
-                 const Place& place, const F& f) {
-  constexpr int64_t kSamples = 32;
-  const int64_t depth = window.segments * window.length * kPair;
-  const int64_t elements = outputs * depth, samples = smaller(elements, kSamples);
-  for (int64_t i = 0; i < samples; ++i) {
-    const int64_t e = i * elements / samples, o = e / depth, s = e % depth / (window.length * kPair),
-                  k = e % (window.length * kPair), word = k / kPair;
-    const auto from = place_of(w, inputs, taps_w, window, s, k);
-    const bool exists = from.exists && o < w.outputs;
-    if (!f(exists ? from.at + o * w.row : kPadding, place(o, s, word) * 4 + k % kPair * kNumberBytes))
-      return false;
-  }
-  return true;
-}
-
-// Where output o's word of segment s stands in a packed factor.
-int64_t packed_place(int64_t outputs, Window window, bool folds, int64_t o, int64_t s, int64_t word) {
-  int64_t place = 0;
-  for_parts(outputs, window, folds, [&](const Part& part, int64_t at) {
-    const int64_t in = o - part.first, channels = kLanes / part.group;
-    if (in < 0 || in >= part.outputs) return;
-    const int64_t vector =
-        (in / channels * window.segments + s) * ceil_div(window.length, part.group) + word / part.group;
-    place = at + vector * kLanes + in % channels * part.group + word % part.group;
-  });
-  return place;
-}
-
 }  // namespace
 
 }  // namespace kegfast::KEGFAST_ISA

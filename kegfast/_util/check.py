@@ -53,6 +53,17 @@ def count(argument: str, value: Any, least: int = 1) -> int:
     return value
 
 
+def flag(argument: str, value: Any) -> bool:
+    """The value, which must be a bool.
+
+    Raises:
+        TypeError: for anything else.
+    """
+    if not isinstance(value, bool):
+        raise TypeError(expected(argument, "True or False", value))
+    return value
+
+
 def counts(**values: Any) -> None:
     """`count` of each argument by its name, from 1."""
     for argument, value in values.items():

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from kegfast._util import check
 from kegfast._util.check import accepts, expected
 from kegfast._util.inputs import Inputs, as_inputs, call, copied, named_tensors
 from kegfast._util.modules import clone, evaluation
@@ -23,7 +24,7 @@ METADATA = ("dtype", "device", "shape", "ndim")
 """Of a weight, what folding leaves as it is."""
 
 
-def fuse(model: nn.Module, example_input: Any = None) -> nn.Module:
+def fuse(model: nn.Module, example_input: Any = None, *, final: bool = False) -> nn.Module:
     """Folds BatchNorm and ReLU into the layers before them, for inference.
 
     A BatchNorm (by its running statistics) goes into the weights and bias of the convolution or Linear
@@ -46,6 +47,8 @@ def fuse(model: nn.Module, example_input: Any = None) -> nn.Module:
             be traced by torch.fx, nothing is folded without it; with it, neighbours inside an
             `nn.Sequential` are, where its call shows each run once, one right after the other, so give
             it only where other inputs take the same way through the model.
+        final: promises that nobody writes to the folded model's weights, which its Tucker-2 layers then need
+            not compare in each call; see `kegfast.nn.TuckerConv2d.final_` (default False).
 
     Returns:
         The folded model in eval mode: a torch.fx GraphModule with the same names, or a copy of the model
@@ -57,6 +60,7 @@ def fuse(model: nn.Module, example_input: Any = None) -> nn.Module:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(expected("model", "a torch.nn.Module", model))
+    check.flag("final", final)
     model, kind = unwrap(model), type(unwrap(model)).__name__
     inputs = None if example_input is None else as_inputs("example_input", example_input, alike=False)
     folded = clone(model).eval()
@@ -71,7 +75,9 @@ def fuse(model: nn.Module, example_input: Any = None) -> nn.Module:
         log.info("%s cannot be traced: without example_input nothing is folded", kind)
     if wanted is not None and (difference := _difference(wanted, _answers(folded, inputs))):
         log.warning("%s stays as it is: folded it answered otherwise (%s)", kind, difference)
-        return clone(model).eval()
+        folded = clone(model).eval()
+    for layer in filter(lambda module: isinstance(module, TuckerConv2d), folded.modules() if final else ()):
+        layer.final_()
     return folded
 
 

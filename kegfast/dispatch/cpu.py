@@ -47,13 +47,13 @@ def shape_of(x: Tensor, core: Tensor, features: int, geometry: Geometry) -> Shap
     return *x.shape, r1, r2, features, kh, kw, *pairs, int(pixels_first), torch.get_num_threads()
 
 
-def takes(x: Tensor, core: Tensor, features: int, geometry: Geometry) -> bool:
-    """Whether the compiled operator takes a layer's call outside autograd; else torch's convolutions do."""
+def by_convolutions(x: Tensor, weights: tuple[Tensor | None, ...], geometry: Geometry) -> bool:
+    """Whether torch's convolutions were measured to be faster for a layer's call outside autograd."""
     if _table is None:
         table()
     if not _unfused or x.dtype != torch.float32 or _native._backend == "native":
-        return True
-    return shape_of(x, core, features, geometry) not in _unfused
+        return False
+    return shape_of(x, weights[1], weights[2].shape[0], geometry) in _unfused
 
 
 def autotune(model: torch.nn.Module, example_input: Inputs) -> dict[str, dict[Form, float]]:

@@ -1,74 +1,58 @@
 """The unfused form of a Tucker-2 layer on the CPU at its best: oneDNN's convolutions on reordered weights."""
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
-from kegfast.dispatch.packed import Weights, is_dense, watched
-from kegfast.ops import _native, reference
+from kegfast.dispatch.packed import Copies, OwnMemory, Weights, copies_of, holds, is_dense
+from kegfast.ops import reference
 from kegfast.ops.tucker2 import reads_channels_last
 
+Geometry = tuple[tuple[int, int], tuple[int, int], tuple[int, int]]  # stride, padding, dilation
+_POINTWISE: Geometry = (1, 1), (0, 0), (1, 1)
 
-class PackedConvolutions:
+
+def takes(x: Tensor, weights: Weights) -> bool:
+    """Whether oneDNN runs such a call on reordered weights: dense pixels of one dtype, while it is on."""
+    if not (torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled):
+        return False
+    # Of planes oneDNN makes channels_last itself.
+    dense = reads_channels_last(x) and is_dense(x)
+    return dense and all(is_dense(w) and w.dtype is x.dtype for w in weights[:3])
+
+
+class PackedConvolutions(OwnMemory):
     """Runs a layer's factors one after another, reordered once for x's shape: what a frozen graph does.
 
-    For float32 in channels_last, outside autograd.
-
-    They are reordered again whenever a factor's address, version, dtype, shape or strides change, or a
-    sample of its numbers does (torch does not count writes through `.data`).
-
-    Copies and pickles of it are empty.
+    For what `takes` allows, outside autograd. They are reordered again whenever a byte of them changes.
     """
 
     def __init__(self) -> None:
-        # key, samples, reordered factors, and the factors' memory, which keeps their addresses theirs
-        self._kept: tuple[tuple[object, ...], tuple[int, ...], list[Tensor], tuple[Tensor, ...]]
-        self._kept = (), (), [], ()
+        # key, the factors' bytes, reordered factors
+        self._kept: tuple[tuple[object, ...], Copies | None, list[Tensor]] = (), None, []
 
     def __call__(
-        self, x: Tensor, weights: Weights, options: tuple, addend: Tensor | float | None = None
-    ) -> Tensor | None:
-        """The layer's output, or None where oneDNN does not take it. `options`: geometry and activation."""
-        if not (torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled) or watched():
-            return None
-        if not (reads_channels_last(x) and is_dense(x)):  # of planes oneDNN makes channels_last
-            return None
-        *factors, bias = weights
-        geometry = options[:3]
-        try:
-            key = x.shape, x.stride(), geometry, *(_key(w) for w in factors)
-        except RuntimeError:  # inference tensors have no version
-            return None
-        samples = tuple(_native._C.sample_of(w.data_ptr(), w.numel()) for w in factors)
-        kept = self._kept
-        if key != kept[0] or samples != kept[1]:
-            if not all(is_dense(w) and w.dtype is x.dtype for w in factors):
-                return None
-            factors = tuple(w.detach() for w in factors)
-            kept = self._kept = key, samples, _reorder(x, factors, geometry), factors
+        self,
+        x: Tensor,
+        weights: Weights,
+        geometry: Geometry,
+        activation: str | None,
+        addend: Tensor | float | None = None,
+    ) -> Tensor:
+        """The layer's output."""
+        kept, key, bias = self._kept, (x.shape, x.stride(), geometry), weights[3]
+        if key != kept[0] or not holds(kept[1], weights):
+            copies = copies_of(weights)
+            factors = weights[:3] if copies is None else copies
+            kept = self._kept = key, copies, _reorder(x, factors, geometry)
         first, core, last = kept[2]
         z = _run(x, first, None, _POINTWISE)
         z = _run(z, core, None, geometry)
         if addend is not None:
-            return reference.finish(_run(z, last, bias, _POINTWISE), addend, options[3])
-        return _run(z, last, bias, _POINTWISE, "none" if options[3] is None else "relu")
-
-    def __reduce__(self) -> tuple[Callable[[], "PackedConvolutions"], tuple[()]]:
-        return PackedConvolutions, ()
-
-    def __deepcopy__(self, memo: dict[int, object]) -> "PackedConvolutions":
-        return PackedConvolutions()
+            return reference.finish(_run(z, last, bias, _POINTWISE), addend, activation)
+        return _run(z, last, bias, _POINTWISE, "none" if activation is None else "relu")
 
 
-_POINTWISE = (1, 1), (0, 0), (1, 1)  # stride, padding, dilation
-
-
-def _key(w: Tensor) -> tuple[object, ...]:
-    return w.data_ptr(), w._version, w.dtype, w.shape, w.stride()
-
-
-def _reorder(x: Tensor, factors: tuple[Tensor, ...], geometry: tuple) -> list[Tensor]:
+def _reorder(x: Tensor, factors: Copies, geometry: Geometry) -> list[Tensor]:
     packed, z = [], x
     for w, (stride, padding, dilation) in zip(factors, (_POINTWISE, geometry, _POINTWISE), strict=True):
         plain = w.contiguous().to_mkldnn()
@@ -78,7 +62,9 @@ def _reorder(x: Tensor, factors: tuple[Tensor, ...], geometry: tuple) -> list[Te
     return packed
 
 
-def _run(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: tuple, activation: str = "none") -> Tensor:
+def _run(
+    x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry, activation: str = "none"
+) -> Tensor:
     stride, padding, dilation = geometry
     pointwise = torch.ops.mkldnn._convolution_pointwise.default
     return pointwise(x, weight, bias, padding, stride, dilation, 1, activation, [], "")

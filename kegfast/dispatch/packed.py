@@ -1,128 +1,117 @@
-"""What a Tucker-2 layer keeps between calls on the CPU: its packed factors, and the last call, settled."""
+"""What a Tucker-2 layer keeps between calls on the CPU: packed factors, and the last call, settled."""
 
-from collections.abc import Callable
+from typing import TYPE_CHECKING, Self
 
 import torch
 from torch import Tensor
 
 from kegfast.ops import _native
+from kegfast.ops._operands import check_in_memory
 
-_BYSTANDERS = (
-    torch._C._len_torch_dispatch_stack, torch.autograd._profiler_enabled, torch._C._is_any_autocast_enabled,
-    torch._C._get_tracing_state,
-)  # fmt: skip
-if _native._C is None:
-
-    def repeat(*_: object) -> None:
-        """Nothing was compiled that could repeat a call."""
-else:
-    _native._C.learn_torch(Tensor, torch._C._aoti.alloc_tensors_by_stealing_from_void_ptrs, _BYSTANDERS)
-    repeat = _native._C.repeat_tucker2
+if TYPE_CHECKING:
+    from kegfast.dispatch.tucker2 import Call
 
 Weights = tuple[Tensor, Tensor, Tensor, Tensor | None]  # first, core, last, bias
+Copies = tuple[Tensor, Tensor, Tensor]
 
 
-class PackedFactors:
-    """Packs a layer's three factors once, and again whenever one of them changes.
+class OwnMemory:
+    """Kept between calls by one object alone: copies and pickles of it are empty."""
 
-    The key of the cache is each factor's address, version, dtype, shape and strides, and `kegfast.tuning`. It
-    also holds the storages it was made from, so an address cannot come back as another tensor's. Writes that
-    torch does not count (through `.data`) are caught by the operator, which compares samples of the packed
-    buffer with the factors in every call.
+    def __reduce__(self) -> tuple[type[Self], tuple[()]]:
+        return type(self), ()
 
-    Copies and pickles of it are empty.
+    def __deepcopy__(self, memo: dict[int, object]) -> Self:
+        return type(self)()
+
+
+def copies_of(weights: Weights) -> Copies | None:
+    """The factors' bytes as they are now; None where they leave gaps in memory, or overlap."""
+    check_in_memory(
+        **dict(zip(("first", "core", "last"), weights[:3], strict=True))
+    )  # torch's clone does not
+    first, core, last = (w.detach().clone() for w in weights[:3])
+    strides = (w.stride() == copy.stride() for w, copy in zip(weights[:3], (first, core, last), strict=True))
+    return (first, core, last) if all(strides) else None
+
+
+def holds(copies: Copies | None, weights: Weights) -> bool:
+    """Whether the factors still are, byte for byte, what they were: one read of both."""
+    return copies is not None and _native._C.same_bytes(weights[:3], copies)
+
+
+class PackedFactors(OwnMemory):
+    """Packs a layer's three factors once, and again whenever a byte of them changes, however it was written.
+
+    Attributes:
+        copies: per memory layout, the factors as they were packed.
     """
 
     def __init__(self) -> None:
-        # One entry per memory layout: key, buffer, sources. Replaced as a whole, so that another
+        # One entry per memory layout: key, buffer, copies. Replaced as a whole, so that another
         # thread meets one state or the other.
-        self._entries: list[tuple[tuple[object, ...], Tensor | None, tuple[Tensor, ...]]]
-        self._entries = [((), None, ()), ((), None, ())]
+        self._entries: list[tuple[tuple[object, ...], Tensor, Copies] | None] = [None, None]
 
     def __call__(
-        self,
-        first: Tensor,  # (R1, C, 1, 1)
-        core: Tensor,  # (R2, R1, kh, kw)
-        last: Tensor,  # (K, R2, 1, 1)
-        stride: tuple[int, int],
-        dilation: tuple[int, int],
-        channels_last: bool,
-    ) -> Tensor | None:
-        """The packed buffer for `torch.ops.kegfast.tucker2`, or None where versions are not kept."""
-        try:
-            key = tuple((w.data_ptr(), w._version, w.dtype, w.shape, w.stride()) for w in (first, core, last))
-            key += (_native._C.tucker2_winograd(),)
-        except RuntimeError:  # inference tensors have no version: pack in every call
-            return None
-        kept, packed, _ = self._entries[channels_last]
-        if key != kept:
-            sources = (first.detach(), core.detach(), last.detach())
-            packed = torch.ops.kegfast.tucker2_pack(*sources, *stride, *dilation, channels_last)
-            self._entries[channels_last] = (key, packed, sources)
-        return packed
+        self, weights: Weights, stride: tuple[int, int], dilation: tuple[int, int], channels_last: bool
+    ) -> tuple[Tensor, Copies] | None:
+        """The packed buffer for `torch.ops.kegfast.tucker2` and the bytes that it was made of.
 
-    def __reduce__(self) -> tuple[Callable[[], "PackedFactors"], tuple[()]]:
-        return PackedFactors, ()
-
-    def __deepcopy__(self, memo: dict[int, object]) -> "PackedFactors":
-        return PackedFactors()
+        None for factors that leave gaps in memory, which the operator packs in each call.
+        """
+        key = stride, dilation, _native._C.tucker2_winograd()
+        entry = self._entries[channels_last]
+        if entry is None or entry[0] != key or not holds(entry[2], weights):
+            copies = copies_of(weights)
+            if copies is None:
+                return None
+            packed = torch.ops.kegfast.tucker2_pack(*copies, *stride, *dilation, channels_last)
+            entry = self._entries[channels_last] = key, packed, copies
+        return entry[1:]
 
 
-class PreparedCall:
+class SettledCall(OwnMemory):
     """Repeats a layer's last call without the dispatcher.
 
     That costs more than a small layer computes, and out of cache, after other layers' work, a tenth of a
     millisecond: a sixth of 256 -> 256 on 14 x 14 at ranks 32/32 and batch 8.
 
     Taken only where nothing could tell the difference: float32, or bfloat16 where the CPU multiplies it; the
-    shape, options and factors of last time; no mode, tracer, profiler or autocast that wants to see
-    operators.
-
-    Copies and pickles of it are empty.
+    shape, modules, options and factors of last time, the latter compared byte for byte; plain tensors in a
+    thread that nobody watches (`kegfast.dispatch.plain`).
 
     Attributes:
-        settled: the call, for `repeat`; None: there is none.
+        call: what `repeat` takes; None: there is none.
     """
 
     def __init__(self) -> None:
-        self.settled: object | None = None
+        self.call: object | None = None
         self._seen: tuple[object, ...] = ()
 
-    def learn(
-        self,
-        x: Tensor,
-        weights: Weights,
-        options: tuple[object, ...],
-        packed: Tensor | None,
-        arguments: tuple[int | bool, ...],
-        addend: Tensor | None = None,
-    ) -> None:
+    def learn(self, call: "Call", packed: tuple[Tensor, Copies], parts: object, final: bool) -> None:
         """Settles the call that has just been made, when it is the second of its shape in a row.
 
-        `options`: all else that decides it.
+        `parts`: the modules as they were seen. `final`: the factors' bytes need no comparison.
         """
-        if watched():
-            return
+        x, factors = call.x, call.weights[:3]
         seen, self._seen = self._seen, (x.shape, x.stride())
-        if packed is None or seen != self._seen or not is_dense(x):
+        if seen != self._seen or not is_dense(x):
             return
-        if x.dtype is not torch.float32 and not (x.dtype is torch.bfloat16 and _native._C.pairs_bfloat16()):
+        pairs = x.dtype is torch.bfloat16 and _native._C.pairs_bfloat16()
+        if x.dtype is not torch.float32 and not pairs:
             return
-        address = torch.ops.kegfast.tucker2_prepare(x, *weights, addend, packed, *arguments)
-        if address:
-            kept = tuple(w if w is None else w.detach() for w in weights), packed
-            self.settled = _native._C.settle_tucker2(address, x, weights, options, kept)
-
-    def __reduce__(self) -> tuple[Callable[[], "PreparedCall"], tuple[()]]:
-        return PreparedCall, ()
-
-    def __deepcopy__(self, memo: dict[int, object]) -> "PreparedCall":
-        return PreparedCall()
-
-
-def watched() -> bool:
-    """Whether something wants to see operators, or to change them."""
-    return any(asks() for asks in _BYSTANDERS)
+        buffer, copies = packed
+        self.call = _native._C.settle_tucker2(
+            parts=parts,
+            activation=call.activation,
+            x=x,
+            weights=call.weights,
+            copies=copies,
+            packed=buffer,
+            addend=call.addend,
+            final=final and not any(w.is_inference() for w in factors),  # these count no versions
+            geometry=call.ints,
+        )
 
 
 def is_dense(x: Tensor) -> bool:

@@ -1,21 +1,20 @@
 """Drop-in layers: a Tucker-2 convolution and a Linear in factors."""
 
-from itertools import chain
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 import torch
-from torch import Tensor, is_grad_enabled, nn
-from torch.compiler import is_compiling, is_dynamo_compiling
+from torch import Tensor, nn
+from torch.compiler import is_dynamo_compiling
+from torch.overrides import has_torch_function
 
 from kegfast import functional
 from kegfast._util import check
 from kegfast._util.check import expected
-from kegfast.dispatch import cpu, cuda
-from kegfast.dispatch.onednn import PackedConvolutions
-from kegfast.dispatch.packed import PackedFactors, PreparedCall, Weights, repeat
+from kegfast.dispatch.packed import SettledCall
+from kegfast.dispatch.tucker2 import Form, LayerMemory, call_of, choose, repeat, run
 from kegfast.nn.factors import FactoredConv2d, FactoredLinear
-from kegfast.ops._native import note_unfused
-from kegfast.ops.tucker2 import tucker2_training
+from kegfast.ops import reference
+from kegfast.ops._operands import Pair, autocasts, check_activation, check_addend, pair
 
 if TYPE_CHECKING:
     from kegfast.compression.ranks import RankRule
@@ -47,33 +46,29 @@ class TuckerConv2d(FactoredConv2d, nn.Module):
         self,
         in_channels: int,
         out_channels: int,
-        kernel_size: functional.Pair,
+        kernel_size: Pair,
         rank: tuple[int, int],
-        stride: functional.Pair = 1,
-        padding: functional.Pair = 0,
-        dilation: functional.Pair = 1,
+        stride: Pair = 1,
+        padding: Pair = 0,
+        dilation: Pair = 1,
         bias: bool = True,
         activation: str | None = None,
     ):
         super().__init__()
-        if activation not in (None, "relu"):
-            raise ValueError(expected("activation", "None or 'relu'", activation))
+        self._memory = LayerMemory()
+        self.activation, self.recompute = activation, False
         if not isinstance(rank, tuple | list) or len(rank) != 2:
             raise ValueError(expected("rank", "a pair (in_rank, out_rank)", rank))
         if not all(isinstance(side, int) and side > 0 for side in rank):
             raise ValueError(expected("rank", "a pair of positive ints", rank))
         check.counts(in_channels=in_channels, out_channels=out_channels)
-        kernel_size = functional.pair("kernel_size", kernel_size, 1)
-        stride, padding = functional.pair("stride", stride, 1), functional.pair("padding", padding, 0)
-        dilation = functional.pair("dilation", dilation, 1)
+        kernel_size = pair("kernel_size", kernel_size, 1)
+        stride, padding = pair("stride", stride, 1), pair("padding", padding, 0)
+        dilation = pair("dilation", dilation, 1)
         in_rank, out_rank = rank
         self.first = nn.Conv2d(in_channels, in_rank, 1, bias=False)
         self.core = nn.Conv2d(in_rank, out_rank, kernel_size, stride, padding, dilation, bias=False)
         self.last = nn.Conv2d(out_rank, out_channels, 1, bias=bias)
-        self.activation = activation
-        self.recompute = False
-        self._packed, self._prepared = PackedFactors(), PreparedCall()
-        self._convolutions = PackedConvolutions()
 
     @classmethod
     def from_conv(cls, conv: nn.Conv2d, rank: "RankRule" = "evbmf") -> "TuckerConv2d":
@@ -106,100 +101,52 @@ class TuckerConv2d(FactoredConv2d, nn.Module):
         x: Tensor,  # (N, C, H, W)
         addend: Tensor | float | None = None,  # (N, K, H', W')
     ) -> Tensor:  # (N, K, H', W')
-        """last(core(first(x))), plus the addend where there is one, then the activation.
-
-        Outside autograd at most one dispatcher call, on prepacked factors; every lookup is on the clock of
-        small layers.
-        """
-        if is_dynamo_compiling():
-            return self._forward_checked(x, addend)
-        y = repeat(self._prepared.settled, self._modules, self.activation, x, addend)
-        return self._forward_anew(x, addend) if y is None else y
-
-    def _forward_anew(self, x: Tensor, addend: Tensor | float | None) -> Tensor:
-        if is_compiling():
-            return self._forward_checked(x, addend)
-        modules = self._modules
-        core_layer, last_layer = modules["core"], modules["last"]
-        try:
-            weights = (
-                modules["first"]._parameters["weight"], core_layer._parameters["weight"],
-                last_layer._parameters["weight"], last_layer._parameters["bias"],
-            )  # fmt: skip
-        except KeyError:  # parametrised or pruned
-            return self._forward_checked(x, addend)
-        options = core_layer.stride, core_layer.padding, core_layer.dilation, self.activation
-        if is_grad_enabled():
-            return self._forward_training(x, weights, options, addend)
-        return self._forward_dispatched(x, weights, options, addend)
-
-    def _forward_training(
-        self, x: Tensor, weights: Weights, options: tuple, addend: Tensor | float | None
-    ) -> Tensor:
-        """Straight to the operator in the plain case: among other layers, checks take as long as it does."""
-        plain = type(x) is Tensor and x.is_cpu and weights[0].requires_grad and addend is None
-        if plain and functional.fuses_inference(x):
-            stride, padding, dilation, activation = options
-            arguments = *stride, *padding, *dilation, activation is not None, not self.recompute
-            try:
-                return tucker2_training(x, *weights, *arguments)
-            except RuntimeError:
-                pass  # below, what is wrong with the arguments
-        return self._forward_checked(x, addend)
-
-    def _forward_checked(self, x: Tensor, addend: Tensor | float | None = None) -> Tensor:
-        return functional.tucker_conv2d(
-            x,
-            self.first.weight,
-            self.core.weight,
-            self.last.weight,
-            self.last.bias,
-            self.core.stride,
-            self.core.padding,
-            self.core.dilation,
-            self.activation,
-            self.recompute,
-            addend,
-        )
-
-    def _forward_dispatched(
-        self, x: Tensor, weights: Weights, options: tuple, addend: Tensor | float | None
-    ) -> Tensor:
-        fuses = functional.fuses_inference
-        if not fuses(x) or (addend is not None and (x.is_cuda or not fuses(addend))):
-            return self._forward_checked(x, addend)
-        stride, padding, dilation, activation = options
-        if x.is_cuda:
-            return self._forward_cuda(x, weights, options)
-        if not cpu.takes(x, weights[1], weights[2].shape[0], (stride, padding, dilation)):
-            y = self._convolutions(x, weights, options, addend)
+        """last(core(first(x))), plus the addend where there is one, then the activation."""
+        if not is_dynamo_compiling():
+            y = repeat(self._memory.settled.call, self._modules, self.activation, x, addend)
             if y is not None:
-                note_unfused()
                 return y
-        packed = self._packed(*weights[:3], stride, dilation, functional.reads_channels_last(x))
-        arguments = *stride, *padding, *dilation, activation is not None
-        try:
-            if addend is None:
-                y = torch.ops.kegfast.tucker2.default(x, *weights, packed, *arguments)
-            else:
-                y = torch.ops.kegfast.tucker2_add.default(x, *weights, addend, packed, *arguments)
-        except RuntimeError:  # an addend that only torch adds, or wrong arguments, which this names
-            return self._forward_checked(x, addend)
-        self._prepared.learn(x, weights, options, packed, arguments, addend)
-        return y
+        call = call_of(self, self._memory, x, addend)
+        form = choose(call)
+        if form is Form.PARTS:
+            y = self.last(self.core(self.first(x)))
+            check_addend(addend, y.shape, y.device)
+            return reference.finish(y, addend, self.activation)
+        plain = isinstance(x, Tensor) and x.dim() == 4 and not has_torch_function((x, addend))
+        if plain and not autocasts(x):
+            return run(call, form)
+        options = *call.geometry, call.activation, call.recompute, addend
+        return functional.tucker_conv2d(x, *call.weights, *options)
 
-    def _forward_cuda(self, x: Tensor, weights: Weights, options: tuple) -> Tensor:
-        """The measured form, straight; torch's convolutions where they are faster."""
-        *geometry, activation = options
-        if all(w.dtype is x.dtype for w in weights[:3]):
-            form = cuda.form(x, *weights[:3], tuple(geometry), False)
-            if form is not None:
-                arguments = *chain.from_iterable(geometry), activation is not None, form
-                try:
-                    return torch.ops.kegfast.tucker2_as.default(x, *weights, *arguments)
-                except RuntimeError:
-                    pass  # below, what is wrong with the arguments
-        return self._forward_checked(x)
+    def __setattr__(self, name: str, value: object) -> None:
+        if name == "activation":
+            check_activation(value)
+        if name == "recompute":
+            check.flag(name, value)
+        super().__setattr__(name, value)
+
+    def final_(self, final: bool = True) -> Self:
+        """Promises that the numbers of the three factors will not be written to any more.
+
+        A call reads all of its factors to see whether they are still what their packed form was made of, so
+        that no write is missed, whoever made it; docs/how/dispatch.md tells what that costs. With
+        this promise the comparison is left out.
+
+        What is still noticed: parameters that are replaced, writes that torch counts (in-place operators,
+        `load_state_dict`, optimizers), changes of modules, hooks and options. What is not: writes through
+        `.data`, NumPy arrays that share the memory, or other processes. Copies and pickles of the layer are
+        not bound by it.
+
+        Args:
+            final: False takes the promise back.
+
+        Returns:
+            The layer.
+        """
+        check.flag("final", final)
+        self._memory.final = final
+        self._memory.settled = SettledCall()
+        return self
 
     def to_sequential(self) -> nn.Sequential:
         """The three convolutions (sharing these parameters), for quantisation or other tools."""

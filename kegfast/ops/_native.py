@@ -11,6 +11,7 @@ from types import ModuleType
 from typing import Literal
 
 import torch
+from torch.autograd import forward_ad
 
 from kegfast._util.check import expected
 from kegfast.version import __version__
@@ -81,12 +82,29 @@ def _warn_reference() -> None:
     )
 
 
+def _kernels() -> set[tuple[str, str]]:
+    asks = torch._C._dispatch_has_kernel_for_dispatch_key
+    operators = "diversity_forward", "soft_target_forward", "tucker2"
+    known = [operator for operator in operators if hasattr(torch.ops.kegfast, operator)]
+    devices = ("cpu", "cuda")
+    return {(op, device) for op in known for device in devices if asks(f"kegfast::{op}", device.upper())}
+
+
+_KERNELS = _kernels()  # torch.compile cannot trace the question
+
+
+def has_kernel(operator: str, device: torch.device) -> bool:
+    """Whether an operator of `torch.ops.kegfast` was compiled for a device, and runs on it."""
+    return (operator, device.type) in _KERNELS and runs_on(device)
+
+
 def use_native() -> bool:
     """Whether operators run the compiled kernels now (says once when they are missing).
 
-    torch.func's transforms and TorchScript's tracer get torch's own operators, which they know.
+    torch.func's transforms, forward-mode differentiation and TorchScript's tracer get torch's own operators,
+    which they know.
     """
-    if _backend == "reference" or _transformed() or _traced() is not None:
+    if _backend == "reference" or _transformed() or _traced() is not None or forward_ad._current_level >= 0:
         return False
     if _C is None:
         _warn_reference()

@@ -9,9 +9,9 @@ from torch.library import register_fake
 from torch.overrides import handle_torch_function, has_torch_function
 
 from kegfast._util.check import expected
-from kegfast.functional import Pair, _autocasts, _check_operands, pair
 from kegfast.ops import _native, reference
 from kegfast.ops._flops import register_flop_formula
+from kegfast.ops._operands import Pair, autocasts, check_operands, pair
 from kegfast.ops.tucker2 import reads_channels_last, tucker2_output_size
 
 Geometry = tuple[tuple[int, int], ...]  # stride, padding, pool, pool_stride, pool_padding
@@ -88,11 +88,11 @@ def _fuses(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     training = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias))
     known = x.dtype is torch.float32 and x.is_cpu and x.dim() == weight.dim() == 4
     known = known and weight.shape[2] <= _MOST_ROWS
-    return known and not training and not _autocasts(x) and _native.use_native()
+    return known and not training and not autocasts(x) and _native.use_native()
 
 
 def _check_tensors(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    _check_operands(x, bias, weight=weight)
+    check_operands(x, bias, weight=weight)
     if 0 in x.shape[1:]:
         raise ValueError(expected("x", "with something in its images", x))
     if 0 in weight.shape[2:]:

@@ -276,3 +276,13 @@ def test_a_network_that_writes_over_its_input_changes_no_example():
     compress(model, 0.5, example_input=example, calibration=example, measure=False)
     kegfast.distill(copy.deepcopy(model), model, example, steps=2, batch_size=2)
     assert torch.equal(example, X)
+
+
+def test_final_weights_are_promised_by_name() -> None:
+    model = nn.Sequential(TuckerConv2d(3, 8, 3, (2, 3), padding=1), nn.BatchNorm2d(8), nn.ReLU()).eval()
+    for final in (False, True):
+        layer = fuse(model, final=final).get_submodule("0")
+        assert layer._memory.final is final
+    assert not model[0]._memory.final
+    with pytest.raises(TypeError, match="final must be True or False"):
+        fuse(model, final=1)

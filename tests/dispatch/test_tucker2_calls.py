@@ -9,27 +9,16 @@ import pytest
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
-from tucker2_cases import GEOMETRIES, make
+from tucker2_cases import settled
 
 import kegfast
 from kegfast import functional
-from kegfast.nn import TuckerConv2d
+from kegfast.dispatch import tucker2
+from kegfast.nn import TuckerConv2d, tucker
 from kegfast.ops import _native
 from kegfast.ops._native import cpu_isa
 
 pytestmark = pytest.mark.skipif(not kegfast.build_info()["native"], reason="needs the compiled part")
-
-
-def settled(**options) -> tuple[TuckerConv2d, torch.Tensor]:
-    """A layer whose next call is a prepared one, and its input."""
-    torch.manual_seed(0)
-    layer = TuckerConv2d(6, 20, 3, (4, 17), padding=1, **options).eval()
-    x = torch.randn(2, 6, 9, 8)
-    with torch.no_grad():
-        for _ in range(3):
-            layer(x)
-    assert layer._prepared.settled is not None
-    return layer, x
 
 
 def agrees(layer: TuckerConv2d, x: torch.Tensor) -> None:
@@ -41,16 +30,20 @@ def agrees(layer: TuckerConv2d, x: torch.Tensor) -> None:
 
 
 def runs_prepared(layer: TuckerConv2d, x: torch.Tensor) -> bool:
-    """Whether this call skips the dispatcher: a mode around it would not, so count calls of the operator."""
+    """Whether this call passes by the dispatcher: a mode would change that, so count the other calls."""
     calls = []
-    dispatched = TuckerConv2d._forward_dispatched
-    try:
-        TuckerConv2d._forward_dispatched = lambda *args: calls.append(1) or dispatched(*args)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tucker, "call_of", lambda *args: calls.append(1) or tucker2.call_of(*args))
         with torch.no_grad():
             layer(x)
-    finally:
-        TuckerConv2d._forward_dispatched = dispatched
     return not calls
+
+
+def by_function(layer: TuckerConv2d, x: torch.Tensor) -> torch.Tensor:
+    """The layer's output by `functional.tucker_conv2d`, which keeps nothing."""
+    weights = layer.first.weight, layer.core.weight, layer.last.weight, layer.last.bias
+    geometry = layer.core.stride, layer.core.padding, layer.core.dilation
+    return functional.tucker_conv2d(x, *weights, *geometry, layer.activation)
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -65,7 +58,7 @@ def test_prepared_calls_are_exact(layout, activation, bias: bool) -> None:
         y = layer(x)
         assert y.is_contiguous(memory_format=layout)
         assert not y.requires_grad
-        assert torch.equal(y, layer._forward_checked(x))
+        assert torch.equal(y, by_function(layer, x))
     with torch.inference_mode():
         assert layer(x).is_inference()
 
@@ -83,14 +76,14 @@ def test_prepared_calls_in_bfloat16(layout, bias: bool, rank: tuple[int, int]) -
     x = torch.randn(3, 6, 11, 5).bfloat16().contiguous(memory_format=layout)
     with torch.no_grad():
         want = layer(x)
-        assert torch.equal(want, layer._forward_checked(x))
+        assert torch.equal(want, by_function(layer, x))
         layer(x)
         assert runs_prepared(layer, x)
         assert torch.equal(layer(x), want)
         for tensor in (layer.core.weight, layer.last.weight, layer.last.bias):
             if tensor is not None:
                 tensor.data.mul_(2)
-                assert torch.equal(layer(x), layer._forward_checked(x))
+                assert torch.equal(layer(x), by_function(layer, x))
                 assert not torch.equal(layer(x), want)
                 layer(x)
                 want = layer(x)
@@ -262,7 +255,7 @@ def test_gradients_flow_after_prepared_calls() -> None:
 def test_copies_prepare_anew(make) -> None:
     layer, x = settled()
     other = make(layer)
-    assert other._prepared.settled is None
+    assert other._memory.settled.call is None
     with torch.no_grad():
         layer.core.weight.zero_()
     agrees(other, x)
@@ -294,7 +287,7 @@ def test_calls_that_cannot_be_repeated_are_not_prepared(monkeypatch) -> None:
     layer = TuckerConv2d(6, 20, 3, (4, 17), padding=1).half().eval()
     x = torch.randn(2, 6, 9, 8).half()
     prepared = []
-    monkeypatch.setattr(torch.ops.kegfast, "tucker2_prepare", lambda *args: prepared.append(args) or 0)
+    monkeypatch.setattr(_native._C, "settle_tucker2", lambda **call: prepared.append(call))
     with torch.no_grad():
         for _ in range(4):
             layer(x)
@@ -336,8 +329,7 @@ def test_packed_factors_share_pages_but_no_bytes() -> None:
             packed = sorted(
                 (p.data_ptr(), p.nbytes)
                 for layer in layers
-                for _, p, _ in layer._packed._entries
-                if p is not None
+                for _, p, _ in filter(None, layer._memory.packed._entries)
             )
             assert len(packed) == len(layers)
             assert all(at + size <= after for (at, size), (after, _) in itertools.pairwise(packed))
@@ -360,33 +352,3 @@ def test_outputs_that_live_do_not_share_memory() -> None:
             del outputs
             layer(inputs[0])
             assert all(torch.equal(view, w) for view, w in zip(views, want, strict=True))
-
-
-@pytest.mark.parametrize("isa", ["baseline", "avx512"])
-@pytest.mark.parametrize("channels_last", [False, True])
-@pytest.mark.parametrize("name", GEOMETRIES)
-def test_packed_factors_are_known_by_their_samples(name: str, channels_last: bool, isa: str) -> None:
-    info = kegfast.build_info()
-    if info["isa_compiled"].index(isa) > info["isa_compiled"].index(info["isa_detected"]):
-        pytest.skip(f"this machine cannot run {isa}")
-    (x, *factors, bias), rest = make(GEOMETRIES[name], torch.float32)
-    if channels_last:
-        x = x.contiguous(memory_format=torch.channels_last)
-    stride, padding, dilation = ((n, n) if isinstance(n, int) else n for n in rest)
-    ops = torch.ops.kegfast
-    with cpu_isa(isa):
-        packed = ops.tucker2_pack(*factors, *stride, *dilation, functional.reads_channels_last(x))
-
-        def known() -> bool:
-            geometry = *stride, *padding, *dilation
-            address = ops.tucker2_prepare(x, *factors, bias, None, packed, *geometry, False)
-            if address:  # and to whom it belongs
-                assert _native._C.settle_tucker2(address, x, (*factors, bias), (), ()) is not None
-            return address != 0
-
-        assert known()
-        for factor in factors:
-            factor.mul_(2)
-            assert not known()
-            factor.mul_(0.5)
-        assert known()
