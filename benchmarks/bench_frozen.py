@@ -4,6 +4,7 @@
 with ranks C/4, the better runtime's time / ours in interleaved medians of one run, and whether that reaches
 the goal; for the dense networks too. It writes benchmarks/results/frozen_PROCESSOR_ISA.json.
 KEGFAST_CPU_ISA=avx2 measures kegfast on that instruction set; the runtimes keep to their own choice.
+Rows that the file has from this machine, and that a run does not measure again, stay.
 """
 
 import argparse
@@ -15,7 +16,7 @@ import torch
 
 import kegfast
 from benchmarks.bench_models import MODELS, networks
-from benchmarks.common import machine, multiply_add_rate, write_results
+from benchmarks.common import earlier_results, machine, multiply_add_rate, write_results
 from benchmarks.rivals import runtimes
 from kegfast._util.timing import interleaved
 
@@ -106,13 +107,20 @@ def main() -> None:
     print(f"a call costs {1e6 * extra:.1f} us beyond its steps (goal below 3: {verdict})")
     facts = machine()
     processor = re.sub(r"[^a-z0-9]+", "-", str(facts["processor"]).lower()).strip("-")
+    name = f"frozen_{processor}_{facts['isa_active']}"
+    places = ("model", "kind", "threads", "batch")
+    found = {tuple(row[p] for p in places): row for row in earlier_results(name).get("configurations", [])}
+    found |= {tuple(row[p] for p in places): row for row in rows}
+    order = [
+        (m, kind, t, b) for t in (1, 2) for m in MODELS for kind in ("factored", "dense") for b in (1, 8)
+    ]
     write_results(
-        f"frozen_{processor}_{facts['isa_active']}",
+        name,
         {
             "ranks": "C/4",
             "multiply_adds_a_second": multiply_add_rate(),
             "call_overhead": extra,
-            "configurations": rows,
+            "configurations": [found[place] for place in order if place in found],
         },
     )
 
