@@ -278,7 +278,8 @@ Shape shape_of(const Step& step, const std::vector<Shape>& operands) {
                "those of the weight", x.channels);
         Shape y = convolved(x, features, w[0].sizes[2], w[0].sizes[3], o.data(), o[4], o[5]);
         y.vector = o[8];
-        expect(!y.vector || (y.height == 1 && y.width == 1), "x", "of the size of the weight's window", x.height);
+        expect(!y.vector || (y.height == 1 && y.width == 1), "x", "of the size of the weight's window",
+               x.height);
         expect_addend(step, operands, y);
         return y;
       }

@@ -251,7 +251,7 @@ def test_a_modules_mode_is_left_alone() -> None:
 def test_a_broken_table_is_named_and_left_aside(text: str, caplog) -> None:
     cpu.cache_path().parent.mkdir(parents=True)
     cpu.cache_path().write_text(text)
-    with pytest.raises(ValueError, match="forms that autotune measured"):
+    with pytest.raises(ValueError, match=r"forms that autotune measured|expected JSON"):
         cpu.read_table(cpu.cache_path())
     assert cpu.table() == {}
     assert "left aside" in caplog.text

@@ -1,6 +1,5 @@
 """fuse folds only what stays right: weights of the layer's own, read once, behind a BatchNorm that is one."""
 
-import copy
 import logging
 
 import pytest
@@ -10,150 +9,27 @@ from folding import X, norms
 from odd import randomise_norms
 from torch import nn
 from torch.nn.utils import parametrizations, prune
+from unfoldable import (
+    Doubled,
+    Inside,
+    ReadsNorm,
+    ReadsWeight,
+    Scaled,
+    Skipping,
+    Standardised,
+    Stubborn,
+    Untraceable,
+    block,
+    factored,
+    hooked,
+    masked,
+    normed,
+    patched,
+    pruned,
+    tied,
+)
 
 from kegfast import compress, fuse
-from kegfast.nn import TuckerConv2d
-
-
-def block(conv=None, norm=None):
-    """A convolution and a BatchNorm with statistics that one sees in the outputs."""
-    model = nn.Sequential(conv or nn.Conv2d(3, 8, 3), norm or nn.BatchNorm2d(8))
-    if model[1].track_running_stats:
-        randomise_norms(model)
-    return model
-
-
-def tied():
-    model = nn.Sequential(
-        block(nn.Conv2d(3, 3, 3), nn.BatchNorm2d(3)), block(nn.Conv2d(3, 3, 3), nn.BatchNorm2d(3))
-    )
-    model[1][0].weight = model[0][0].weight
-    return model
-
-
-def pruned():
-    model = nn.Sequential(block(), block(nn.Conv2d(8, 4, 3), nn.BatchNorm2d(4)))
-    prune.global_unstructured(
-        [(model[0][0], "weight"), (model[1][0], "weight")], prune.L1Unstructured, amount=0.5
-    )
-    return model
-
-
-def masked():
-    model = block()
-    prune.l1_unstructured(model[0], "weight", amount=0.5)
-    return model
-
-
-def factored(change):
-    """A factored convolution whose last part is changed."""
-
-    def make():
-        model = compress(block(), {"0": (2, 4)})[0]
-        assert type(model[0]) is TuckerConv2d
-        change(model[0].last)
-        return model
-
-    return make
-
-
-def normed(change):
-    def make():
-        model = block()
-        change(model[0])
-        return model
-
-    return make
-
-
-def hooked(name, pre=False):
-    """With a hook that one sees in the outputs."""
-
-    def make():
-        model = nn.Sequential(block())
-        module = model.get_submodule(name)
-        if pre:
-            module.register_forward_pre_hook(lambda module, args: (args[0] + 1,))
-        else:
-            module.register_forward_hook(lambda module, args, output: output * 2 + 1)
-        return model
-
-    return make
-
-
-class Doubled(nn.Conv2d):
-    """torch.nn's name, another forward."""
-
-    def forward(self, x):
-        return 2 * super().forward(x)
-
-
-class Standardised(nn.Conv2d):
-    """Its weight is not what its forward multiplies by."""
-
-    def forward(self, x):
-        mean = self.weight.mean((1, 2, 3), keepdim=True)
-        return F.conv2d(x, (self.weight - mean) / self.weight.std((1, 2, 3), keepdim=True), self.bias)
-
-
-def patched():
-    model = block()
-    conv = copy.deepcopy(model[0])
-    model[0].forward = lambda x: conv(x) ** 2
-    return model
-
-
-class Scaled(nn.BatchNorm2d):
-    """No BatchNorm: its input is changed first."""
-
-    def forward(self, x):
-        return super().forward(x * 3)
-
-
-class Skipping(nn.BatchNorm2d):
-    """No BatchNorm with something behind it."""
-
-    def forward(self, x):
-        return super().forward(x) + x
-
-
-class Stubborn(nn.BatchNorm2d):
-    """Stays in train mode: on the batch's statistics."""
-
-    def train(self, mode=True):
-        return super().train(True)
-
-
-class ReadsWeight(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.body = block()
-
-    def forward(self, x):
-        return self.body(x) * self.body[0].weight.abs().mean()
-
-
-class ReadsNorm(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.body = block()
-
-    def forward(self, x):
-        return self.body(x) * self.body[1].weight.mean()
-
-
-class Inside(nn.Module):
-    """A layer inside a module with a hook, which is called whole, and by itself."""
-
-    def __init__(self):
-        super().__init__()
-        self.conv, self.norm = block().children()
-        self.whole = nn.Sequential(self.conv)
-        self.whole.register_forward_hook(lambda module, args, output: output + 1)
-
-    def forward(self, x):
-        return self.norm(self.conv(x)) + self.whole(x)
-
 
 STAYS = {
     "shared parameter": tied,
@@ -314,15 +190,6 @@ SUBCLASSES = {
 }
 
 
-class Untraceable(nn.Module):
-    def __init__(self, *parts):
-        super().__init__()
-        self.body = nn.Sequential(*parts)
-
-    def forward(self, x):
-        return self.body(x if float(x.sum()) > 0 else -x)
-
-
 @torch.no_grad()
 @pytest.mark.parametrize("whole", [nn.Sequential, Untraceable])
 @pytest.mark.parametrize("rank", [None, (2, 4)])
@@ -341,100 +208,3 @@ def test_subclasses_that_are_batchnorm_with_something_behind_are_folded(norm, ra
     if rank and whole is nn.Sequential:
         activation = "relu" if isinstance(getattr(norm, "act", None), nn.ReLU) else None
         assert folded.get_submodule("0").activation == activation
-
-
-class TwoSequentials(nn.Module):
-    def __init__(self):
-        super().__init__()
-        conv = nn.Conv2d(3, 8, 3)
-        self.a, self.b = block(conv), block(conv)
-
-    def forward(self, x):
-        return (self.a if float(x.sum()) > 0 else self.b)(x)
-
-
-class Part(Untraceable):
-    def __init__(self):
-        super().__init__(*block())
-
-    def forward(self, x):
-        return self.body(x) if float(x.sum()) > 1e9 else self.body[0](x)
-
-
-class Both(Part):
-    def forward(self, x):
-        return self.body(x) + (1 if float(x.sum()) > 0 else 2) * self.body[0](x)
-
-
-class ReadsToo(Part):
-    def forward(self, x):
-        return self.body(x) * (
-            self.body[0].weight.sum() if float(x.sum()) > 1e9 else self.body[0].weight.mean()
-        )
-
-
-UNTRACEABLE = {
-    "two Sequentials": TwoSequentials,
-    "in part": Part,
-    "in part and whole": Both,
-    "weight read": ReadsToo,
-    "standardised": lambda: Untraceable(*block(Standardised(3, 8, 3))),
-    "pruned": lambda: Untraceable(*masked()),
-    "hook": lambda: Untraceable(*hooked("0.0")()[0]),
-    "skipping norm": lambda: Untraceable(*block(norm=Skipping(8))),
-}
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("example", [None, X, -X - 1])
-@pytest.mark.parametrize("case", UNTRACEABLE)
-def test_what_cannot_be_traced_stays_right(case, example, caplog):
-    torch.manual_seed(0)
-    model = UNTRACEABLE[case]().eval()
-    caplog.set_level(logging.INFO, "kegfast")
-    folded = fuse(model, example)
-    for x in (X, -X - 1, X + 1):
-        torch.testing.assert_close(folded(x), model(x), rtol=1e-4, atol=1e-5)
-    assert norms(folded) == norms(model)
-    assert caplog.records if example is None else True
-
-
-@torch.no_grad()
-def test_what_answers_otherwise_when_folded_is_left_with_a_warning(caplog):
-    class Sly(nn.Module):
-        """torch.fx sees another network than the one that runs."""
-
-        def __init__(self):
-            super().__init__()
-            self.body = block()
-
-        def forward(self, x):
-            return self.body(x) if isinstance(x, torch.Tensor) else self.body[1](self.body[0](x)) * 2
-
-    model = Sly().eval()
-    folded = fuse(model, X)
-    assert torch.equal(folded(X), model(X))
-    assert norms(folded) == 1
-    assert "answered otherwise (output  by" in caplog.text
-    assert isinstance(folded, Sly)
-
-
-@torch.no_grad()
-def test_wrappers_are_taken_off_and_examples_may_be_given_by_keyword():
-    class Keywords(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.body = block()
-
-        def forward(self, *, pixels, scale):
-            return {"scaled": self.body(pixels) * scale}
-
-    model = Keywords().eval()
-    inputs = {"pixels": X, "scale": torch.ones(2, 8, 1, 1)}
-    folded = fuse(nn.DataParallel(model), inputs)
-    assert norms(folded) == 0
-    torch.testing.assert_close(folded(**inputs), model(**inputs), rtol=1e-4, atol=1e-5)
-    with pytest.raises(ValueError, match="example_input must be what the model takes"):
-        fuse(model, (X,))
-    with pytest.raises(TypeError, match="example_input must be a tensor"):
-        fuse(model, 5)

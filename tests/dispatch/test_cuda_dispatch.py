@@ -177,6 +177,7 @@ def test_tf32_is_read_also_after_torchs_newer_setting(monkeypatch, precision, se
     told = []
     monkeypatch.setattr(torch.ops.kegfast, "cuda_allow_tf32", told.append, raising=False)
     monkeypatch.setattr(cuda, "_tf32", None)
+    torch.backends.cudnn.conv.fp32_precision = "none"  # follows cudnn's, whatever was set before
     torch.backends.cudnn.fp32_precision = setting  # from here on allow_tf32 may raise
     assert cuda._follow_tf32() == (setting == "tf32")
     assert told == [setting == "tf32"]
