@@ -14,7 +14,7 @@ def close(got: object, want: object) -> None:
 CONTEXTS = {
     "mkldnn off": lambda: torch.backends.mkldnn.flags(enabled=False),
     "nnpack off": lambda: torch.backends.nnpack.flags(enabled=False),
-    "cudnn": lambda: torch.backends.cudnn.flags(enabled=True, benchmark=True, deterministic=True),
+    "cudnn": lambda: cudnn_benchmark(),
     "deterministic": lambda: deterministic(),
     "one thread": lambda: threads(1),
     "inference": lambda: torch.inference_mode(),
@@ -31,6 +31,16 @@ def deterministic():
         yield
     finally:
         torch.use_deterministic_algorithms(False)
+
+
+@contextlib.contextmanager
+def cudnn_benchmark():
+    """By the attribute: torch's own context writes its settings of TF32 as well."""
+    before, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, True
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
 
 
 @contextlib.contextmanager
