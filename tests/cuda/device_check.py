@@ -25,6 +25,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import sysconfig
 import time
 from pathlib import Path
 from typing import NamedTuple, TextIO
@@ -113,6 +114,8 @@ def benchmarks(out: Path, dry: bool, seconds: float) -> Step:
 
 def environment() -> dict[str, str]:
     found = dict(os.environ, PYTEST_DISABLE_PLUGIN_AUTOLOAD="1")
+    # The environment's own cmake and ninja, as setup.py: another cmake would build the whole tree anew.
+    found["PATH"] = os.pathsep.join([sysconfig.get_path("scripts"), found.get("PATH", "")])
     found["PYTHONPATH"] = os.pathsep.join(filter(None, [found.get("PYTHONPATH"), str(ROOT)]))
     for folder in (Path(sys.executable).parent, Path("/usr/local/cuda/bin")):  # cmake and ninja; nvcc
         if folder.is_dir():
