@@ -24,14 +24,6 @@ def isa(request):
         pytest.skip(f"this machine has no {request.param}")
 
 
-@pytest.fixture(params=[1, 2])
-def threads(request):
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield
-    torch.set_num_threads(before)
-
-
 def exact(noises, samples, metric):
     """Exponent and its gradient in the samples, (B, nz) and (B, D), in long double."""
     z, x = (t.numpy().astype(np.longdouble) for t in (noises, samples))

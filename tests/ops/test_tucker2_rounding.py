@@ -22,14 +22,6 @@ def isa(request):
         pytest.skip(f"this machine has no {request.param}")
 
 
-@pytest.fixture(params=[1, 2])
-def threads(request):
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("value", [0.1, 1 / 3, 0.7])
 def test_the_gradient_of_bias_is_summed_by_blocks(isa, threads, layout, value):
