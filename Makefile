@@ -8,6 +8,7 @@ SANITIZER := PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --kernel-name kn
 BENCH_SECONDS := 200
 KEGFAST_FUZZ_SECONDS ?= 3600
 OPTIMIZE ?= -O3
+COMPILERS ?=
 NATIVE := setup.py CMakeLists.txt $(wildcard cmake/*) $(shell find csrc -type f)
 
 .PHONY: missing venv build demo test compilers fuzz sanitize device-check test-cuda sanitize-cuda bench bench-diversity bench-tucker2 bench-cuda fmt lint docs clean
@@ -40,9 +41,10 @@ demo: build
 test: $(STAMPS)/dev
 	OMP_WAIT_POLICY=PASSIVE $(PYTHON) -m pytest -n auto
 
-# Those of g++ 11 to 14, clang 14 to 19 and the cross compiler for aarch64 that are there; OPTIMIZE=-O0 is quick.
+# Those of g++ 11 to 14, clang 14 to 19 and the cross compiler for aarch64 that are there, or those of COMPILERS;
+# OPTIMIZE=-O0 is quick.
 compilers: $(STAMPS)/venv
-	bash tests/compilers.sh $(PYTHON) $(OPTIMIZE)
+	bash tests/compilers.sh $(PYTHON) $(OPTIMIZE) $(COMPILERS)
 
 fuzz: $(STAMPS)/dev
 	KEGFAST_FUZZ_SECONDS=$(KEGFAST_FUZZ_SECONDS) OMP_WAIT_POLICY=PASSIVE $(PYTHON) -m pytest tests/fuzz

@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
-# compilers.sh PYTHON OPTIMIZATION: compiles the CPU sources with every compiler that is there, warnings as errors, for
-# every instruction set, and says which ones are not there. Nothing is linked, run or installed.
+# compilers.sh PYTHON OPTIMIZATION [NAME...]: compiles the CPU sources with every compiler that is there, or with those
+# named, warnings as errors, for every instruction set, and says which ones are not there. Nothing is linked, run or
+# installed.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-python=$(cd "$(dirname "$1")" && pwd)/$(basename "$1") optimization=$2
+python=$(cd "$(dirname "$1")" && pwd)/$(basename "$1") optimization=$2 wanted=" ${*:3} "
 cmake=$(dirname "$python")/cmake
 [ -x "$cmake" ] || cmake=cmake
 torch=$("$python" -c "import importlib.util as u; print(u.find_spec('torch').submodule_search_locations[0])")
@@ -12,6 +13,7 @@ skipped="" tried=0
 try() { # name, compiler, further options of CMake...
   local name=$1 compiler=$2
   shift 2
+  case "$wanted" in "  " | *" $name "*) ;; *) return ;; esac
   if ! command -v "$compiler" >/dev/null; then
     skipped+=" $name"
     return
