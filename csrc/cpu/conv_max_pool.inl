@@ -8,6 +8,7 @@
 #include "conv_max_pool.h"
 #include "cpu/padded_rows.inl"
 #include "cpu/pooling.inl"
+#include "cpu/tucker2_factor.inl"
 #include "cpu/tucker2_sweep.inl"
 
 namespace kegfast::KEGFAST_ISA {

@@ -4,6 +4,7 @@
 
 #include "convolution.h"
 #include "cpu/padded_rows.inl"
+#include "cpu/tucker2_factor.inl"
 #include "cpu/tucker2_sweep.inl"
 #include "cpu/tucker2_winograd.inl"
 

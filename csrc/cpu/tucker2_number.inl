@@ -16,6 +16,7 @@ constexpr int kPair = 2;
 using Number = float;
 constexpr int kPair = 1;
 #endif
+constexpr int64_t kNumberBytes = sizeof(Number);
 
 constexpr int64_t words(int64_t numbers) {
   return (numbers + kPair - 1) / kPair;

@@ -1,7 +1,8 @@
-// The packed form of the factors.
+// The three factors in their packed form.
 #pragma once
 
-#include "cpu/tucker2_sweep.inl"
+#include "cpu/tucker2_factor.inl"
+#include "cpu/tucker2_plan.inl"
 #if !defined(KEGFAST_PAIRS)
 #include "cpu/tucker2_winograd.inl"
 #endif

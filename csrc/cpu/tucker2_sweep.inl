@@ -2,6 +2,7 @@
 #pragma once
 
 #include "cpu/tucker2_plan.inl"
+#include "cpu/tucker2_tile.inl"
 #if defined(KEGFAST_AMX)
 #include "cpu/tucker2_amx.inl"
 #endif

@@ -9,6 +9,7 @@
 // asked for. 64 outputs at a time, so that a band's inputs and products stay in L2. Log: docs/kernels/log.md.
 #pragma once
 
+#include "cpu/tucker2_factor.inl"
 #include "cpu/tucker2_sweep.inl"
 
 namespace kegfast::KEGFAST_ISA {

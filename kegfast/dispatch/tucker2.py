@@ -1,7 +1,7 @@
 """Which form a Tucker-2 convolution takes: `choose` decides for every caller, `run` obeys.
 
 Inside the fused operator on the CPU its own plan decides between the direct sum and Winograd
-(`winograd_wins` in csrc/cpu/tucker2_plan.inl), unless `kegfast.autotune` has measured the call.
+(`winograd_wins` in csrc/cpu/tucker2_winograd_policy.inl), unless `kegfast.autotune` has measured the call.
 """
 
 from collections.abc import Callable, Mapping
