@@ -178,6 +178,22 @@ def device(argument: str, value: Any) -> torch.device:
     return found
 
 
+def placement(device: Any, dtype: Any) -> dict[str, Any]:
+    """`device` and `dtype` of a layer's parameters, each or None, as torch's own constructors take them.
+
+    Raises:
+        TypeError: for anything but a floating-point dtype.
+        ValueError: for a device that this torch does not have; "meta" is one.
+    """
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise TypeError(expected("dtype", "a floating-point torch.dtype", dtype))
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
+        raise ValueError(expected("device", "one that this torch can use", device)) from error
+    return {"device": device, "dtype": dtype}
+
+
 def trained(argument: str, *models: nn.Module) -> list[nn.Parameter]:
     """The parameters of models, the argument first, that ask for a gradient.
 

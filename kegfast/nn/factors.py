@@ -68,6 +68,23 @@ class Factored:
         """That of the part that runs last."""
         return self._tail.bias
 
+    def reset_parameters(self) -> None:
+        """Draws each part's weights anew, as its constructor does."""
+        first, last = self._sides
+        for part in (first, self.core, last):
+            if part is not None:
+                part.reset_parameters()
+
+    def extra_repr(self) -> str:
+        """The dense layer's sizes and the rank; nothing where a part is of a kind that does not tell them."""
+        try:
+            return self._sizes()
+        except (AttributeError, IndexError):
+            return ""
+
+    def _sizes(self) -> str:
+        raise NotImplementedError
+
     @property
     def _sides(self) -> tuple[nn.Module | None, nn.Module | None]:
         return getattr(self, "first", None), getattr(self, "last", None)
@@ -122,6 +139,11 @@ class FactoredConv2d(Factored):
         """Of the core."""
         return self.core.padding_mode
 
+    def _sizes(self) -> str:
+        geometry = ("kernel_size", "stride", "padding", "dilation", "rank")
+        told = ", ".join(f"{name}={getattr(self, name)}" for name in geometry)
+        return f"{self.in_channels}, {self.out_channels}, {told}, bias={self.bias is not None}"
+
 
 class FactoredLinear(Factored):
     """Those of an `nn.Linear`; `weight` is (out_features, in_features)."""
@@ -135,3 +157,7 @@ class FactoredLinear(Factored):
     def out_features(self) -> int:
         """Size of the last dimension of the outputs."""
         return self._tail.out_features
+
+    def _sizes(self) -> str:
+        told = f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}"
+        return f"{told}, bias={self.bias is not None}"

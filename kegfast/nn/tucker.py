@@ -33,6 +33,7 @@ class TuckerConv2d(FactoredConv2d, nn.Module):
         stride, padding, dilation: of the core, each an int or a pair; padding is by zeros.
         bias: whether `last` carries a bias.
         activation: None or "relu", applied inside the operator.
+        device, dtype: of the parameters; torch's defaults.
 
     Attributes:
         activation: as above; `kegfast.fuse` sets it where a ReLU follows.
@@ -53,6 +54,8 @@ class TuckerConv2d(FactoredConv2d, nn.Module):
         dilation: Pair = 1,
         bias: bool = True,
         activation: str | None = None,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
     ):
         super().__init__()
         self._memory = LayerMemory()
@@ -66,9 +69,10 @@ class TuckerConv2d(FactoredConv2d, nn.Module):
         stride, padding = pair("stride", stride, 1), pair("padding", padding, 0)
         dilation = pair("dilation", dilation, 1)
         in_rank, out_rank = rank
-        self.first = nn.Conv2d(in_channels, in_rank, 1, bias=False)
-        self.core = nn.Conv2d(in_rank, out_rank, kernel_size, stride, padding, dilation, bias=False)
-        self.last = nn.Conv2d(out_rank, out_channels, 1, bias=bias)
+        where = check.placement(device, dtype)
+        self.first = nn.Conv2d(in_channels, in_rank, 1, bias=False, **where)
+        self.core = nn.Conv2d(in_rank, out_rank, kernel_size, stride, padding, dilation, bias=False, **where)
+        self.last = nn.Conv2d(out_rank, out_channels, 1, bias=bias, **where)
 
     @classmethod
     def from_conv(cls, conv: nn.Conv2d, rank: "RankRule" = "evbmf") -> "TuckerConv2d":
@@ -117,6 +121,13 @@ class TuckerConv2d(FactoredConv2d, nn.Module):
             return run(call, form)
         options = *call.geometry, call.activation, call.recompute, addend
         return functional.tucker_conv2d(x, *call.weights, *options)
+
+    def extra_repr(self) -> str:
+        """The dense layer's, the rank, and options that are not the default."""
+        told = [super().extra_repr()]
+        told += [f"activation={self.activation!r}"] * (self.activation is not None)
+        told += ["recompute=True"] * self.recompute
+        return ", ".join(filter(None, told))
 
     def __setattr__(self, name: str, value: object) -> None:
         if name == "activation":
@@ -181,6 +192,7 @@ class TuckerLinear(FactoredLinear, nn.Module):
         in_features, out_features: of the Linear that it stands for.
         rank: (in_rank, out_rank); None for a side leaves that side's width unfactored.
         bias: whether the last factor carries a bias.
+        device, dtype: of the parameters; torch's defaults.
 
     Raises:
         TypeError, ValueError: for sizes that no such layer has, or ranks on neither side.
@@ -192,6 +204,8 @@ class TuckerLinear(FactoredLinear, nn.Module):
         out_features: int,
         rank: tuple[int | None, int | None],
         bias: bool = True,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
     ):
         super().__init__()
         check.counts(in_features=in_features, out_features=out_features)
@@ -202,9 +216,10 @@ class TuckerLinear(FactoredLinear, nn.Module):
                 check.count(side, size)
         in_rank, out_rank = rank
         core_in, core_out = in_rank or in_features, out_rank or out_features
-        self.first = nn.Linear(in_features, core_in, bias=False) if in_rank else None
-        self.core = nn.Linear(core_in, core_out, bias=bias and out_rank is None)
-        self.last = nn.Linear(core_out, out_features, bias=bias) if out_rank else None
+        where = check.placement(device, dtype)
+        self.first = nn.Linear(in_features, core_in, bias=False, **where) if in_rank else None
+        self.core = nn.Linear(core_in, core_out, bias=bias and out_rank is None, **where)
+        self.last = nn.Linear(core_out, out_features, bias=bias, **where) if out_rank else None
 
     def forward(self, x: Tensor) -> Tensor:  # (..., in_features) -> (..., out_features)
         """last(core(first(x))), skipping the sides that are not factored."""

@@ -101,10 +101,12 @@ def has_kernel(operator: str, device: torch.device) -> bool:
 def use_native() -> bool:
     """Whether operators run the compiled kernels now (says once when they are missing).
 
-    torch.func's transforms, forward-mode differentiation and TorchScript's tracer get torch's own operators,
-    which they know.
+    torch.func's transforms, forward-mode differentiation, TorchScript's tracer and `torch.onnx.export` get
+    torch's own operators, which they know.
     """
     if _backend == "reference" or _transformed() or _traced() is not None or forward_ad._current_level >= 0:
+        return False
+    if torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export():
         return False
     if _C is None:
         _warn_reference()
@@ -125,8 +127,8 @@ class backend:
     Args:
         name: "auto" takes compiled kernels where they exist (default), "native" insists on them (on CUDA
             also where torch's own convolutions are faster or nothing was measured), "reference" runs
-            the plain torch definitions of `kegfast.reference`, as torch.func's transforms and TorchScript's
-            tracer do in any case.
+            the plain torch definitions of `kegfast.reference`, as torch.func's transforms, TorchScript's
+            tracer and `torch.onnx.export` do in any case.
 
     Raises:
         ValueError: for another name.

@@ -11,7 +11,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 from kegfast._util.check import expected
 from kegfast.ops import _native, reference
 from kegfast.ops._flops import register_flop_formula
-from kegfast.ops._operands import Pair, autocasts, check_operands, pair
+from kegfast.ops._operands import Pair, autocasts, check_activation, check_operands, pair
 from kegfast.ops.tucker2 import reads_channels_last, tucker2_output_size
 
 Geometry = tuple[tuple[int, int], ...]  # stride, padding, pool, pool_stride, pool_padding
@@ -58,20 +58,31 @@ def conv_max_pool2d(
     shapes = stride, padding, pool, pool if pool_stride is None else pool_stride, pool_padding
     known = activation in (None, "relu") and all(t is None or isinstance(t, Tensor) for t in tensors)
     if known and not is_compiling() and _fuses(*tensors):
+        pairs = tuple(tuple(n) if isinstance(n, tuple | list) else (n, n) for n in shapes)
         try:
-            return _run(tensors, tuple(n if isinstance(n, tuple) else (n, n) for n in shapes), activation)
+            return _run(tensors, pairs, activation)
         except (RuntimeError, TypeError, ValueError):
-            pass  # below, what is wrong with the arguments; a small layer computes for less than that takes
-    if activation not in (None, "relu"):
-        raise ValueError(expected("activation", "None or 'relu'", activation))
+            # The operator's own refusal: say in words what is wrong with which argument. A small layer
+            # computes for less than asking first takes.
+            _check(*tensors, shapes, activation)
+            raise
+    geometry = _check(*tensors, shapes, activation)
+    if not _fuses(*tensors):
+        return reference.conv_max_pool2d(*tensors, *geometry, activation)
+    return _run(tensors, geometry, activation)
+
+
+def _check(
+    x: Tensor, weight: Tensor, bias: Tensor | None, shapes: tuple[Pair, ...], activation: object
+) -> Geometry:
+    """Raises what `conv_max_pool2d` documents; the geometry as pairs."""
+    check_activation(activation)
     names = "stride", "padding", "pool", "pool_stride", "pool_padding"
     sizes = zip(names, shapes, (1, 0, 1, 1, 0), strict=True)
     geometry = tuple(pair(name, two, least) for name, two, least in sizes)
     _check_tensors(x, weight, bias)
     _check_windows(x, weight, geometry)
-    if not _fuses(*tensors):
-        return reference.conv_max_pool2d(*tensors, *geometry, activation)
-    return _run(tensors, geometry, activation)
+    return geometry
 
 
 def _run(tensors: tuple[Tensor, ...], geometry: Geometry, activation: str | None) -> Tensor:

@@ -12,7 +12,7 @@ from torch import nn
 from kegfast import compress, fuse
 from kegfast.compression import export_onnx, unfuse
 from kegfast.models import ResNet14
-from kegfast.nn import TuckerConv2d
+from kegfast.nn import TuckerConv2d, TuckerLinear
 from kegfast.nn.build import FactorChain
 
 X = torch.linspace(-1, 1, 2 * 32 * 32).reshape(2, 1, 32, 32)
@@ -152,3 +152,29 @@ def test_onnx_keeps_the_names_of_outputs_and_takes_inputs_by_keyword(dataclass_o
     torch.testing.assert_close(torch.from_numpy(features), extra["features"], rtol=1e-4, atol=1e-5)
     wanted = wanted.logits if dataclass_output else wanted["logits"]
     torch.testing.assert_close(torch.from_numpy(logits), wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dynamo", [True, False])
+@pytest.mark.filterwarnings("ignore")
+def test_torchs_own_onnx_export_takes_a_model_as_it_is(dynamo, tmp_path):
+    onnx, runtime = pytest.importorskip("onnx"), pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    torch.manual_seed(0)
+    student = nn.Sequential(
+        nn.Conv2d(3, 16, 3, padding=1),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        TuckerConv2d(16, 8, 3, (6, 5), padding=1, activation="relu"),
+        nn.Flatten(),
+        TuckerLinear(8 * 16, 5, (4, 3)),
+    ).eval()
+    x = torch.randn(2, 3, 8, 8)
+    for model in (student, fuse(student)):
+        with torch.no_grad():
+            want = [model(x) for _ in range(3)][-1]  # repeated calls pass by the dispatcher
+            torch.onnx.export(model, (x,), tmp_path / "m.onnx", dynamo=dynamo, verbose=False)
+        kinds = [node.op_type for node in onnx.load(tmp_path / "m.onnx").graph.node]
+        assert kinds.count("Conv") == 4
+        session = runtime.InferenceSession(tmp_path / "m.onnx", providers=["CPUExecutionProvider"])
+        (found,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+        torch.testing.assert_close(torch.from_numpy(found), want, rtol=1e-4, atol=1e-5)

@@ -180,3 +180,24 @@ def test_the_operator_itself_refuses_it_too():
             torch.ops.kegfast.conv_max_pool(
                 torch.ones(shape), torch.ones(3, 2, 5, 5), None, 1, 1, 0, 0, 2, 2, 2, 2, 1, 1, False, False
             )
+
+
+@native
+def test_a_failure_of_the_kernel_is_not_tried_again(monkeypatch):
+    calls = []
+
+    def failing(*_):
+        calls.append(1)
+        raise RuntimeError("the kernel's own")
+
+    monkeypatch.setattr("kegfast.ops.conv_max_pool._run", failing)
+    x, weight = torch.ones(1, 2, 8, 8), torch.ones(3, 2, 3, 3)
+    with pytest.raises(RuntimeError, match="the kernel's own"):
+        conv_max_pool2d(x, weight)
+    assert len(calls) == 1
+
+
+@native
+def test_lists_are_pairs():
+    x, weight = torch.ones(1, 2, 8, 8), torch.ones(3, 2, 3, 3)
+    assert torch.equal(conv_max_pool2d(x, weight, pool=[2, 2]), conv_max_pool2d(x, weight, pool=(2, 2)))
