@@ -1,10 +1,15 @@
 """What is done to modules as a whole: copies, train and eval mode for a while."""
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from typing import TypeVar
 
 from torch import Tensor, nn
+
+from kegfast._util.check import expected
+
+Kind = TypeVar("Kind", bound=nn.Module)
 
 
 def clone(model: nn.Module) -> nn.Module:
@@ -16,6 +21,24 @@ def clone(model: nn.Module) -> nn.Module:
         if isinstance(value, Tensor) and not value.is_leaf
     )
     return copy.deepcopy(model, {id(value): value.detach().clone() for value in derived})
+
+
+def submodule(model: nn.Module, name: str, kind: type[Kind]) -> Kind:
+    """The submodule of that name.
+
+    Raises:
+        TypeError: it is of another kind.
+    """
+    found = model.get_submodule(name)
+    if not isinstance(found, kind):
+        raise TypeError(expected(name, f"a {kind.__name__}", found))
+    return found
+
+
+def two(numbers: Sequence[int]) -> tuple[int, int]:
+    """The pair that a convolution over images keeps of its geometry; torch's types leave its length open."""
+    vertical, horizontal = numbers
+    return vertical, horizontal
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from kegfast._util import check
 from kegfast._util.check import expected
-from kegfast._util.inputs import copied
+from kegfast._util.inputs import Inputs, copied
 from kegfast._util.logits import AsLogits
 from kegfast._util.modules import clone, in_mode
 from kegfast.extraction.moments import NormMoments, watched_norm
@@ -66,12 +66,12 @@ class FrozenTeacher:
 
     def __call__(
         self,
-        samples: Tensor,  # (G * N, ...)
+        samples: Inputs,  # (G * N, ...)
         copies: int = 1,
     ) -> tuple[Tensor, list[NormMoments]]:
         """Logits (G * N, classes), and the moments that the BatchNorm layers saw of each of G = `copies`."""
         self._copies, self._moments = copies, []
-        parts = samples.chunk(copies) if self.faithful else [samples]
+        parts = samples.chunk(copies) if self.faithful and isinstance(samples, Tensor) else [samples]
         answers = [self.model(copied(part)) for part in parts]
         moments, self._moments = self._moments, []
         return self._as_logits(answers[0] if len(answers) == 1 else torch.cat(answers)), moments

@@ -1,11 +1,15 @@
 """Three factors of one weight, and what a layer made of them tells of the dense layer that it stands for."""
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from kegfast._util.modules import two
+
 Side = int | None
+Dense = nn.Conv2d | nn.Linear
 
 
 class Factors(NamedTuple):
@@ -25,7 +29,16 @@ class Factors(NamedTuple):
 
     def to(self, like: Tensor) -> "Factors":
         """The factors on the device and in the dtype of `like`."""
-        return Factors(*(None if part is None else part.to(like) for part in self))
+        return self.each(lambda part: part.to(like))
+
+    def each(self, function: Callable[[Tensor], Tensor]) -> "Factors":
+        """The same sides, with a function of every factor in its place."""
+        first, core, last = self
+        return Factors(
+            None if first is None else function(first),
+            function(core),
+            None if last is None else function(last),
+        )
 
 
 def reconstruct(factors: Factors) -> Tensor:  # (K, C, kh, kw) or (K, C)
@@ -45,13 +58,17 @@ class Factored:
     something into. Whoever writes to one gets an error from `nn.Module`.
     """
 
-    core: nn.Module
+    core: Dense
 
     @property
     def factors(self) -> Factors:
         """The weights of the three parts, those of 1x1 convolutions as matrices."""
-        first, last = (None if part is None else part.weight.flatten(1) for part in self._sides)
-        return Factors(first, self.core.weight, last)
+        first, last = self._sides
+        return Factors(
+            None if first is None else first.weight.flatten(1),
+            self.core.weight,
+            None if last is None else last.weight.flatten(1),
+        )
 
     @property
     def rank(self) -> tuple[Side, Side]:
@@ -86,20 +103,26 @@ class Factored:
         raise NotImplementedError
 
     @property
-    def _sides(self) -> tuple[nn.Module | None, nn.Module | None]:
+    def _sides(self) -> tuple[Dense | None, Dense | None]:
         return getattr(self, "first", None), getattr(self, "last", None)
 
     @property
-    def _head(self) -> nn.Module:
-        return self.core if self._sides[0] is None else self._sides[0]
+    def _head(self) -> Dense:
+        first, _ = self._sides
+        return self.core if first is None else first
 
     @property
-    def _tail(self) -> nn.Module:
-        return self.core if self._sides[1] is None else self._sides[1]
+    def _tail(self) -> Dense:
+        _, last = self._sides
+        return self.core if last is None else last
 
 
 class FactoredConv2d(Factored):
     """Those of an `nn.Conv2d`; `weight` is (K, C, kh, kw)."""
+
+    core: nn.Conv2d
+    _head: nn.Conv2d
+    _tail: nn.Conv2d
 
     groups, transposed, output_padding = 1, False, (0, 0)
 
@@ -116,26 +139,27 @@ class FactoredConv2d(Factored):
     @property
     def kernel_size(self) -> tuple[int, int]:
         """Of the core."""
-        return self.core.kernel_size
+        return two(self.core.kernel_size)
 
     @property
     def stride(self) -> tuple[int, int]:
         """Of the core, or of the first part where that leaves out pixels already."""
         (top, left), (down, right) = self._head.stride, self.core.stride
-        return self.core.stride if self._head is self.core else (top * down, left * right)
+        return (down, right) if self._head is self.core else (top * down, left * right)
 
     @property
     def padding(self) -> tuple[int, int] | str:
         """Of the core."""
-        return self.core.padding
+        padding = self.core.padding
+        return padding if isinstance(padding, str) else two(padding)
 
     @property
     def dilation(self) -> tuple[int, int]:
         """Of the core."""
-        return self.core.dilation
+        return two(self.core.dilation)
 
     @property
-    def padding_mode(self) -> str:
+    def padding_mode(self) -> Literal["zeros", "reflect", "replicate", "circular"]:
         """Of the core."""
         return self.core.padding_mode
 
@@ -147,6 +171,10 @@ class FactoredConv2d(Factored):
 
 class FactoredLinear(Factored):
     """Those of an `nn.Linear`; `weight` is (out_features, in_features)."""
+
+    core: nn.Linear
+    _head: nn.Linear
+    _tail: nn.Linear
 
     @property
     def in_features(self) -> int:
