@@ -13,12 +13,12 @@ from kegfast._util.modules import evaluation
 from kegfast.compression import costs
 from kegfast.compression.budget import Option, Rank, Table, allocate, settled, tabulate
 from kegfast.compression.decompose import Metric, whiten
-from kegfast.compression.evidence import Evidence
+from kegfast.compression.evidence import Evidence, Samples
 from kegfast.compression.norms import batch_statistics
 from kegfast.compression.ranks import RankRule, layer_rank, spectra
 from kegfast.compression.report import CompressionReport
 from kegfast.compression.surgery import Site
-from kegfast.compression.traffic import Traffic, tensors_of
+from kegfast.compression.traffic import tensors_of
 
 log = logging.getLogger(__name__)
 
@@ -95,13 +95,14 @@ def plans(
     chosen = {site.name for site in selected}
     priced: dict[str, tuple[Site, costs.Cost, float]] = {}
     for site in sites:
-        seen = evidence.traffic.get(site.name)
-        if site.name not in chosen or (kind != "params" and seen is None):
-            if kind in ("flops", "memory") and seen and isinstance(site.module, nn.Conv2d | nn.Linear):
-                dense = price(kind, site, seen, evidence)[1]
-                total, spent = total + dense, spent + dense
+        counts = kind in ("flops", "memory") and isinstance(site.module, nn.Conv2d | nn.Linear)
+        found = price(kind, site, evidence) if counts or site.name in chosen else None
+        if found is None:
             continue
-        cost, dense = price(kind, site, seen, evidence)
+        cost, dense = found
+        if site.name not in chosen:
+            total, spent = total + dense, spent + dense
+            continue
         if kind == "params":
             spent -= dense
         else:
@@ -121,20 +122,24 @@ def plans(
             f"{len(sites)} layers {len(priced)} can be factored, got {fraction:.4f}"
         )
         raise OutOfBudget(message, least / total)
-    found = {way: allocate(own, fraction * total - spent) for way, own in tables.items()}
+    ways = {way: allocate(own, fraction * total - spent) for way, own in tables.items()}
     if evidence.metrics:
-        weights = {name: site.module.weight for name, (site, _, _) in priced.items()}
-        found |= _uniform_plans(weights, first, fraction * total - spent)
-    return {way: {name: option.rank for name, option in options.items()} for way, options in found.items()}
+        weights = {name: site.layer.weight for name, (site, _, _) in priced.items()}
+        ways |= _uniform_plans(weights, first, fraction * total - spent)
+    return {way: {name: option.rank for name, option in options.items()} for way, options in ways.items()}
 
 
-def price(kind: str, site: Site, traffic: Traffic | None, evidence: Evidence) -> tuple[costs.Cost, float]:
-    """What a layer costs at each pair of ranks, and as it is."""
+def price(kind: str, site: Site, evidence: Evidence) -> tuple[costs.Cost, float] | None:
+    """What a layer costs at each pair of ranks, and as it is; None where that is unknown: it did not run."""
+    layer = site.layer
     if kind == "params":
-        return costs.parameters(site.module.weight.shape), site.module.weight.numel()
+        return costs.parameters(layer.weight.shape), layer.weight.numel()
+    seen, example = evidence.traffic.get(site.name), evidence.example
+    if seen is None or example is None:
+        return None
     if kind == "latency":
-        return costs.latency(site, traffic, evidence.example, seconds=0.1)
-    return getattr(costs, kind)(site.module, traffic)
+        return costs.latency(site, seen, example, seconds=0.1)
+    return costs.flops(layer, seen) if kind == "flops" else costs.memory(layer, seen)
 
 
 def _tables(
@@ -147,7 +152,7 @@ def _tables(
     """Tables of all layers for each way to weigh errors."""
     ways: dict[str, dict[str, Table]] = {}
     for name, (site, cost, dense) in priced.items():
-        weight = site.module.weight
+        weight = site.layer.weight
         for kind, shares in WEIGHINGS.items():
             if kind == "sensitivity" and not metrics:
                 continue
@@ -208,28 +213,29 @@ def choose(
         trial: makes a plan's student.
         evidence: the inputs; without any the first plan is taken, and where the outputs hold no tensors.
     """
-    outputs = [] if evidence.samples is None else outputs_of(teacher, evidence)
-    if not outputs:
+    samples = evidence.samples
+    outputs = [] if samples is None else outputs_of(teacher, samples)
+    if samples is None or not outputs:
         return next(iter(found)), {}
     distances: dict[str, float] = {}
     for way, plan in found.items():
         same = next((other for other in distances if found[other] == plan), None)
-        distances[way] = distances[same] if same else distance(outputs, outputs_of(trial(plan), evidence))
+        distances[way] = distances[same] if same else distance(outputs, outputs_of(trial(plan), samples))
         log.info("ranks by %s: outputs change by %.4f", way, distances[way])
     best = min(distances, key=distances.__getitem__)
-    if evidence.synthetic and distances.get(USUAL, math.inf) <= (1 + ROUGH) * distances[best]:
+    if samples.synthetic and distances.get(USUAL, math.inf) <= (1 + ROUGH) * distances[best]:
         best = USUAL
     return best, distances
 
 
 @torch.no_grad()
-def outputs_of(model: nn.Module, evidence: Evidence) -> list[Tensor]:
+def outputs_of(model: nn.Module, samples: Samples) -> list[Tensor]:
     """All outputs, in one tensor per place in what the model returns; on noise by its own statistics."""
     with evaluation(model):
-        if evidence.probes:
+        if samples.probes:
             with batch_statistics(model):
-                return [part.float() for part in tensors_of(call(model, evidence.samples))]
-        chunks = [tensors_of(call(model, chunk)) for chunk in split(evidence.samples, CHUNK)]
+                return [part.float() for part in tensors_of(call(model, samples.inputs))]
+        chunks = [tensors_of(call(model, chunk)) for chunk in split(samples.inputs, CHUNK)]
     return [torch.cat(parts).float() for parts in zip(*chunks, strict=True)]
 
 

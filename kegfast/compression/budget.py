@@ -39,8 +39,9 @@ class Table:
         return _lower_hull(self.costs, self.errors)
 
     def option(self, index: int) -> Option:
-        rank = tuple(int(side) or None for side in self.ranks[index])
-        return Option(rank if any(rank) else None, float(self.costs[index]), float(self.errors[index]))
+        in_rank, out_rank = (int(side) or None for side in self.ranks[index])
+        rank = (in_rank, out_rank) if in_rank or out_rank else None
+        return Option(rank, float(self.costs[index]), float(self.errors[index]))
 
     def scaled(self, factor: float) -> "Table":
         """The same options with errors that count `factor` times as much."""
@@ -116,14 +117,14 @@ def _hosvd_errors(weight: Tensor) -> tuple[np.ndarray, np.ndarray]:
     energy = core.double().flatten(2).square().sum(2).cpu().numpy()  # (K, C), by falling importance
     both = energy.sum() - energy.cumsum(0).cumsum(1)
     r2, r1 = np.meshgrid(np.arange(1, outputs + 1), np.arange(1, inputs + 1), indexing="ij")
-    ranks = [np.stack([r1.ravel(), r2.ravel()], 1)]
+    pairs = [np.stack([r1.ravel(), r2.ravel()], 1)]
     errors = [both.ravel()]
     for side, channels, spectrum in ((0, inputs, energy.sum(0)), (1, outputs, energy.sum(1))):
         alone = np.zeros((channels, 2), dtype=np.int64)
         alone[:, side] = np.arange(1, channels + 1)
-        ranks.append(alone)
+        pairs.append(alone)
         errors.append(_tail(torch.from_numpy(spectrum)))
-    return np.concatenate(ranks), np.concatenate(errors)
+    return np.concatenate(pairs), np.concatenate(errors)
 
 
 def _gram(matrix: Tensor) -> Tensor:

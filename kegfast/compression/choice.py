@@ -21,6 +21,9 @@ from kegfast.nn import TuckerConv2d, TuckerLinear
 
 log = logging.getLogger(__name__)
 
+Keep = Literal["fastest", "layers", "size"]
+"""What of a student stays that is not faster: nothing, its layers, or all of it."""
+
 MARGIN = 0.01
 """By this share the student must be faster: what wins by less may lose when it is timed again."""
 
@@ -49,7 +52,7 @@ def time_layers(
         ways = _ways(site.module, student.get_submodule(name))
         kind = _kind(ways, traffic[name])
         if kind not in known:
-            inputs = inputs_like(example, traffic[name], site.module.weight)
+            inputs = inputs_like(example, traffic[name], site.layer.weight)
             known[kind] = _time_ways(ways, inputs, seconds)
         found[name] = ways, dict(known[kind])
     return found
@@ -98,7 +101,7 @@ def keep_fastest(
     example: Inputs,
     report: CompressionReport,
     *,
-    keep: Literal["fastest", "layers", "size"],
+    keep: Keep,
     seconds: float = 0.1,
 ) -> nn.Module:
     """Replaces layers of the student by whichever way of running them is fastest.

@@ -6,7 +6,7 @@ from math import prod
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from kegfast._util.inputs import Inputs
 from kegfast._util.timing import interleaved
@@ -15,7 +15,7 @@ from kegfast.compression.choice import inputs_like, run_all
 from kegfast.compression.surgery import Site
 from kegfast.compression.traffic import Traffic
 from kegfast.nn.build import build, explicit_padding
-from kegfast.nn.factors import Factors
+from kegfast.nn.factors import Dense, Factors
 
 KINDS = ("params", "flops", "latency", "memory")
 
@@ -37,7 +37,7 @@ def factor_parameters(shape: Sequence[int], rank: Rank) -> int:
     return int(parameters(shape)(np.array(rank[0] or 0), np.array(rank[1] or 0)))
 
 
-def pixels(module: nn.Module, traffic: Traffic) -> tuple[int, int]:
+def pixels(module: Dense, traffic: Traffic) -> tuple[int, int]:
     """Pixels (rows of a Linear), over batch and calls, at which the first and the later factors run."""
     if isinstance(module, nn.Linear):
         rows = sum(prod(shape[:-1]) for shape in traffic.inputs)
@@ -52,7 +52,7 @@ def _pixels(shapes: Sequence[Sequence[int]]) -> int:
     return sum(prod(shape[:-3]) * prod(shape[-2:]) for shape in shapes)
 
 
-def flops(module: nn.Module, traffic: Traffic) -> tuple[Cost, int]:
+def flops(module: Dense, traffic: Traffic) -> tuple[Cost, int]:
     """Multiplications and additions for one forward pass, and those of the dense layer."""
     outputs, inputs, *kernel = module.weight.shape
     taps = prod(kernel)
@@ -66,7 +66,7 @@ def flops(module: nn.Module, traffic: Traffic) -> tuple[Cost, int]:
     return cost, 2 * outputs * inputs * taps * after
 
 
-def memory(module: nn.Module, traffic: Traffic) -> tuple[Cost, int]:
+def memory(module: Dense, traffic: Traffic) -> tuple[Cost, int]:
     """Bytes of the weights and of every activation that the factors write, and those of the dense layer."""
     before, after = pixels(module, traffic)
     size, outputs = module.weight.element_size(), module.weight.shape[0]
@@ -81,7 +81,7 @@ def memory(module: nn.Module, traffic: Traffic) -> tuple[Cost, int]:
 
 def latency(site: Site, traffic: Traffic, example: Inputs, seconds: float) -> tuple[Cost, float]:
     """Seconds as a straight line in FLOPs through measured ranks, and those of the dense layer."""
-    module = site.module
+    module = site.layer
     work, _ = flops(module, traffic)
     layers, works = {}, []
     for share in (2, 4, 8, 16):
@@ -109,18 +109,23 @@ def latency(site: Site, traffic: Traffic, example: Inputs, seconds: float) -> tu
     return cost, times["dense"]
 
 
-def _share_of(module: nn.Module, share: int) -> Rank:
+def _share_of(module: Dense, share: int) -> Rank:
     outputs, inputs, *kernel = module.weight.shape
     if prod(kernel) == 1:
         return max(1, min(inputs, outputs) // share), None
     return max(1, inputs // share), max(1, outputs // share)
 
 
-def _blank(module: nn.Module, rank: Rank) -> Factors:
+def _blank(module: Dense, rank: Rank) -> Factors:
     outputs, inputs, *kernel = module.weight.shape
-    new = torch.zeros if module.weight.device.type == "meta" else torch.randn
-    kwargs = {"device": module.weight.device}
-    first = new(rank[0], inputs, **kwargs) if rank[0] else None
-    last = new(outputs, rank[1], **kwargs) if rank[1] else None
-    core = new(rank[1] or outputs, rank[0] or inputs, *kernel, **kwargs)
+    device = module.weight.device
+
+    def new(*shape: int) -> Tensor:
+        return (
+            torch.zeros(shape, device=device) if device.type == "meta" else torch.randn(shape, device=device)
+        )
+
+    first = new(rank[0], inputs) if rank[0] else None
+    last = new(outputs, rank[1]) if rank[1] else None
+    core = new(rank[1] or outputs, rank[0] or inputs, *kernel)
     return Factors(first, core, last)

@@ -24,7 +24,7 @@ def warn_of_damage(
     if not report.ranks:
         return
     if evidence.samples is not None:
-        lost = distance(outputs_of(teacher, evidence), outputs_of(student, evidence))
+        lost = distance(outputs_of(teacher, evidence.samples), outputs_of(student, evidence.samples))
         what = f"outputs and answers change by {lost:.2f}"
     else:
         lost = 1 - prod(1 - min(entry.error, 1.0) ** 2 for entry in report.layers)

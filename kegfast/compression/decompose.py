@@ -90,7 +90,7 @@ class Decomposition:
         in_rank, out_rank = explicit_rank(rank, self._weight.shape[1], self._weight.shape[0])
         matrix = self._weight[0, 0].numel() == 1
         if matrix and (in_rank is None or out_rank is None):
-            factors = _low_rank(self._target, self._svd_to(in_rank or out_rank), in_rank, out_rank)
+            factors = _low_rank(self._target, self._svd_to(in_rank or out_rank or 0), in_rank, out_rank)
         else:
             factors = _tucker2(self._target, in_rank, out_rank)
         if self._metric is not None:
@@ -126,8 +126,8 @@ def _leading_svd(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:  #
     """
     generator = torch.Generator(matrix.device).manual_seed(0)
     width = rank + max(32, rank // 8)
-    options = {"generator": generator, "dtype": matrix.dtype, "device": matrix.device}
-    basis = matrix @ torch.randn(matrix.shape[1], width, **options)
+    shape, dtype = (matrix.shape[1], width), matrix.dtype
+    basis = matrix @ torch.randn(shape, generator=generator, dtype=dtype, device=matrix.device)
     for _ in range(ITERATIONS):
         basis = matrix @ (matrix.T @ torch.linalg.qr(basis)[0])
     basis = torch.linalg.qr(basis)[0]
@@ -227,5 +227,5 @@ def relative_error(weight: Tensor, factors: Factors) -> float:
     """||weight - reconstruction|| / ||weight|| of the factors as stored, computed in float64."""
     exact = weight.detach().double()
     norm = float(exact.norm())
-    parts = (None if part is None else part.detach().double() for part in factors)
-    return float((exact - reconstruct(Factors(*parts))).norm()) / norm if norm else 0.0
+    stored = factors.each(lambda part: part.detach().double())
+    return float((exact - reconstruct(stored)).norm()) / norm if norm else 0.0

@@ -24,14 +24,15 @@ def begin(model: nn.Module, sites: Sequence[Site]) -> CompressionReport:
 
 
 def _entry(site: Site) -> LayerReport:
-    module = site.module
+    module, size = site.module, 0
+    shape: tuple[int, ...] = ()
     weight = getattr(module, "weight", None)
-    known = isinstance(weight, Tensor) and not isinstance(weight, nn.UninitializedParameter)
-    size = count_parameters(module) if known else 0
+    if isinstance(weight, Tensor) and not isinstance(weight, nn.UninitializedParameter):
+        shape, size = tuple(weight.shape), count_parameters(module)
     return LayerReport(
         site.name,
         type(module).__name__,
-        tuple(weight.shape) if known else (),
+        shape,
         reason=site.refusal or "",
         parameters=size,
         parameters_before=size,
@@ -66,9 +67,9 @@ def note_layer(
     entry.rank = factors.rank
     entry.decision = "tucker" if isinstance(layer, TuckerConv2d | TuckerLinear) else "factors"
     if traffic is not None:
-        cost, _ = costs.flops(site.module, traffic)
+        cost, _ = costs.flops(site.layer, traffic)
         entry.flops = int(cost(*(np.array(side or 0) for side in factors.rank)))
-    entry.error = relative_error(site.module.weight, factors)
+    entry.error = relative_error(site.layer.weight, factors)
     entry.parameters = count_parameters(layer)
 
 

@@ -1,10 +1,9 @@
 """Leaving torch: factored layers as the plain convolutions that every other tool knows."""
 
 import warnings
-from collections.abc import Mapping
 from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +33,11 @@ def unfuse(model: nn.Module) -> nn.Module:
         raise TypeError(expected("model", "a torch.nn.Module", model))
     spell_out_addends(model)
     spell_out_pools(model)
-    return replace_all(model, lambda module: isinstance(module, TuckerConv2d), unfused)
+    return replace_all(model, _is_fused, unfused)
+
+
+def _is_fused(module: nn.Module) -> TypeGuard[TuckerConv2d]:
+    return isinstance(module, TuckerConv2d)
 
 
 def export_onnx(model: nn.Module, path: str | Path, example_input: Any) -> None:
@@ -68,16 +71,16 @@ def export_onnx(model: nn.Module, path: str | Path, example_input: Any) -> None:
     names = _name_outputs(plain, inputs)
     alike = len(tensors[0]) > 1 and len({len(part) for part in tensors}) == 1
     batch = {0: torch.export.Dim("batch", min=1)} if alike else None
-    by_name = isinstance(inputs, Mapping)
-    args = () if by_name else inputs if isinstance(inputs, tuple) else (inputs,)
-    shapes = {name: batch for name in inputs} if by_name else (batch,) * len(args)
+    keywords = inputs if isinstance(inputs, dict) else None
+    args = () if keywords is not None else inputs if isinstance(inputs, tuple) else (inputs,)
+    shapes = (batch,) * len(args) if keywords is None else dict.fromkeys(keywords, batch)
     with warnings.catch_warnings(), atomic_write(path) as temporary:
         warnings.simplefilter("ignore")
         torch.onnx.export(
             plain,
             args,
             temporary,
-            kwargs=inputs if by_name else None,
+            kwargs=keywords,
             output_names=names,
             dynamo=True,
             external_data=False,

@@ -9,14 +9,17 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from kegfast._util import check
 from kegfast._util.check import accepts, expected
+from kegfast._util.graph import called, target_name
 from kegfast._util.inputs import Inputs, as_inputs, call, copied, named_tensors
 from kegfast._util.modules import clone, evaluation
 from kegfast.compression import rewriting
 from kegfast.compression.normalizers import Normalizer, normalizer, reads_matrices
-from kegfast.compression.rewriting import LAYERS, count_calls, is_a, only_user
+from kegfast.compression.rewriting import LAYERS, Layer, count_calls, is_a, only_user
 from kegfast.compression.structure import LayerTracer, trace_graph
 from kegfast.compression.surgery import HOOKS, has_own_weights, is_plain, owners_of, tail_of, unwrap
+from kegfast.extraction.moments import running_statistics
 from kegfast.nn import TuckerConv2d, TuckerLinear
+from kegfast.nn.factors import Dense
 
 log = logging.getLogger(__name__)
 
@@ -73,11 +76,13 @@ def fuse(model: nn.Module, example_input: Any = None, *, final: bool = False) ->
         _fuse_observed(folded, inputs)
     else:
         log.info("%s cannot be traced: without example_input nothing is folded", kind)
-    if wanted is not None and (difference := _difference(wanted, _answers(folded, inputs))):
+    difference = "" if inputs is None or wanted is None else _difference(wanted, _answers(folded, inputs))
+    if difference:
         log.warning("%s stays as it is: folded it answered otherwise (%s)", kind, difference)
         folded = clone(model).eval()
-    for layer in filter(lambda module: isinstance(module, TuckerConv2d), folded.modules() if final else ()):
-        layer.final_()
+    for layer in folded.modules() if final else ():
+        if isinstance(layer, TuckerConv2d):
+            layer.final_()
     return folded
 
 
@@ -131,12 +136,12 @@ def _fold_norms(model: fx.GraphModule, inputs: Inputs | None) -> None:
     owners, read = owners_of(model), _read_elsewhere(model)
     dims = {} if inputs is None else _dims_of_norm_inputs(model, inputs)
     for node in list(model.graph.nodes):
-        norm = modules[node.target] if node.op == "call_module" else None
+        norm = called(node, modules)
         if not isinstance(norm, _BatchNorm):
             continue
         before = node.all_input_nodes[0]
-        layer = modules[before.target] if before.op == "call_module" else None
-        if not isinstance(layer, LAYERS):
+        layer = called(before, modules)
+        if not isinstance(layer, Layer):
             continue
         parts = normalizer(norm)
         reason = _why_not(layer, norm, parts, owners)
@@ -152,11 +157,11 @@ def _fold_norms(model: fx.GraphModule, inputs: Inputs | None) -> None:
             reason = "its input is not known to be a matrix"
         if reason is None and not _fold(layer, norm):
             reason = "the folded weights would not be finite"
-        if reason is not None:
+        if parts is None or reason is not None:
             log.info("%s stays: %s", node.target, reason)
             continue
         log.debug("%s is folded into %s", node.target, before.target)
-        model.set_submodule(node.target, parts.rest)
+        model.set_submodule(target_name(node), parts.rest)
         parts.inline(model, node, before)
         modules.update(dict(model.named_modules(remove_duplicate=False)))
 
@@ -166,10 +171,10 @@ def _read_elsewhere(model: fx.GraphModule) -> set[int]:
     found = set()
     for node in model.graph.nodes:
         if node.op == "get_attr":
-            owner, _, name = node.target.rpartition(".")
+            owner, _, name = target_name(node).rpartition(".")
             if any(user.target is not getattr or user.args[1] not in METADATA for user in node.users):
                 found.add(id(getattr(model.get_submodule(owner), name)))
-        elif node.op == "call_module" and type(whole := model.get_submodule(node.target)) not in LAYERS:
+        elif node.op == "call_module" and type(whole := model.get_submodule(target_name(node))) not in LAYERS:
             found |= {id(tensor) for part in whole.children() for tensor in _tensors(part)}
     return found
 
@@ -197,7 +202,7 @@ def _dims_of_norm_inputs(model: fx.GraphModule, inputs: Inputs) -> dict[int, int
 
 
 def _why_not(
-    layer: nn.Module, norm: nn.Module, parts: Normalizer | None, owners: dict[int, set[str]]
+    layer: Layer, norm: _BatchNorm, parts: Normalizer | None, owners: dict[int, set[str]]
 ) -> str | None:
     """What about the two modules themselves keeps a BatchNorm from being folded into the layer before it."""
     if type(layer) not in LAYERS or not is_plain(layer) or not has_own_weights(_tail(layer), owners):
@@ -216,7 +221,7 @@ def _why_not(
     return None
 
 
-def _tail(layer: nn.Module) -> nn.Module:
+def _tail(layer: Layer) -> Dense:
     return layer if isinstance(layer, nn.Conv2d | nn.Linear) else tail_of(layer)
 
 
@@ -246,13 +251,16 @@ def _fuse_observed(model: nn.Module, inputs: Inputs) -> None:
 def _fuse_sequential(
     parts: nn.Sequential, owners: dict[int, set[str]], ran: dict[int, tuple[Tensor, Tensor]]
 ) -> None:
-    layer, output = None, None
+    layer: nn.Module | None = None
+    output: Tensor | None = None
     for name, follower in list(parts._modules.items()):
         reads = id(follower) in ran and ran[id(follower)][0] is output
-        if isinstance(layer, LAYERS) and isinstance(follower, _BatchNorm) and reads:
+        if isinstance(layer, Layer) and isinstance(follower, _BatchNorm) and reads:
             behind = normalizer(follower)
-            flat = not isinstance(layer, nn.Linear | TuckerLinear) or output.dim() == 2
-            if _why_not(layer, follower, behind, owners) is None and flat and _fold(layer, follower):
+            images = not isinstance(layer, nn.Linear | TuckerLinear)
+            fits = images or (output is not None and output.dim() == 2)
+            fits = fits and _why_not(layer, follower, behind, owners) is None
+            if behind is not None and fits and _fold(layer, follower):
                 parts._modules[name] = behind.as_module()
                 output = ran[id(follower)][1] if isinstance(parts._modules[name], nn.Identity) else None
                 continue
@@ -265,17 +273,18 @@ def _fuse_sequential(
 
 
 @torch.no_grad()
-def _fold(layer: nn.Module, norm: _BatchNorm) -> bool:
+def _fold(layer: Layer, norm: _BatchNorm) -> bool:
     """Scales and shifts the layer's outputs as the norm does; False where that would overflow."""
     tail = _tail(layer)
-    scale = (norm.running_var.double() + norm.eps).rsqrt()
+    mean, variance = running_statistics(norm)
+    scale = (variance.double() + norm.eps).rsqrt()
     if norm.weight is not None:
         scale = scale * norm.weight.double()
     bias = tail.bias.double() if tail.bias is not None else torch.zeros_like(scale)
-    shift = (bias - norm.running_mean.double()) * scale
+    shift = (bias - mean.double()) * scale
     if norm.bias is not None:
         shift = shift + norm.bias.double()
-    old: Tensor = tail.weight
+    old = tail.weight
     weight = (old.double() * scale.reshape(-1, *[1] * (old.dim() - 1))).to(old.dtype)
     shift = shift.to(old.dtype)
     if not bool(weight.isfinite().all() and shift.isfinite().all()):

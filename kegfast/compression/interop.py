@@ -7,9 +7,9 @@ from torch import Tensor, nn
 
 from kegfast._util.check import expected
 from kegfast._util.files import bare_names, state_in
-from kegfast.compression.surgery import Site, replace, unwrap
+from kegfast.compression.surgery import KINDS, Site, replace, unwrap
 from kegfast.nn.build import build
-from kegfast.nn.factors import Factors
+from kegfast.nn.factors import Dense, Factors
 
 Roles = dict[str, str]  # "first", "core" and "last", or one of the outer two less, to names
 
@@ -58,7 +58,7 @@ def from_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
     layers = [
         (name, module)
         for name, module in student.named_modules(remove_duplicate=False)
-        if type(module) in (nn.Conv2d, nn.Linear)
+        if isinstance(module, Dense) and type(module) in KINDS
     ]
     for name, module in layers:
         prefix = f"{name}." if name else ""
@@ -87,7 +87,7 @@ def _holds(state: Mapping[str, Tensor], prefix: str, roles: Roles) -> bool:
     return all(f"{prefix}{part}.weight" in state for part in roles.values())
 
 
-def _fits(state: Mapping[str, Tensor], prefix: str, roles: Roles, module: nn.Module) -> bool:
+def _fits(state: Mapping[str, Tensor], prefix: str, roles: Roles, module: Dense) -> bool:
     """Whether the factors are those of a weight such as the layer's."""
     factors, named = _take(dict(state), prefix, roles)
     first, core, last = factors

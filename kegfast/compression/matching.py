@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from kegfast._util.inputs import Inputs, call, each, take, tensors_in, to_like
 from kegfast._util.modules import clone
 from kegfast.compression.traffic import logits_of
-from kegfast.extraction.moments import NormMoments
+from kegfast.extraction.moments import NormMoments, running_statistics
 from kegfast.extraction.teacher import FrozenTeacher
 
 log = logging.getLogger(__name__)
@@ -55,8 +55,8 @@ def match_statistics(model: nn.Module, samples: Inputs) -> Inputs:
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, STEPS)
     with torch.enable_grad():
         for step in range(STEPS):
-            output, seen = teacher([x.clone() for x in moved])
-            distance = sum(map(_distance, seen))
+            output, seen = teacher(tuple(moved))
+            distance = sum(map(_distance, seen), start=moved[0].new_zeros(()))
             gradients = torch.autograd.grad(distance + SPREAD * _spread(output), moved, allow_unused=True)
             for x, gradient in zip(moved, gradients, strict=True):
                 x.grad = gradient
@@ -91,10 +91,10 @@ def _with_values(samples: Inputs, values: Sequence[Tensor]) -> Inputs:
 
 def _distance(seen: NormMoments) -> Tensor:
     """Of means and deviations, in units of the learnt deviations."""
-    norm = seen.layer
-    deviation = (norm.running_var + norm.eps).sqrt()
-    shift = (seen.mean - norm.running_mean) / deviation
-    stretch = (seen.variance + norm.eps).sqrt() / deviation - 1
+    mean, variance = running_statistics(seen.layer)
+    deviation = (variance + seen.layer.eps).sqrt()
+    shift = (seen.mean - mean) / deviation
+    stretch = (seen.variance + seen.layer.eps).sqrt() / deviation - 1
     return shift.square().mean() + stretch.square().mean()
 
 

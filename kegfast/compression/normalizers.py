@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from kegfast._util.graph import called, target_name
 from kegfast.compression.rewriting import is_a, skip
 from kegfast.nn import TuckerLinear
 
@@ -40,7 +41,7 @@ class Normalizer:
         node.replace_all_uses_with(result)
         model.graph.erase_node(node)
         for copy in copies:
-            if copy.op == "call_module" and is_a(model.get_submodule(copy.target), nn.Identity):
+            if copy.op == "call_module" and is_a(model.get_submodule(target_name(copy)), nn.Identity):
                 skip(model, copy)
 
     def as_module(self) -> nn.Module:
@@ -56,7 +57,7 @@ class Normalizer:
         for node in self.behind:
             values[node] = graph.node_copy(node, values.__getitem__)
             if node.op in ("call_module", "get_attr"):
-                values[node].target = prefix + node.target
+                values[node].target = prefix + target_name(node)
         return values[self.result], [values[node] for node in self.behind]
 
 
@@ -140,7 +141,7 @@ def _rest(norm: nn.Module) -> nn.Module:
 def reads_matrices(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
     """Whether a layer's output is known to be two-dimensional, by what the graph does before it."""
     while node.all_input_nodes:
-        module = modules[node.target] if node.op == "call_module" else None
+        module = called(node, modules)
         if isinstance(module, nn.Flatten):
             return (module.start_dim, module.end_dim) == (1, -1)
         keeps = isinstance(module, KEEP_MATRICES) if module is not None else node.target in KEEPING_CALLS

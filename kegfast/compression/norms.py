@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from kegfast._util.inputs import Inputs, call
-from kegfast._util.modules import evaluation
+from kegfast._util.modules import evaluation, submodule
 from kegfast.compression.traffic import Arguments, only_input
+from kegfast.extraction.moments import running_statistics
 
 _STATE = ("training", "track_running_stats", "momentum", "num_batches_tracked", "running_mean", "running_var")
 
@@ -27,10 +28,10 @@ def batch_statistics(model: nn.Module) -> Iterator[dict[str, tuple[Tensor, Tenso
     before = {name: {key: getattr(norm, key) for key in _STATE} for name, norm in norms.items()}
     seen: dict[str, tuple[Tensor, Tensor]] = {}
 
-    def note(name: str, norm: nn.Module, args: Arguments, out: Tensor) -> None:
-        seen[name] = norm.running_mean, norm.running_var
+    def note(name: str, norm: _BatchNorm, args: Arguments, out: Tensor) -> None:
+        seen[name] = running_statistics(norm)
 
-    def fresh(norm: nn.Module, args: Arguments, kwargs: Mapping[str, Any]) -> None:
+    def fresh(norm: _BatchNorm, args: Arguments, kwargs: Mapping[str, Any]) -> None:
         # With momentum 1 torch leaves the batch's own moments, at the cost of normalising alone.
         x, known = only_input(args, kwargs), norm.running_mean
         dtype = torch.promote_types(x.dtype, torch.float32) if known is None else known.dtype
@@ -62,10 +63,10 @@ def reestimate_norms(student: nn.Module, samples: Inputs) -> bool:
     with evaluation(student), batch_statistics(student) as seen:
         call(student, samples)
     for name, (mean, variance) in seen.items():
-        norm = student.get_submodule(name)
+        norm = submodule(student, name, _BatchNorm)
         if norm.running_mean is not None:
-            norm.running_mean.copy_(mean)
-            norm.running_var.copy_(variance)
+            for kept, value in zip(running_statistics(norm), (mean, variance), strict=True):
+                kept.copy_(value)
     return bool(seen)
 
 
@@ -80,10 +81,10 @@ def look_familiar(model: nn.Module, samples: Inputs, limit: float = 0.04) -> boo
         call(model, samples)
     shifts = []
     for name, (mean, _) in seen.items():
-        norm = model.get_submodule(name)
+        norm = submodule(model, name, _BatchNorm)
         if norm.running_mean is not None:
-            deviation = (norm.running_var + norm.eps).sqrt()
-            shifts.append(((mean - norm.running_mean) / deviation).abs().mean())
+            known_mean, known_variance = running_statistics(norm)
+            shifts.append(((mean - known_mean) / (known_variance + norm.eps).sqrt()).abs().mean())
     return not shifts or float(torch.stack(shifts).mean()) < limit
 
 
@@ -104,11 +105,13 @@ def transfer_norms(student: nn.Module, teacher: nn.Module, samples: Inputs) -> b
         if name not in found[0]:
             continue
         old_mean, old_variance = (part.clamp_min(0) if i else part for i, part in enumerate(found[0][name]))
-        norm, source = student.get_submodule(name), teacher.get_submodule(name)
+        norm = submodule(student, name, _BatchNorm)
         if norm.running_mean is None:
             continue
+        running_mean, running_variance = running_statistics(norm)
+        learnt_mean, learnt_variance = running_statistics(submodule(teacher, name, _BatchNorm))
         old_variance = old_variance.clamp_min(1e-12)
-        unit = (source.running_var / old_variance).sqrt()
-        norm.running_mean.copy_(source.running_mean + (mean - old_mean) * unit)
-        norm.running_var.copy_(source.running_var * (variance / old_variance))
+        unit = (learnt_variance / old_variance).sqrt()
+        running_mean.copy_(learnt_mean + (mean - old_mean) * unit)
+        running_variance.copy_(learnt_variance * (variance / old_variance))
     return bool(found[1])

@@ -19,10 +19,10 @@ from kegfast._util.progress import slow
 from kegfast.compression import costs, entries, ranks
 from kegfast.compression.allocation import Plan, choose, plans
 from kegfast.compression.budget import Rank
-from kegfast.compression.choice import keep_fastest
+from kegfast.compression.choice import Keep, keep_fastest
 from kegfast.compression.damage import warn_of_damage
 from kegfast.compression.decompose import Decomposition, Metric, relative_error
-from kegfast.compression.evidence import Evidence, collect
+from kegfast.compression.evidence import Evidence, Samples, collect
 from kegfast.compression.norms import has_norms, reestimate_norms, transfer_norms
 from kegfast.compression.ranks import RankRules, Side
 from kegfast.compression.refit import refit
@@ -30,7 +30,8 @@ from kegfast.compression.report import CompressionReport, LayerReport
 from kegfast.compression.selection import Patterns, rule_of, select
 from kegfast.compression.surgery import (
     Site,
-    factors_of,
+    as_dense,
+    factored_layers,
     replace,
     spell_out_pools,
     survey,
@@ -131,12 +132,16 @@ def compress(
     entries.note_flops(report, sites, evidence.traffic)
     decompose = _Decomposer(evidence.metrics)
     plan = _plan(model, sites, selected, rank, budget, round_to, evidence, decompose, report)
-    replaced = {site.name: site for site in selected if plan.get(site.name) is not None}
-    for name, site in replaced.items():
-        factors = decompose(site, plan[name])
-        student = _install(student, site, factors, evidence, report)
-    if measure and evidence.example is not None and replaced:
-        student = _measure(student, teacher, replaced, rank, budget, evidence, report)
+    ranked = _ranked(selected, plan)
+    for site, chosen in ranked:
+        student = _install(student, site, decompose(site, chosen), evidence, report)
+    if measure and evidence.example is not None and ranked:
+        replaced = {site.name: site for site, _ in ranked}
+        keep = _keep(rank, budget)
+        with slow(f"timing {len(replaced)} layers and the model"):
+            student = keep_fastest(
+                student, teacher, replaced, evidence.traffic, evidence.example, report, keep=keep
+            )
     _adapt(student, teacher, evidence, report)
     entries.finish(report, student)
     if budget is None and isinstance(rank, str):  # a rule, not a size that someone chose
@@ -175,27 +180,21 @@ def _plan(
     return found[way]
 
 
-def _measure(
-    student: nn.Module,
-    teacher: nn.Module,
-    replaced: Mapping[str, Site],
-    rank: RankRules | None,
-    budget: Mapping[str, float] | None,
-    evidence: Evidence,
-    report: CompressionReport,
-) -> nn.Module:
-    """The student with its layers in their fastest way, or dense again where that is left open."""
-    keep = "fastest"
+def _ranked(sites: Sequence[Site], plan: Plan) -> list[tuple[Site, Rank]]:
+    """The sites that a plan factors, with their ranks."""
+    found = [(site, plan.get(site.name)) for site in sites]
+    return [(site, rank) for site, rank in found if rank is not None]
+
+
+def _keep(rank: RankRules | None, budget: Mapping[str, float] | None) -> Keep:
+    """What may not become dense again although it is slower: what was asked for by its ranks or its size."""
     if budget is not None:
-        keep = "layers" if "latency" in budget else "size"
-    elif isinstance(rank, Mapping | tuple | list):
-        keep = "layers"
-    with slow(f"timing {len(replaced)} layers and the model"):
-        return keep_fastest(student, teacher, replaced, evidence.traffic, evidence.example, report, keep=keep)
+        return "layers" if "latency" in budget else "size"
+    return "layers" if isinstance(rank, Mapping | tuple | list) else "fastest"
 
 
 def _named(site: Site) -> str:
-    return f"{site.name or 'the model'} ({' x '.join(map(str, site.module.weight.shape))})"
+    return f"{site.name or 'the model'} ({' x '.join(map(str, site.layer.weight.shape))})"
 
 
 def _most(model: nn.Module, budget: int) -> int:
@@ -208,7 +207,7 @@ def _most(model: nn.Module, budget: int) -> int:
 
 def _check(
     model: nn.Module,
-    rank: RankRules,
+    rank: RankRules | None,
     budget: Mapping[str, float] | None,
     example_input: Any,
     samples: int,
@@ -248,7 +247,7 @@ class _Decomposer:
         key = site.name, rank
         if key not in self._known:
             if site.name not in self._layers:
-                self._layers[site.name] = Decomposition(site.module.weight, self._metrics.get(site.name))
+                self._layers[site.name] = Decomposition(site.layer.weight, self._metrics.get(site.name))
             with slow(f"factors of {_named(site)}"):
                 self._known[key] = self._layers[site.name].at(rank)
         return self._known[key]
@@ -268,49 +267,50 @@ def _settle(ruled: Plan, rank: RankRules | None) -> tuple[Plan, dict[str, Rank]]
 def _trial(model: nn.Module, decompose: _Decomposer, evidence: Evidence, plan: Plan) -> nn.Module:
     """The student of a plan as far as it tells plans apart: all that `_adapt` will do, less the report."""
     student = clone(model)
-    for site in survey(student):
-        if plan.get(site.name) is not None:
-            student = replace(student, site, build(site.module, decompose(site, plan[site.name])))
-    if not evidence.probes:  # noise runs by its own statistics
-        _refit(student, model, evidence)
-        _adapt_norms(student, model, evidence)
+    for site, rank in _ranked(survey(student), plan):
+        student = replace(student, site, build(site.layer, decompose(site, rank)))
+    samples = evidence.samples
+    if samples is not None and not samples.probes:  # noise runs by its own statistics
+        _refit(student, model, samples, evidence.metrics)
+        _adapt_norms(student, model, samples)
     return student
 
 
 def _adapt(student: nn.Module, teacher: nn.Module, evidence: Evidence, report: CompressionReport) -> None:
     """Lets the student's last factors and BatchNorms answer for what the ranks took away."""
-    if evidence.samples is None or not report.ranks:
+    samples, ranked = evidence.samples, report.ranks
+    if samples is None or not ranked:
         return
-    if not evidence.probes:  # least squares would fit what only noise has in common
+    if not samples.probes:  # least squares would fit what only noise has in common
         with slow("factors solved anew"):
-            _refit(student, teacher, evidence)
-        report.notes.append(f"factors and biases solved anew on {count(evidence.samples)} inputs")
-    if note := _adapt_norms(student, teacher, evidence):
+            _refit(student, teacher, samples, evidence.metrics)
+        report.notes.append(f"factors and biases solved anew on {count(samples.inputs)} inputs")
+    if note := _adapt_norms(student, teacher, samples):
         report.notes.append(note)
-    layers = dict(student.named_modules())
-    for name in report.ranks:
-        weight = teacher.get_submodule(name).weight
-        report[name].error = relative_error(weight, factors_of(layers[name]))
+    for name, layer in factored_layers(student):
+        if name in ranked:
+            dense = as_dense(teacher.get_submodule(name))
+            report[name].error = relative_error(dense.weight, layer.factors)
 
 
-def _refit(student: nn.Module, teacher: nn.Module, evidence: Evidence) -> None:
+def _refit(student: nn.Module, teacher: nn.Module, samples: Samples, metrics: Mapping[str, Metric]) -> None:
     """Two factors of a layer at once, but beside BatchNorm the last alone: two fit made samples too well."""
-    refit(student, teacher, evidence.samples, None if has_norms(teacher) else evidence.metrics)
+    refit(student, teacher, samples.inputs, None if has_norms(teacher) else metrics)
 
 
-def _adapt_norms(student: nn.Module, teacher: nn.Module, evidence: Evidence) -> str:
-    if evidence.synthetic:
-        moved = transfer_norms(student, teacher, evidence.samples)
+def _adapt_norms(student: nn.Module, teacher: nn.Module, samples: Samples) -> str:
+    if samples.synthetic:
+        moved = transfer_norms(student, teacher, samples.inputs)
         return "BatchNorm statistics moved as synthetic inputs to both models say" if moved else ""
-    return "BatchNorm statistics re-estimated on them" if reestimate_norms(student, evidence.samples) else ""
+    return "BatchNorm statistics re-estimated on them" if reestimate_norms(student, samples.inputs) else ""
 
 
 def _rule_rank(
-    site: Site, rules: RankRules, entry: LayerReport, round_to: int | None
+    site: Site, rules: RankRules | None, entry: LayerReport, round_to: int | None
 ) -> tuple[Side, Side] | None:
     """The ranks of one layer; None, with the reason in the report, where they would not help."""
     rule = rule_of(site, rules)
-    weight = site.module.weight
+    weight = site.layer.weight
     named = isinstance(rules, Mapping) and any(name in rules for name in site.names)
     if isinstance(rule, tuple | list) and not named and len(rule) == 2:
         sides = zip(rule, (weight.shape[1], weight.shape[0]), strict=True)
@@ -341,18 +341,22 @@ def round_rank(rank: Rank, shape: Sequence[int], step: int) -> Rank:
         Of both neighbours of each rank, the pair with the most channels that has fewer parameters than
         the dense layer; the lowest pair where none has.
     """
-    sides = []
-    for side, channels in zip(rank, (shape[1], shape[0]), strict=True):
-        near = {None} if side is None else {-(-side // step) * step, max(side // step, 1) * step}
-        sides.append([None if n is None else min(n, channels) for n in near])
-    pairs = sorted(product(*sides), key=lambda pair: -costs.factor_parameters(shape, pair))
+    in_rank, out_rank = rank
+    sides = product(_neighbors(in_rank, shape[1], step), _neighbors(out_rank, shape[0], step))
+    pairs = sorted(sides, key=lambda pair: -costs.factor_parameters(shape, pair))
     return next((p for p in pairs if costs.factor_parameters(shape, p) < prod(shape)), pairs[-1])
+
+
+def _neighbors(rank: Side, channels: int, step: int) -> list[Side]:
+    if rank is None:
+        return [None]
+    return [min(n, channels) for n in {-(-rank // step) * step, max(rank // step, 1) * step}]
 
 
 def _install(
     student: nn.Module, site: Site, factors: Factors, evidence: Evidence, report: CompressionReport
 ) -> nn.Module:
     """Builds the layer of the factors, hangs it into the model and reports it."""
-    layer = build(site.module, factors)
+    layer = build(site.layer, factors)
     entries.note_layer(report[site.name], site, layer, factors, evidence.traffic.get(site.name))
     return replace(student, site, layer)

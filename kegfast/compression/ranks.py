@@ -160,7 +160,7 @@ def layer_rank(
     """
     outputs, inputs = weight.shape[:2]
     if isinstance(rule, tuple | list):
-        return explicit_rank(tuple(rule), inputs, outputs)
+        return explicit_rank((*rule,), inputs, outputs)
     columns = weight[0, 0].numel()
     matrix = columns == 1
     if _is_share(rule):

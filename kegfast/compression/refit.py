@@ -12,8 +12,10 @@ from kegfast._util.inputs import Inputs, call, copied
 from kegfast._util.modules import evaluation
 from kegfast.compression.decompose import Metric
 from kegfast.compression.norms import batch_statistics
-from kegfast.compression.surgery import factored_layers
+from kegfast.compression.surgery import as_dense, factored_layers
 from kegfast.compression.traffic import Arguments, only_input, rows_of
+from kegfast.nn.build import FactoredLayer
+from kegfast.nn.factors import Dense
 
 
 @torch.no_grad()
@@ -53,16 +55,17 @@ def refit(
             picked = torch.randperm(len(out), generator=generator)[:rows].to(out.device)
             targets[name] = picked, out[picked]
 
-    def solve(name: str, layer: nn.Module, args: Arguments, kwargs: Mapping[str, Any]) -> None:
-        picked, target = targets.pop(name, (None, None))
-        if picked is None:
+    def solve(name: str, layer: FactoredLayer, args: Arguments, kwargs: Mapping[str, Any]) -> None:
+        if name not in targets:
             return
+        picked, target = targets.pop(name)
         metric = (metrics or {}).get(name)
         before, solved = _split(layer, alone=metric is None)
         x = only_input(args, kwargs)
         for part in before:
             x = part(x)
-        prior = _product(solved) if before else teacher.get_submodule(name).weight.flatten(1).double()
+        dense = as_dense(teacher.get_submodule(name))
+        prior = _product(solved) if before else dense.weight.flatten(1).double()
         _solve(solved, _inputs(solved[0], x, picked), target.double(), prior, metric, ridge[len(solved) - 1])
 
     names = [name for name, _ in factored_layers(student)]
@@ -79,20 +82,21 @@ def refit(
             handle.remove()
 
 
-def _split(layer: nn.Module, alone: bool) -> tuple[list[nn.Module], list[nn.Module]]:
+def _split(layer: FactoredLayer, alone: bool) -> tuple[list[Dense], list[Dense]]:
     """The parts of a layer that stay, and those to be solved: the last one or, if that is a matrix, two."""
-    parts = [part for name in ("first", "core", "last") if (part := getattr(layer, name, None)) is not None]
+    first, last = layer._sides
+    parts = [part for part in (first, layer.core, last) if part is not None]
     weight = parts[-1].weight
     count = 1 if alone or weight[0, 0].numel() > 1 or weight.shape[1] > len(weight) else 2
     return parts[:-count], parts[-count:]
 
 
-def _product(parts: list[nn.Module]) -> Tensor:  # (K, D)
+def _product(parts: list[Dense]) -> Tensor:  # (K, D)
     weights = [part.weight.flatten(1).double() for part in parts]
     return weights[0] if len(weights) == 1 else weights[1] @ weights[0]
 
 
-def _inputs(part: nn.Module, x: Tensor, picked: Tensor) -> Tensor:  # (rows, D)
+def _inputs(part: Dense, x: Tensor, picked: Tensor) -> Tensor:  # (rows, D)
     """What a part's weight multiplies, flattened, for the picked rows of its output."""
     if isinstance(part, nn.Linear):
         return rows_of(x, True)[picked].double()
@@ -123,7 +127,7 @@ def _pads(conv: nn.Conv2d) -> list[int]:
 
 
 def _solve(
-    parts: list[nn.Module],
+    parts: list[Dense],
     inputs: Tensor,  # (rows, D)
     targets: Tensor,  # (rows, K)
     prior: Tensor,  # (K, D)
@@ -142,7 +146,7 @@ def _solve(
     if int(info) or not bool(solution.isfinite().all()):  # a layer that sees constant input
         return
     weights = [solution.T]
-    if len(parts) == 2:
+    if len(parts) == 2 and metric is not None:
         weights = _best_product(solution.T, gram, metric, tail.weight.shape[1])
     for part, weight in zip(parts, weights, strict=True):
         part.weight.copy_(weight.reshape(part.weight.shape))

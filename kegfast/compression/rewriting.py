@@ -1,17 +1,23 @@
 """Rewriting a traced model for inference: what follows a layer into it, ReLUs to where they cost least."""
 
 import operator
+from collections.abc import Mapping
+from typing import Any, TypeGuard
 
 import torch
 from torch import fx, nn
 
+from kegfast._util.graph import called, target_name
+from kegfast._util.modules import Kind
 from kegfast.compression.surgery import is_plain
 from kegfast.functional import Pair
 from kegfast.nn import TuckerConv2d, TuckerLinear
-from kegfast.nn.build import FactorChain, explicit_padding
+from kegfast.nn.build import FactorChain, FactoredLayer, explicit_padding
+from kegfast.nn.factors import Dense
 from kegfast.ops.conv_max_pool import conv_max_pool2d
 
-LAYERS = (nn.Conv2d, nn.Linear, TuckerConv2d, TuckerLinear, FactorChain)
+Layer = Dense | FactoredLayer
+LAYERS: tuple[type[nn.Module], ...] = (nn.Conv2d, nn.Linear, TuckerConv2d, TuckerLinear, FactorChain)
 RELU = (torch.relu, nn.functional.relu, torch.relu_)
 ADD = (operator.add, operator.iadd, torch.add, "add", "add_")
 ADD_IN_PLACE = (operator.iadd, "add_")
@@ -23,7 +29,7 @@ def skip_identities(model: fx.GraphModule) -> None:
     """Takes out the calls of modules that do nothing."""
     modules = dict(model.named_modules(remove_duplicate=False))
     for node in list(model.graph.nodes):
-        if node.op == "call_module" and is_a(modules[node.target], nn.Identity):
+        if is_a(called(node, modules), nn.Identity):
             skip(model, node)
 
 
@@ -32,7 +38,7 @@ def count_calls(model: fx.GraphModule) -> dict[int, int]:
     calls: dict[int, int] = {}
     for node in model.graph.nodes:
         if node.op == "call_module":
-            module = model.get_submodule(node.target)
+            module = model.get_submodule(target_name(node))
             calls[id(module)] = calls.get(id(module), 0) + 1
     return calls
 
@@ -41,7 +47,7 @@ def fuse_epilogues(model: fx.GraphModule) -> None:
     """Additions and ReLUs behind Tucker-2 convolutions go into their operator."""
     modules, calls = dict(model.named_modules(remove_duplicate=False)), count_calls(model)
     for node in list(model.graph.nodes):
-        layer = modules[node.target] if node.op == "call_module" else None
+        layer = called(node, modules)
         # What follows differs from call to call; a layer with an addend has been fused.
         if not is_a(layer, TuckerConv2d) or calls[id(layer)] > 1 or len(node.args) + len(node.kwargs) > 1:
             continue
@@ -59,17 +65,19 @@ def fuse_epilogues(model: fx.GraphModule) -> None:
 def fuse_pools(model: fx.GraphModule) -> None:
     """ReLUs move behind max pooling; a small convolution before one becomes one operator with it."""
     modules, calls = dict(model.named_modules(remove_duplicate=False)), count_calls(model)
-    for node in list(model.graph.nodes):
+    nodes: list[fx.Node] = list(model.graph.nodes)
+    for node in nodes:
         if _is_relu(node, modules) and only_user(node.all_input_nodes[0]) is node:
             pool = only_user(node)
             if pool is not None and _is_max_pool(pool, modules):
                 _move_behind(model, node, pool)
-    for node in list(model.graph.nodes):
+    nodes = list(model.graph.nodes)
+    for node in nodes:
         if _is_max_pool(node, modules):
             conv = node.all_input_nodes[0]
-            once = conv.op == "call_module" and calls[id(modules[conv.target])] == 1
-            if once and only_user(conv) is node and is_a(modules[conv.target], nn.Conv2d):
-                _pool_at_once(model, conv, node, modules)
+            layer = called(conv, modules)
+            if is_a(layer, nn.Conv2d) and calls[id(layer)] == 1 and only_user(conv) is node:
+                _pool_at_once(model, conv, layer, node, modules)
 
 
 def overwrite_with_relus(model: fx.GraphModule) -> None:
@@ -80,9 +88,9 @@ def overwrite_with_relus(model: fx.GraphModule) -> None:
             _overwrite(model, node)
 
 
-def is_a(module: nn.Module | None, kind: type[nn.Module]) -> bool:
+def is_a(module: nn.Module | None, kind: type[Kind]) -> TypeGuard[Kind]:
     """Whether it is of that very class and nothing else happens at its call."""
-    return type(module) is kind and is_plain(module)
+    return module is not None and type(module) is kind and is_plain(module)
 
 
 def only_user(node: fx.Node) -> fx.Node | None:
@@ -90,13 +98,13 @@ def only_user(node: fx.Node) -> fx.Node | None:
     return next(iter(node.users)) if len(node.users) == 1 else None
 
 
-def _is_relu(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
+def _is_relu(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
     if node.op == "call_module":
-        return is_a(modules[node.target], nn.ReLU)
+        return is_a(called(node, modules), nn.ReLU)
     return node.target in RELU if node.op == "call_function" else node.target in ("relu", "relu_")
 
 
-def _addend(call: fx.Node, addition: fx.Node, modules: dict[str, nn.Module]) -> fx.Node | None:
+def _addend(call: fx.Node, addition: fx.Node, modules: Mapping[str, nn.Module]) -> fx.Node | None:
     """What a layer's output is added to, where the layer may run as late as that."""
     if addition.op == "call_module" or addition.target not in ADD:
         return None
@@ -116,10 +124,10 @@ def _addend(call: fx.Node, addition: fx.Node, modules: dict[str, nn.Module]) -> 
     return other
 
 
-def may_write(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
+def may_write(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
     """Whether it may change a tensor that others read."""
     if node.op == "call_module":
-        return bool(getattr(modules[node.target], "inplace", False))
+        return bool(getattr(called(node, modules), "inplace", False))
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "unknown_")
     in_place = getattr(operator, name, None) is node.target and name.startswith(("i", "set"))
     in_place |= name.partition(".")[0].endswith("_")
@@ -128,18 +136,19 @@ def may_write(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
 
 def _take_addend(model: fx.GraphModule, call: fx.Node, addition: fx.Node, addend: fx.Node) -> fx.Node:
     with model.graph.inserting_before(addition):
-        fused = model.graph.call_module(call.target, (call.all_input_nodes[0], addend))
+        fused = model.graph.call_module(target_name(call), (call.all_input_nodes[0], addend))
     addition.replace_all_uses_with(fused)
     model.graph.erase_node(addition)
     model.graph.erase_node(call)
     return fused
 
 
-def _is_fresh(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
+def _is_fresh(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
     """Whether it makes memory of its own that only one other node reads."""
     if len(node.users) != 1:
         return False
-    if node.op == "call_module" and type(modules[node.target]) in LAYERS and is_plain(modules[node.target]):
+    module = called(node, modules)
+    if module is not None and type(module) in LAYERS and is_plain(module):
         return True
     if _is_max_pool(node, modules):
         return True
@@ -155,9 +164,9 @@ def _overwrite(model: fx.GraphModule, relu: fx.Node) -> None:
     model.graph.erase_node(relu)
 
 
-def _is_max_pool(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
+def _is_max_pool(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
     if node.op == "call_module":
-        module = modules[node.target]
+        module = called(node, modules)
         return is_a(module, nn.MaxPool2d) and not module.return_indices
     indices = len(node.args) > 6 or node.kwargs.get("return_indices", False)
     return node.op == "call_function" and node.target in MAX_POOL and not indices
@@ -171,9 +180,11 @@ def _move_behind(model: fx.GraphModule, relu: fx.Node, pool: fx.Node) -> None:
     model.graph.erase_node(relu)
 
 
-def _pool_at_once(model: fx.GraphModule, conv: fx.Node, pool: fx.Node, modules: dict[str, nn.Module]) -> None:
+def _pool_at_once(
+    model: fx.GraphModule, conv: fx.Node, layer: nn.Conv2d, pool: fx.Node, modules: Mapping[str, nn.Module]
+) -> None:
     """One operator for a convolution of few weights, the max pooling behind it and a ReLU behind that."""
-    layer, padding = modules[conv.target], explicit_padding(modules[conv.target])
+    padding = explicit_padding(layer)
     options = _pool_options(pool, modules)
     plain = layer.groups == 1 and layer.dilation == (1, 1) and layer.padding_mode == "zeros"
     if options is None or padding is None or not plain or layer.weight.numel() > MOST_POOLED:
@@ -191,14 +202,14 @@ def _pool_at_once(model: fx.GraphModule, conv: fx.Node, pool: fx.Node, modules: 
         model.graph.erase_node(node)
 
 
-def _pool_options(pool: fx.Node, modules: dict[str, nn.Module]) -> tuple[Pair, Pair, Pair] | None:
+def _pool_options(pool: fx.Node, modules: Mapping[str, nn.Module]) -> tuple[Pair, Pair, Pair] | None:
     """Window, stride and padding of a max pooling; None for one that has more to it."""
     names = "kernel_size", "stride", "padding", "dilation", "ceil_mode"
     if pool.op == "call_module":
-        given = {name: getattr(modules[pool.target], name) for name in names}
+        given: dict[str, Any] = {name: getattr(called(pool, modules), name) for name in names}
     else:
         given = dict(zip(names, pool.args[1:], strict=False)) | dict(pool.kwargs)
-    size, padding = given.get("kernel_size"), given.get("padding", 0)
+    size, padding = given["kernel_size"], given.get("padding", 0)
     options = size, given.get("stride") or size, padding
     if given.get("dilation", 1) not in (1, (1, 1), [1, 1]) or given.get("ceil_mode", False) is not False:
         return None

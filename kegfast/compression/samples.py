@@ -108,8 +108,9 @@ def balanced(model: nn.Module, samples: Inputs, n: int) -> Inputs:  # m samples 
     Outputs that are no table of logits have no classes: the first n stay.
     """
     with evaluation(model):
-        answers = [answers_of(call(model, copied(chunk))) for chunk in split(samples, CHUNK)]
-    if answers[0] is None:
+        chunks = split(samples, CHUNK)
+        answers = [x for x in (answers_of(call(model, copied(chunk))) for chunk in chunks) if x is not None]
+    if len(answers) < len(chunks):
         return take(samples, slice(n))
     found = torch.cat(answers)
     seen = F.one_hot(found).cumsum(0).gather(1, found[:, None]).flatten()  # how many of its class came before

@@ -20,7 +20,7 @@ from kegfast.compression.structure import (
     module_spec,
     module_specs,
 )
-from kegfast.compression.surgery import Site, factored_layers, factors_of, replace, unwrap
+from kegfast.compression.surgery import Site, factored_layers, replace, unwrap
 from kegfast.nn import TuckerConv2d
 from kegfast.version import __version__
 
@@ -57,7 +57,7 @@ def save(model: nn.Module, path: str | Path, *, factory: str | None = None) -> N
         "graph": graph_of(model),
         "loose": _loose(model, modules),
     }
-    ranks = {name: factors_of(layer).rank for name, layer in factored_layers(model)}
+    ranks = {name: layer.rank for name, layer in factored_layers(model)}
     metadata = {
         "format": FORMAT,
         "kegfast": __version__,
@@ -171,8 +171,8 @@ def _with_shared(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tens
 def _adapt(model: nn.Module, structure: Mapping[str, Any]) -> nn.Module:
     """The model with every layer that the structure describes differently replaced."""
     calls = [node for node in structure["graph"] or [] if node["op"] == "call_module" and "args" in node]
-    adding = [node["target"] for node in calls if len(node["args"]["tuple"]) > 1]
-    adding = {structure["aliases"].get(name, name) for name in adding}
+    targets = [node["target"] for node in calls if len(node["args"]["tuple"]) > 1]
+    adding = {structure["aliases"].get(name, name) for name in targets}
     for name, spec in structure["modules"].items():
         old = model.get_submodule(name)
         if module_spec(old) != spec:

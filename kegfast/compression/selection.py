@@ -49,7 +49,7 @@ def select(
         elif site.refusal is None and not rest and rule_of(site, rules) is None:
             site.refusal = "no rank given"
         if site.refusal is None:
-            if not bool(site.module.weight.isfinite().all()):
+            if not bool(site.layer.weight.isfinite().all()):
                 raise ValueError(f"model must have finite weights, got NaN or inf in {site.name!r}")
             selected.append(site)
     return selected

@@ -104,7 +104,7 @@ def container(root: nn.Module, name: str) -> nn.Module:
     for part in filter(None, name.split(".")):
         if part not in root._modules:
             root.add_module(part, nn.Module())
-        root = root._modules[part]
+        root = root.get_submodule(part)
     return root
 
 
@@ -176,7 +176,7 @@ def module_from(spec: Mapping[str, Plain]) -> nn.Module:
                 raise ValueError(expected("structure", "parts first, core and last", part))
             parts.add_module(part, module_from(inner))
         return parts
-    kind = OWN.get(name) or (getattr(nn, name, None) if isinstance(name, str) else None)
+    kind = (OWN.get(name) or getattr(nn, name, None)) if isinstance(name, str) else None
     if not inspect.isclass(kind) or not issubclass(kind, nn.Module):
         raise ValueError(expected("structure", "a module of torch.nn or kegfast", name))
     try:
@@ -241,7 +241,8 @@ def graph_from(nodes: list[dict[str, Plain]], root: nn.Module) -> fx.GraphModule
     Raises:
         ValueError: a node calls anything that is not in the lists.
     """
-    graph, made = fx.Graph(), {}
+    graph = fx.Graph()
+    made: dict[str, fx.Node] = {}
     for entry in nodes:
         _check_node(entry)
         target = FUNCTIONS[entry["target"]] if entry["op"] == "call_function" else entry["target"]
@@ -257,18 +258,21 @@ def graph_from(nodes: list[dict[str, Plain]], root: nn.Module) -> fx.GraphModule
 def _check_node(entry: Mapping[str, Plain]) -> None:
     """Names become generated code, so only names may pass."""
     op, target, name = entry.get("op"), entry.get("target"), entry.get("name")
-    known = {
-        "placeholder": lambda: bool(NAME.fullmatch(target)),
-        "get_attr": lambda: bool(NAME.fullmatch(target)),
-        "call_module": lambda: bool(NAME.fullmatch(target)),
-        "call_function": lambda: target in FUNCTIONS,
-        "call_method": lambda: target in METHODS,
-        "output": lambda: target == "output",
-    }
-    fits = all(isinstance(part, str) for part in (op, target, name)) and NAME.fullmatch(name)
+    named = isinstance(name, str) and NAME.fullmatch(name)
+    known = isinstance(op, str) and isinstance(target, str) and _is_known(op, target)
     keys = all(isinstance(key, str) and key.isidentifier() for key in entry.get("kwargs", {}))
-    if not fits or not keys or op not in known or not known[op]():
+    if not named or not known or not keys:
         raise ValueError(expected("structure", "a graph of known functions", dict(entry)))
+
+
+def _is_known(op: str, target: str) -> bool:
+    if op == "call_function":
+        return target in FUNCTIONS
+    if op == "call_method":
+        return target in METHODS
+    if op == "output":
+        return target == "output"
+    return op in ("placeholder", "get_attr", "call_module") and NAME.fullmatch(target) is not None
 
 
 def encode(value: Any) -> Plain:
@@ -300,7 +304,10 @@ def decode(value: Plain, nodes: Mapping[str, fx.Node]) -> Any:
         return [decode(part, nodes) for part in value]
     if not isinstance(value, dict):
         return value
-    kind, inner = next(iter(value.items())) if len(value) == 1 else (None, None)
+    kind: str = ""
+    inner: Plain = None
+    if len(value) == 1:
+        ((kind, inner),) = value.items()
     if kind == "node" and inner in nodes:
         return nodes[inner]
     if kind == "tuple":

@@ -4,17 +4,20 @@ import operator
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import TypeGuard
 
 import torch
 from torch import Tensor, fx, nn
+from torch.fx.node import Argument
 from torch.nn.utils import parametrize
 from torch.optim.swa_utils import AveragedModel
 
 from kegfast._util.check import expected
-from kegfast._util.modules import clone
+from kegfast._util.graph import target_name
+from kegfast._util.modules import Kind, clone
 from kegfast.nn import TuckerConv2d, TuckerLinear
-from kegfast.nn.build import FactorChain
-from kegfast.nn.factors import Factors
+from kegfast.nn.build import FactorChain, FactoredLayer
+from kegfast.nn.factors import Dense
 from kegfast.ops.conv_max_pool import conv_max_pool2d
 
 KINDS = (nn.Conv2d, nn.Linear)
@@ -32,6 +35,22 @@ class Site:
     module: nn.Module
     names: list[str] = field(default_factory=list)  # every name that leads to it
     refusal: str | None = None
+
+    @property
+    def layer(self) -> Dense:
+        """The module of a site that is not refused."""
+        return as_dense(self.module)
+
+
+def as_dense(module: nn.Module) -> Dense:
+    """The module, which is a Conv2d or a Linear.
+
+    Raises:
+        TypeError: it is neither.
+    """
+    if not isinstance(module, Dense):
+        raise TypeError(expected("layer", "an nn.Conv2d or an nn.Linear", module))
+    return module
 
 
 def survey(model: nn.Module) -> list[Site]:
@@ -132,23 +151,17 @@ def _refusal(name: str, module: nn.Module, owners: dict[int, set[str]]) -> str |
     return None
 
 
-def factors_of(layer: nn.Module) -> Factors | None:
-    """The factors that a layer made by `build` holds; None for any other module."""
-    return layer.factors if is_factored(layer) else None
-
-
-def tail_of(layer: nn.Module) -> nn.Module:
+def tail_of(layer: FactoredLayer) -> Dense:
     """The factor of a layer made by `build` that runs last and has its bias."""
-    last = getattr(layer, "last", None)
-    return layer.core if last is None else last
+    return layer._tail
 
 
-def is_factored(layer: nn.Module) -> bool:
+def is_factored(layer: nn.Module) -> TypeGuard[FactoredLayer]:
     """Whether `build` makes such layers."""
-    return isinstance(layer, TuckerConv2d | TuckerLinear | FactorChain)
+    return isinstance(layer, FactoredLayer)
 
 
-def factored_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+def factored_layers(model: nn.Module) -> Iterator[tuple[str, FactoredLayer]]:
     """Every factored layer of a model with its name, each once."""
     for name, module in model.named_modules():
         if is_factored(module):
@@ -170,15 +183,15 @@ def replace(model: nn.Module, site: Site, layer: nn.Module) -> nn.Module:
 
 
 def replace_all(
-    model: nn.Module, matches: Callable[[nn.Module], bool], make: Callable[[nn.Module], nn.Module]
+    model: nn.Module, matches: Callable[[nn.Module], TypeGuard[Kind]], make: Callable[[Kind], nn.Module]
 ) -> nn.Module:
     """Replaces every module that matches, under all its names; `make` is called once for each."""
-    found: dict[int, Site] = {}
+    found: dict[Kind, list[str]] = {}
     for name, module in list(model.named_modules(remove_duplicate=False)):
         if matches(module):
-            found.setdefault(id(module), Site(name, module, [])).names.append(name)
-    for site in found.values():
-        model = replace(model, site, make(site.module))
+            found.setdefault(module, []).append(name)
+    for module, names in found.items():
+        model = replace(model, Site(names[0], module, names), make(module))
     return model
 
 
@@ -187,10 +200,10 @@ def spell_out_addends(model: nn.Module) -> None:
     spelled = set()
     for graph in (module for module in model.modules() if isinstance(module, fx.GraphModule)):
         nodes = graph.graph.find_nodes(op="call_module")
-        calls = [(call, graph.get_submodule(call.target)) for call in nodes]
+        calls = [(call, graph.get_submodule(target_name(call))) for call in nodes]
         spelled |= {layer for call, layer in calls if isinstance(layer, TuckerConv2d) and len(call.args) > 1}
         for call, layer in calls:
-            if layer not in spelled:
+            if not isinstance(layer, TuckerConv2d) or layer not in spelled:
                 continue
             end = call
             if len(call.args) > 1:
@@ -214,22 +227,23 @@ def spell_out_pools(model: nn.Module, inplace: bool = True) -> nn.Module:
         return spell_out_pools(clone(model))
     for graph in filter(_pooled, graphs):
         for node in _pooled(graph):
-            x, weight, bias, _, _, *pool, activation = node.args
+            x, weight, *bias = node.all_input_nodes
+            _, _, _, _, _, *pool, activation = node.args
             with graph.graph.inserting_before(node):
-                y = graph.graph.call_module(weight.target.rpartition(".")[0], (x,))
+                y = graph.graph.call_module(target_name(weight).rpartition(".")[0], (x,))
                 y = graph.graph.call_function(nn.functional.max_pool2d, (y, *pool))
                 if activation == "relu":
                     y = graph.graph.call_function(nn.functional.relu, (y,), {"inplace": True})
             node.replace_all_uses_with(y)
             graph.graph.erase_node(node)
-            for part in (weight, bias):
-                if part is not None and not part.users:
+            for part in (weight, *bias):
+                if not part.users:
                     graph.graph.erase_node(part)
         graph.recompile()
     return model
 
 
-def _insert_after(node: fx.Node, function: Callable[..., Tensor], *arguments: fx.Node) -> fx.Node:
+def _insert_after(node: fx.Node, function: Callable[..., Tensor], *arguments: Argument) -> fx.Node:
     with node.graph.inserting_after(node):
         call = node.graph.call_function(function, (node, *arguments))
     node.replace_all_uses_with(call, delete_user_cb=lambda user: user is not call)
@@ -248,13 +262,13 @@ def densify(model: nn.Module) -> nn.Module:
 
 
 @torch.no_grad()
-def _dense(layer: nn.Module) -> nn.Module:
+def _dense(layer: FactoredLayer) -> nn.Module:
     if isinstance(layer, TuckerConv2d):
         conv = layer.to_conv()
         return nn.Sequential(conv, nn.ReLU()) if layer.activation == "relu" else conv
     weight = layer.weight
     if isinstance(layer, TuckerLinear):
-        dense: nn.Module = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None)
+        dense: Dense = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None)
     else:
         dense = nn.Conv2d(
             layer.in_channels,
@@ -268,8 +282,8 @@ def _dense(layer: nn.Module) -> nn.Module:
         )
     dense.to(weight.device, weight.dtype)
     dense.weight.copy_(weight)
-    if layer.bias is not None:
-        dense.bias.copy_(layer.bias)
+    if (bias := layer.bias) is not None and dense.bias is not None:
+        dense.bias.copy_(bias)
     return dense.requires_grad_(layer.core.weight.requires_grad).train(layer.training)
 
 

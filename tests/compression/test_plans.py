@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from kegfast import compress
 from kegfast.compression.allocation import USUAL, choose
-from kegfast.compression.evidence import Evidence
+from kegfast.compression.evidence import Evidence, Samples
 from kegfast.models import LeNet5
 
 PLANS = {
@@ -67,7 +67,7 @@ def test_the_plan_with_the_least_change_is_taken():
         return student
 
     found = {"far": {"off": 0.5}, "near": {"off": -0.1}, "same": {"off": 0.5}}
-    way, changes = choose(found, teacher, trial, Evidence(samples=torch.randn(10, 4)))
+    way, changes = choose(found, teacher, trial, Evidence(samples=Samples(torch.randn(10, 4))))
     assert way == "near"
     assert changes["near"] < changes["far"] == changes["same"]
     assert choose(found, teacher, trial, Evidence()) == ("far", {})
@@ -98,7 +98,7 @@ def test_made_samples_judge_roughly(synthetic: bool, error: float, taken: str) -
         student.register_forward_hook(lambda m, args, out, size=size: (1 + size**0.5) * out)
     plans = {way: {"": (rank, None)} for rank, way in enumerate(students, start=1)}
     trial = {plan[""]: students[way] for way, plan in plans.items()}
-    evidence = Evidence(samples=inputs, synthetic=synthetic)
+    evidence = Evidence(samples=Samples(inputs, synthetic=synthetic))
     way, changes = choose(plans, nn.Identity(), lambda plan: trial[plan[""]], evidence)
     assert way == (taken if synthetic else "sensitivity")
     assert min(changes, key=changes.get) == "sensitivity"
@@ -119,7 +119,7 @@ def test_a_classifiers_answers_count_beside_its_outputs() -> None:
 
     students = {"squares": Fixed(near), "answers": Fixed(0.9 * inputs)}
     plans = {way: {"": (rank, None)} for rank, way in enumerate(students, start=1)}
-    evidence = Evidence(samples=inputs)
+    evidence = Evidence(samples=Samples(inputs))
     trial = {plan[""]: students[way] for way, plan in plans.items()}
     way, changes = choose(plans, Fixed(inputs), lambda plan: trial[plan[""]], evidence)
     assert way == "answers"
