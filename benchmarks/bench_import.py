@@ -1,6 +1,7 @@
-"""What `import kegfast` costs beside `import torch`: CPU seconds of whole processes, started in turns.
+"""What kegfast costs beside `import torch`: CPU seconds of whole processes, started in turns.
 
-`python -m benchmarks.bench_import` prints both medians and their ratio; --limit makes a larger one an error.
+`import kegfast` alone imports neither torch nor its own layers, so `import torch, kegfast` is measured, which
+brings both. `python -m benchmarks.bench_import` prints medians and ratio; --limit refuses a larger one.
 """
 
 import argparse
@@ -24,16 +25,16 @@ def main() -> None:
     parser.add_argument("--starts", type=int, default=10, help="of each")
     parser.add_argument("--limit", type=float, help="the largest ratio that is no error")
     args = parser.parse_args()
-    times: dict[str, list[float]] = {"torch": [], "kegfast": []}
-    for name in times:
-        cpu_seconds(f"import {name}")  # files in the page cache, bytecode written
+    times: dict[str, list[float]] = {"torch": [], "torch, kegfast": []}
+    for names in times:
+        cpu_seconds(f"import {names}")  # files in the page cache, bytecode written
     for _ in range(args.starts):
-        for name, seconds in times.items():
-            seconds.append(cpu_seconds(f"import {name}"))
-    torch, kegfast = (statistics.median(seconds) for seconds in times.values())
-    print(f"import torch {torch:.2f} s, import kegfast {kegfast:.2f} s, ratio {kegfast / torch:.3f}")
-    if args.limit is not None and kegfast > args.limit * torch:
-        sys.exit(f"import kegfast costs more than {args.limit} times import torch")
+        for names, seconds in times.items():
+            seconds.append(cpu_seconds(f"import {names}"))
+    torch, both = (statistics.median(seconds) for seconds in times.values())
+    print(f"import torch {torch:.2f} s, import torch, kegfast {both:.2f} s, ratio {both / torch:.3f}")
+    if args.limit is not None and both > args.limit * torch:
+        sys.exit(f"import torch, kegfast costs more than {args.limit} times import torch")
 
 
 if __name__ == "__main__":
