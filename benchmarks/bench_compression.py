@@ -33,8 +33,8 @@ from kegfast import Generators, compress, data, load_weights
 from kegfast._util.files import write_json
 from kegfast._util.timing import interleaved
 from kegfast.compression.costs import factor_parameters
-from kegfast.compression.ranks import layer_rank
 from kegfast.compression.report import CompressionReport
+from kegfast.decomposition.ranks import layer_rank
 from kegfast.distillation import Mixture
 from kegfast.extraction.procedural import DeadLeaves
 from kegfast.models import LeNet5, ResNet14

@@ -12,13 +12,13 @@ from kegfast._util.inputs import call, split
 from kegfast._util.modules import evaluation
 from kegfast.compression import costs
 from kegfast.compression.budget import Option, Rank, Table, allocate, settled, tabulate
-from kegfast.compression.decompose import Metric, whiten
 from kegfast.compression.evidence import Evidence, Samples
 from kegfast.compression.norms import batch_statistics
-from kegfast.compression.ranks import RankRule, layer_rank, spectra
 from kegfast.compression.report import CompressionReport
 from kegfast.compression.surgery import Site
 from kegfast.compression.traffic import tensors_of
+from kegfast.decomposition.decompose import Metric, whiten
+from kegfast.decomposition.ranks import RankRule, layer_rank, spectra
 
 log = logging.getLogger(__name__)
 

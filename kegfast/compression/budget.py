@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kegfast.compression.decompose import DOUBLE_UNTIL, Metric, whiten
-from kegfast.compression.ranks import Side
+from kegfast.decomposition.decompose import DOUBLE_UNTIL, Metric, whiten
+from kegfast.decomposition.factors import Side
 
 Rank = tuple[Side, Side]
 Cost = Callable[[np.ndarray, np.ndarray], np.ndarray]

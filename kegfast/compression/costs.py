@@ -14,8 +14,9 @@ from kegfast.compression.budget import Cost, Rank
 from kegfast.compression.choice import inputs_like, run_all
 from kegfast.compression.surgery import Site
 from kegfast.compression.traffic import Traffic
+from kegfast.decomposition.factors import Factors
 from kegfast.nn.build import build, explicit_padding
-from kegfast.nn.factors import Dense, Factors
+from kegfast.nn.factors import Dense
 
 KINDS = ("params", "flops", "latency", "memory")
 

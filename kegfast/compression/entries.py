@@ -8,12 +8,12 @@ from torch import Tensor, nn
 
 from kegfast.compression import costs
 from kegfast.compression.allocation import Plan
-from kegfast.compression.decompose import relative_error
 from kegfast.compression.report import CompressionReport, LayerReport
 from kegfast.compression.surgery import Site
 from kegfast.compression.traffic import Traffic
+from kegfast.decomposition.decompose import relative_error
+from kegfast.decomposition.factors import Factors
 from kegfast.nn import TuckerConv2d, TuckerLinear
-from kegfast.nn.factors import Factors
 
 log = logging.getLogger(__name__)
 

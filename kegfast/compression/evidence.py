@@ -8,13 +8,13 @@ from torch import nn
 
 from kegfast._util.check import expected
 from kegfast._util.inputs import Inputs, as_inputs, copied, each, tensors_in, to_like
-from kegfast.compression.decompose import Metric
 from kegfast.compression.matching import match_statistics
 from kegfast.compression.norms import look_familiar
 from kegfast.compression.samples import gather, of_every_class, probes
 from kegfast.compression.sensitivity import metrics
 from kegfast.compression.surgery import Site
 from kegfast.compression.traffic import Traffic, trace
+from kegfast.decomposition.decompose import Metric
 
 
 @dataclass

@@ -8,8 +8,9 @@ from torch import Tensor, nn
 from kegfast._util.check import expected
 from kegfast._util.files import bare_names, state_in
 from kegfast.compression.surgery import KINDS, Site, replace, unwrap
+from kegfast.decomposition.factors import Factors
 from kegfast.nn.build import build
-from kegfast.nn.factors import Dense, Factors
+from kegfast.nn.factors import Dense
 
 Roles = dict[str, str]  # "first", "core" and "last", or one of the outer two less, to names
 

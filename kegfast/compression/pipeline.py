@@ -16,15 +16,13 @@ from kegfast._util.generators import generators_kept
 from kegfast._util.inputs import count
 from kegfast._util.modules import clone
 from kegfast._util.progress import slow
-from kegfast.compression import costs, entries, ranks
+from kegfast.compression import costs, entries
 from kegfast.compression.allocation import Plan, choose, plans
 from kegfast.compression.budget import Rank
 from kegfast.compression.choice import Keep, keep_fastest
 from kegfast.compression.damage import warn_of_damage
-from kegfast.compression.decompose import Decomposition, Metric, relative_error
 from kegfast.compression.evidence import Evidence, Samples, collect
 from kegfast.compression.norms import has_norms, reestimate_norms, transfer_norms
-from kegfast.compression.ranks import RankRules, Side
 from kegfast.compression.refit import refit
 from kegfast.compression.report import CompressionReport, LayerReport
 from kegfast.compression.selection import Patterns, rule_of, select
@@ -36,8 +34,11 @@ from kegfast.compression.surgery import (
     spell_out_pools,
     survey,
 )
+from kegfast.decomposition import ranks
+from kegfast.decomposition.decompose import Decomposition, Metric, relative_error
+from kegfast.decomposition.factors import Factors, Side
+from kegfast.decomposition.ranks import RankRules
 from kegfast.nn.build import build
-from kegfast.nn.factors import Factors
 
 log = logging.getLogger(__name__)
 

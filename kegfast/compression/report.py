@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from kegfast.compression.ranks import Side
+from kegfast.decomposition.factors import Side
 
 if TYPE_CHECKING:  # of extras
     from matplotlib.axes import Axes

@@ -5,9 +5,9 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from kegfast._util.check import expected
-from kegfast.compression import ranks
-from kegfast.compression.ranks import RankRules
 from kegfast.compression.surgery import Site
+from kegfast.decomposition import ranks
+from kegfast.decomposition.ranks import RankRules
 
 Patterns = str | Sequence[str] | None
 

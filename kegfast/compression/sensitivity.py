@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from kegfast._util.inputs import Inputs, call, copied, count, split, tensors_in
 from kegfast._util.modules import evaluation
-from kegfast.compression.decompose import Metric
 from kegfast.compression.norms import batch_statistics
 from kegfast.compression.surgery import Site
 from kegfast.compression.traffic import Arguments, only_input, rows_of, tensors_of
+from kegfast.decomposition.decompose import Metric
 
 CHUNK = 64
 """Samples that run at once wherever BatchNorm's own statistics are not in play."""

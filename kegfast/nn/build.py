@@ -4,7 +4,8 @@ import torch
 from torch import nn
 
 from kegfast._util.modules import two
-from kegfast.nn.factors import Dense, FactoredConv2d, Factors
+from kegfast.decomposition.factors import Factors
+from kegfast.nn.factors import Dense, FactoredConv2d
 from kegfast.nn.tucker import TuckerConv2d, TuckerLinear
 
 

@@ -1,54 +1,13 @@
-"""Three factors of one weight, and what a layer made of them tells of the dense layer that it stands for."""
+"""What a layer made of three factors tells of the dense layer that it stands for."""
 
-from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import Literal
 
-import torch
 from torch import Tensor, nn
 
 from kegfast._util.modules import two
+from kegfast.decomposition.factors import Factors, Side, reconstruct
 
-Side = int | None
 Dense = nn.Conv2d | nn.Linear
-
-
-class Factors(NamedTuple):
-    """weight = last core first; a side without a factor is None, and the core spans its channels."""
-
-    first: Tensor | None  # (R1, C)
-    core: Tensor  # (R2, R1, kh, kw), or (R2, R1) of a matrix
-    last: Tensor | None  # (K, R2)
-
-    @property
-    def rank(self) -> tuple[Side, Side]:
-        """(in_rank, out_rank), None for a side without a factor."""
-        return (
-            None if self.first is None else self.first.shape[0],
-            None if self.last is None else self.last.shape[1],
-        )
-
-    def to(self, like: Tensor) -> "Factors":
-        """The factors on the device and in the dtype of `like`."""
-        return self.each(lambda part: part.to(like))
-
-    def each(self, function: Callable[[Tensor], Tensor]) -> "Factors":
-        """The same sides, with a function of every factor in its place."""
-        first, core, last = self
-        return Factors(
-            None if first is None else function(first),
-            function(core),
-            None if last is None else function(last),
-        )
-
-
-def reconstruct(factors: Factors) -> Tensor:  # (K, C, kh, kw) or (K, C)
-    """The weight that the factors stand for."""
-    weight = factors.core
-    if factors.first is not None:
-        weight = torch.einsum("kr...,rc->kc...", weight, factors.first)
-    if factors.last is not None:
-        weight = torch.einsum("kr,rc...->kc...", factors.last, weight)
-    return weight
 
 
 class Factored:

@@ -1,6 +1,6 @@
 """Drop-in layers: a Tucker-2 convolution and a Linear in factors."""
 
-from typing import TYPE_CHECKING, Self
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -10,14 +10,13 @@ from torch.overrides import has_torch_function
 from kegfast import functional
 from kegfast._util import check
 from kegfast._util.check import expected
+from kegfast.decomposition.decompose import factorize
+from kegfast.decomposition.ranks import RankRule, layer_rank
 from kegfast.dispatch.packed import SettledCall
 from kegfast.dispatch.tucker2 import Form, LayerMemory, call_of, choose, repeat, run
 from kegfast.nn.factors import FactoredConv2d, FactoredLinear
 from kegfast.ops import reference
 from kegfast.ops._operands import Pair, autocasts, check_activation, check_addend, pair
-
-if TYPE_CHECKING:
-    from kegfast.compression.ranks import RankRule
 
 
 class TuckerConv2d(FactoredConv2d, nn.Module):
@@ -75,7 +74,7 @@ class TuckerConv2d(FactoredConv2d, nn.Module):
         self.last = nn.Conv2d(out_rank, out_channels, 1, bias=bias, **where)
 
     @classmethod
-    def from_conv(cls, conv: nn.Conv2d, rank: "RankRule" = "evbmf") -> "TuckerConv2d":
+    def from_conv(cls, conv: nn.Conv2d, rank: RankRule = "evbmf") -> "TuckerConv2d":
         """The Tucker-2 decomposition of a convolution.
 
         Args:
@@ -86,9 +85,7 @@ class TuckerConv2d(FactoredConv2d, nn.Module):
         Raises:
             ValueError: for a convolution or a rank that has no such layer.
         """
-        from kegfast.compression.decompose import factorize
-        from kegfast.compression.ranks import layer_rank
-        from kegfast.nn.build import build
+        from kegfast.nn.build import build  # which makes layers of this class
 
         if not isinstance(conv, nn.Conv2d) or conv.groups != 1:
             raise ValueError(expected("conv", "an nn.Conv2d with groups=1", conv))

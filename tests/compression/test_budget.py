@@ -11,7 +11,7 @@ from torch import nn
 from kegfast import compress, data
 from kegfast.compression.budget import allocate, tabulate
 from kegfast.compression.costs import parameters
-from kegfast.compression.decompose import factorize, relative_error
+from kegfast.decomposition.decompose import factorize, relative_error
 from kegfast.models import LeNet5, ResNet14
 
 

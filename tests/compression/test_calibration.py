@@ -9,11 +9,11 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from kegfast import compress
-from kegfast.compression.decompose import Metric
 from kegfast.compression.matching import match_statistics
 from kegfast.compression.norms import batch_statistics, look_familiar, reestimate_norms
 from kegfast.compression.refit import refit
 from kegfast.compression.samples import balanced, gather, of_every_class, probes
+from kegfast.decomposition.decompose import Metric
 from kegfast.distillation import GaussianNoise, Mixture
 from kegfast.models import LeNet5, ResNet14
 

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from kegfast.compression import decompose
-from kegfast.compression.decompose import Metric, factorize, relative_error
-from kegfast.compression.ranks import spectra
-from kegfast.nn.factors import reconstruct
+from kegfast.decomposition import decompose
+from kegfast.decomposition.decompose import Metric, factorize, relative_error
+from kegfast.decomposition.factors import reconstruct
+from kegfast.decomposition.ranks import spectra
 
 SHAPES = [(12, 8, 3, 3), (8, 12, 5, 1), (16, 6, 1, 1), (10, 14)]
 
@@ -86,7 +86,7 @@ def test_large_weights_take_a_faster_way_to_the_same_error(monkeypatch, rank):
     torch.manual_seed(0)
     weight = torch.randn(24, 16, 3, 3) * torch.logspace(0, -2, 24)[:, None, None, None]
     exact = relative_error(weight, factorize(weight, rank))
-    monkeypatch.setattr("kegfast.compression.decompose.DOUBLE_UNTIL", 10)
+    monkeypatch.setattr("kegfast.decomposition.decompose.DOUBLE_UNTIL", 10)
     assert relative_error(weight, factorize(weight, rank)) == pytest.approx(exact, rel=1e-3)
 
 

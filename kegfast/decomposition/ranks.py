@@ -12,8 +12,8 @@ from torch import Tensor
 
 from kegfast._util.check import expected
 from kegfast._util.extras import extra
+from kegfast.decomposition.factors import Side
 
-Side = int | None
 RankRule = str | float | tuple[Side, Side]
 RankRules = RankRule | Mapping[str, RankRule]
 GRAM_FROM = 256

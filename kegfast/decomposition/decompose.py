@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from kegfast._util.extras import extra
-from kegfast.compression.ranks import GRAM_FROM, Side, explicit_rank
-from kegfast.nn.factors import Factors, reconstruct
+from kegfast.decomposition.factors import Factors, Side, reconstruct
+from kegfast.decomposition.ranks import GRAM_FROM, explicit_rank
 
 DOUBLE_UNTIL = 1 << 20
 """Weights of at most this many entries are decomposed in float64."""

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from kegfast.compression.ranks import energy_rank, evbmf, layer_rank, rule_for
+from kegfast.decomposition.ranks import energy_rank, evbmf, layer_rank, rule_for
 
 
 def low_rank(rows, columns, rank, noise, seed=0):
@@ -42,7 +42,7 @@ def test_evbmf_does_not_depend_on_orientation_or_scale():
 
 def test_exact_threshold_is_where_the_gain_becomes_positive():
     """At the threshold x the evidence for a component, the integral of d psi / dx, is zero."""
-    from kegfast.compression.ranks import _detection_root, _free_energy
+    from kegfast.decomposition.ranks import _detection_root, _free_energy
 
     for alpha in (0.1, 0.5, 1.0):
         tau = _detection_root(alpha)
