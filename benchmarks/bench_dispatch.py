@@ -15,6 +15,7 @@ from torch import Tensor
 
 from benchmarks.bench_models import MODELS, networks
 from benchmarks.tucker2_shapes import shapes
+from kegfast._tuning import layer_calls
 from kegfast.dispatch import cpu
 from kegfast.nn import TuckerConv2d
 
@@ -34,7 +35,8 @@ def layers(batches: list[int]) -> Iterator[tuple[TuckerConv2d, Tensor]]:
         for layout in LAYOUTS:
             model = networks(name, layout)["kegfast"]
             for batch in (1, 8):
-                yield from cpu.layer_calls(model, torch.randn(batch, *size).contiguous(memory_format=layout))
+                x = torch.randn(batch, *size).contiguous(memory_format=layout)
+                yield from ((call.layer, call.x) for call in layer_calls(model, x))
 
 
 def faster_form(layer: TuckerConv2d, x: Tensor, shape: cpu.Shape) -> tuple[cpu.Form, float] | None:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.tucker2_shapes import Shape
-from kegfast import backend, functional
+from kegfast import autotune, backend, functional
 from kegfast.dispatch import cuda
 from kegfast.models import LeNet5
 from kegfast.nn import TuckerConv2d
@@ -187,7 +187,7 @@ def tucker2(shape: Shape, batch: int, dtype: torch.dtype, compiled: bool = False
     geometry = layer.core.stride, layer.core.padding, layer.core.dilation
     ints = [n for pair in geometry for n in pair]
     with torch.inference_mode():
-        tuned = {name: cuda.autotune(m[0], inputs[name][0]) for name, m in models.items()}
+        tuned = {name: autotune(m[0], inputs[name][0]) for name, m in models.items()}
 
     def on(name: str, module: Callable[[Tensor], Tensor]) -> Callable[[int], Tensor]:
         return lambda i: module(inputs[name][i])
@@ -236,7 +236,7 @@ def tucker2_training(shape: Shape, batch: int, dtype: torch.dtype) -> Row:
     sequence = layer.to_sequential()
     x = torch.randn(batch, shape.channels, shape.size, shape.size, device="cuda", dtype=dtype)
     x = x.contiguous(memory_format=torch.channels_last).requires_grad_()
-    cuda.autotune(layer, x.detach(), training=True)
+    autotune(layer, x.detach(), training=True)
     wanted = [x, *layer.parameters()]
     grad = torch.ones_like(sequence(x))
 

@@ -2,12 +2,18 @@
 
 from typing import Literal
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
+from kegfast._util import check
 from kegfast._util.check import expected
-from kegfast._util.inputs import Inputs, as_inputs, tensors_in
+from kegfast._util.inputs import Inputs, as_inputs, call, tensors_in
+from kegfast._util.modules import evaluation
 from kegfast.dispatch import cpu, cuda
+from kegfast.dispatch.calls import LayerCall
+from kegfast.nn import TuckerConv2d
 from kegfast.ops import _native
+from kegfast.ops._operands import Geometry
 
 
 class tuning:
@@ -43,7 +49,7 @@ class tuning:
             _native._C.set_tucker2_winograd(self._before)
 
 
-def autotune(model: nn.Module, example_input: Inputs) -> dict[str, dict]:
+def autotune(model: nn.Module, example_input: Inputs, *, training: bool = False) -> dict[str, dict]:
     """Measures each form that the model's Tucker-2 layers can take; later calls take the fastest.
 
     The forms on the CPU: "direct" and "winograd", the fused kernel with either sum in its core, and in
@@ -58,18 +64,44 @@ def autotune(model: nn.Module, example_input: Inputs) -> dict[str, dict]:
         model: a module with `kegfast.nn.TuckerConv2d` layers; on the CPU only float32 ones are measured.
         example_input: what the model is called with (a tensor, a tuple of them, or a mapping by keyword), in
             the batch size and memory format to tune for.
+        training: on CUDA devices, measure a forward and a backward pass, else inference alone (default).
 
     Returns:
-        Per layer shape, the times of each form: median seconds on the CPU, milliseconds on CUDA devices
-        (see `kegfast.dispatch.cuda.autotune`).
+        Per layer shape, the times of each form: median seconds on the CPU; on CUDA devices milliseconds,
+        {"eager": of calls one after another, "graph": of a CUDA graph of them}, and a form is taken where
+        neither is slower than torch's convolutions.
 
     Raises:
         TypeError: for something other than a module and inputs with a floating-point tensor.
+        ValueError: for training=True on the CPU, where training has one form.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(expected("model", "a module", model))
     inputs = as_inputs("example_input", example_input, alike=False)
     if not any(x.is_floating_point() for x in tensors_in(inputs)):
         raise TypeError(expected("example_input", "with a floating-point tensor", example_input))
-    tune = cuda.autotune if tensors_in(inputs)[0].is_cuda else cpu.autotune
-    return tune(model, inputs)
+    on_cuda = tensors_in(inputs)[0].is_cuda
+    if check.flag("training", training) and not on_cuda:
+        raise ValueError(expected("training", "False on the CPU, where training has one form", training))
+    calls = layer_calls(model, inputs)
+    return cuda.tune(calls, training) if on_cuda else cpu.tune(calls)
+
+
+def layer_calls(model: nn.Module, inputs: Inputs) -> list[LayerCall]:
+    """Every call of a Tucker-2 layer in one forward pass in evaluation mode."""
+    found: list[LayerCall] = []
+
+    def note(layer: TuckerConv2d, arguments: tuple[Tensor, ...], _: Tensor) -> None:
+        weights = layer.first.weight, layer.core.weight, layer.last.weight
+        geometry = Geometry(layer.core.stride, layer.core.padding, layer.core.dilation)
+        found.append(LayerCall(layer, arguments[0].detach(), *weights, geometry))
+
+    layers = [module for module in model.modules() if isinstance(module, TuckerConv2d)]
+    hooks = [layer.register_forward_hook(note) for layer in layers]
+    try:
+        with torch.no_grad(), evaluation(model):
+            call(model, inputs)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found

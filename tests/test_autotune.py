@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import kegfast
+from kegfast._tuning import layer_calls
 from kegfast.dispatch import cache as choices
 from kegfast.dispatch import cpu
 from kegfast.nn import TuckerConv2d
@@ -36,9 +37,8 @@ def network() -> nn.Sequential:
 
 def choose_everywhere(model: nn.Module, x: torch.Tensor, form: cpu.Form) -> None:
     """As if `form` had been measured to be the fastest everywhere."""
-    for layer, z in cpu.layer_calls(model, x):
-        geometry = layer.core.stride, layer.core.padding, layer.core.dilation
-        shape = cpu.shape_of(z, layer.core.weight, layer.last.out_channels, geometry)
+    for call in layer_calls(model, x):
+        shape = cpu.shape_of(call.x, call.core, call.last.shape[0], call.geometry)
         cpu.table()[shape] = form
         cpu.choose(shape, form)
 

@@ -8,27 +8,24 @@ and goes before it.
 
 import logging
 import re
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from kegfast._util.check import expected
 from kegfast._util.files import read_json, write_json
-from kegfast._util.inputs import Inputs, call
-from kegfast._util.modules import evaluation
 from kegfast._util.timing import interleaved
 from kegfast.dispatch.cache import cache_folder, checked_forms, keep_choices, read_choices, releases
+from kegfast.dispatch.calls import LayerCall
 from kegfast.ops import _native
-
-if TYPE_CHECKING:
-    from kegfast.nn import TuckerConv2d
+from kegfast.ops._operands import Geometry
 
 Form = Literal["direct", "winograd", "convolutions"]
 FORMS: tuple[Form, ...] = ("direct", "winograd", "convolutions")
-Geometry = tuple[tuple[int, int], tuple[int, int], tuple[int, int]]  # stride, padding, dilation
 Shape = tuple[int, ...]  # (N, C, H, W, R1, R2, K, kernel, geometry, channels_last, threads), pairs as two
 
 PACKAGED = Path(__file__).with_name("cpu_table.json")
@@ -56,19 +53,19 @@ def by_convolutions(x: Tensor, weights: tuple[Tensor | None, ...], geometry: Geo
     return shape_of(x, weights[1], weights[2].shape[0], geometry) in _unfused
 
 
-def autotune(model: torch.nn.Module, example_input: Inputs) -> dict[str, dict[Form, float]]:
-    """Measures every form of the model's float32 Tucker-2 layers at today's number of threads.
+def tune(calls: Iterable[LayerCall]) -> dict[str, dict[Form, float]]:
+    """Measures every form of float32 layers at today's number of threads; later calls take the fastest.
 
-    As `kegfast.autotune`, which also takes CUDA devices.
+    Returns:
+        Per layer shape, the median seconds of each form. What is fastest is kept in `cache_path()`.
     """
     if _native._C is None:
         return {}
     times: dict[Shape, dict[Form, float]] = {}
-    for layer, x in layer_calls(model, example_input):
-        geometry = layer.core.stride, layer.core.padding, layer.core.dilation
-        shape = shape_of(x, layer.core.weight, layer.last.out_channels, geometry)
-        if shape not in times and x.dtype == torch.float32:
-            times[shape] = measure(layer, x, shape)
+    for call in calls:
+        shape = shape_of(call.x, call.core, call.last.shape[0], call.geometry)
+        if shape not in times and call.x.dtype == torch.float32:
+            times[shape] = measure(call.layer, call.x, shape)
     known = table()
     known.update({shape: min(seconds, key=seconds.__getitem__) for shape, seconds in times.items()})
     for shape, seconds in times.items():
@@ -78,26 +75,7 @@ def autotune(model: torch.nn.Module, example_input: Inputs) -> dict[str, dict[Fo
     return {name_of(shape): seconds for shape, seconds in times.items()}
 
 
-def layer_calls(model: torch.nn.Module, example_input: Inputs) -> list[tuple["TuckerConv2d", Tensor]]:
-    """Every Tucker-2 layer with its input, in one forward pass in evaluation mode."""
-    from kegfast.nn import TuckerConv2d
-
-    found = []
-    layers = [module for module in model.modules() if isinstance(module, TuckerConv2d)]
-    hooks = [
-        layer.register_forward_hook(lambda layer, inputs, _: found.append((layer, inputs[0].detach())))
-        for layer in layers
-    ]
-    try:
-        with torch.no_grad(), evaluation(model):
-            call(model, example_input)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return found
-
-
-def measure(layer: "TuckerConv2d", x: Tensor, shape: Shape) -> dict[Form, float]:
+def measure(layer: Callable[[Tensor], Tensor], x: Tensor, shape: Shape) -> dict[Form, float]:
     """Median seconds of each form that this layer has, in turns; leaves the last one chosen."""
     chosen: Form | None = None
 

@@ -8,21 +8,19 @@ in a file and read by later processes.
 
 import logging
 import statistics
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from kegfast._util.check import expected
-from kegfast._util.inputs import Inputs, as_inputs, tensors_in
-from kegfast.dispatch import cpu
 from kegfast.dispatch.cache import cache_folder, keep_choices, read_choices, write_choices
+from kegfast.dispatch.calls import LayerCall
 from kegfast.ops import _native, reference
+from kegfast.ops._operands import Geometry
 
 Form = Literal["fused", "stages", "persistent", "convolutions"]
-Geometry = tuple[tuple[int, int], tuple[int, int], tuple[int, int]]  # stride, padding, dilation
 Times = dict[str, dict[str, float]]  # form -> {"eager": ms, "graph": ms}
 FORMS: dict[Form, int | None] = {"fused": 1, "stages": 2, "persistent": 3, "convolutions": None}
 """The forms by their number in `torch.ops.kegfast.tucker2_as`; None stands for torch's convolutions."""
@@ -85,32 +83,26 @@ def _key(
     layouts = " ".join("nhwc" if t.stride(1) == 1 else "nchw" for t in (x, core))
     shapes = " ".join("x".join(map(str, t.shape)) for t in (x, first, core, last))
     precision = f"{x.dtype}{' tf32' * (x.dtype == torch.float32 and _follow_tf32())}"
-    use = "training" if training else "inference"
-    return f"{torch.cuda.get_device_name(x.device)} | {precision} {layouts} | {shapes} | {geometry} | {use}"
+    what = f"{shapes} | {tuple(geometry)} | {'training' if training else 'inference'}"
+    return f"{torch.cuda.get_device_name(x.device)} | {precision} {layouts} | {what}"
 
 
-def autotune(model: torch.nn.Module, example_input: Inputs, training: bool = False) -> dict[str, Times]:
-    """Measures every form of the model's Tucker-2 layers on its device; later calls take the fastest.
+def tune(calls: Iterable[LayerCall], training: bool = False) -> dict[str, Times]:
+    """Measures every form of layers on their device; later calls take the fastest.
 
     A form has to be at least as fast as torch's convolutions both eagerly and as a CUDA graph. The choice
     is kept in `cache_path()` for later processes.
 
     Args:
-        model: a module with `kegfast.nn.TuckerConv2d` layers, on a CUDA device.
-        example_input: what the model is called with, of the batch size to tune for.
+        calls: on a CUDA device.
         training: measure a forward and a backward pass, else inference alone (default).
 
     Returns:
         Per layer shape and form, milliseconds a call (medians, interleaved): "eager" and "graph".
-
-    Raises:
-        ValueError: where example_input is not on a CUDA device.
     """
-    if not all(x.is_cuda for x in tensors_in(as_inputs("example_input", example_input, alike=False))):
-        raise ValueError(expected("example_input", "tensors on a CUDA device", example_input))
     _follow_tf32()
     times: dict[str, Times] = {}
-    for arguments in _calls(model, example_input):
+    for _, *arguments in calls:
         key = _key(*arguments, training)
         if key not in times:
             times[key] = _measure_forms(*arguments, training)
@@ -123,13 +115,6 @@ def fastest(times: Times) -> Form:
     floor = times["convolutions"]
     fit = [f for f, ms in times.items() if all(ms[way] <= floor[way] for way in floor)]
     return min(fit, key=lambda f: times[f]["graph"])
-
-
-def _calls(model: torch.nn.Module, example_input: Inputs) -> Iterator[tuple]:
-    """(x, first, core, last, geometry) of every Tucker-2 convolution in one forward pass."""
-    for layer, x in cpu.layer_calls(model, example_input):
-        weights = layer.first.weight, layer.core.weight, layer.last.weight
-        yield x, *weights, (layer.core.stride, layer.core.padding, layer.core.dilation)
 
 
 def _measure_forms(

@@ -5,10 +5,10 @@ from torch import Tensor
 
 from kegfast.dispatch.packed import Copies, OwnMemory, Weights, copies_of, holds, is_dense
 from kegfast.ops import reference
+from kegfast.ops._operands import Geometry
 from kegfast.ops.tucker2 import reads_channels_last
 
-Geometry = tuple[tuple[int, int], tuple[int, int], tuple[int, int]]  # stride, padding, dilation
-_POINTWISE: Geometry = (1, 1), (0, 0), (1, 1)
+_POINTWISE = Geometry((1, 1), (0, 0), (1, 1))
 
 
 def takes(x: Tensor, weights: Weights) -> bool:
@@ -54,11 +54,11 @@ class PackedConvolutions(OwnMemory):
 
 def _reorder(x: Tensor, factors: Copies, geometry: Geometry) -> list[Tensor]:
     packed, z = [], x
-    for w, (stride, padding, dilation) in zip(factors, (_POINTWISE, geometry, _POINTWISE), strict=True):
+    for w, of in zip(factors, (_POINTWISE, geometry, _POINTWISE), strict=True):
         plain = w.contiguous().to_mkldnn()
-        own = torch._C._nn.mkldnn_reorder_conv2d_weight(plain, padding, stride, dilation, 1, z.shape)
+        own = torch._C._nn.mkldnn_reorder_conv2d_weight(plain, of.padding, of.stride, of.dilation, 1, z.shape)
         packed.append(own)
-        z = _run(z, own, None, (stride, padding, dilation))
+        z = _run(z, own, None, of)
     return packed
 
 

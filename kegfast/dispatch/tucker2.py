@@ -17,7 +17,7 @@ from kegfast.dispatch import cpu, cuda, onednn
 from kegfast.dispatch.packed import OwnMemory, PackedFactors, SettledCall, Weights
 from kegfast.dispatch.plain import are_plain, convolutions_are_torchs, watched
 from kegfast.ops import _native, reference
-from kegfast.ops._operands import Pairs, check_addend, check_in_memory, check_tucker2, tucker2_size
+from kegfast.ops._operands import Geometry, check_addend, check_in_memory, check_tucker2, tucker2_size
 from kegfast.ops.tucker2 import reads_channels_last, tucker2_training
 
 _TYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -67,7 +67,7 @@ class Call(NamedTuple):
 
     x: Tensor
     weights: Weights | None
-    geometry: Pairs
+    geometry: Geometry | None  # None: of such modules too
     activation: str | None
     recompute: bool
     addend: Tensor | float | None
@@ -177,7 +177,7 @@ def call_of(layer: nn.Module, memory: LayerMemory, x: Tensor, addend: Tensor | f
     """A layer's call, with its parts' tensors where these are what the operator stands for."""
     modules, core = layer._modules, layer._modules["core"]
     weights = own_weights(modules, memory)
-    geometry = () if weights is None else (core.stride, core.padding, core.dilation)
+    geometry = None if weights is None else Geometry(core.stride, core.padding, core.dilation)
     return Call(x, weights, geometry, layer.activation, layer.recompute, addend, memory)
 
 

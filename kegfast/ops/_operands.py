@@ -1,5 +1,7 @@
 """Checks of convolutions' operands, which raise what the functions of `kegfast.functional` document."""
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -7,10 +9,17 @@ from kegfast._util.check import expected
 from kegfast.ops.tucker2 import tucker2_output_size
 
 Pair = int | tuple[int, int]
-Pairs = tuple[tuple[int, int], tuple[int, int], tuple[int, int]]  # stride, padding, dilation
 Operands = tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]  # x, first, core, last, bias
 _FURTHEST = 2**24  # of strides, paddings and dilations: sizes of images must not overflow 64 bits
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+class Geometry(NamedTuple):
+    """Of a convolution, each (vertical, horizontal)."""
+
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+    dilation: tuple[int, int]
 
 
 def is_dense_float(x: object) -> bool:
@@ -48,7 +57,7 @@ def check_operands(x: Tensor, bias: Tensor | None, **weights: Tensor) -> None:
             raise ValueError(expected(name, "4-dimensional", t))
 
 
-def check_tucker2(operands: Operands, stride: Pair, padding: Pair, dilation: Pair) -> Pairs:
+def check_tucker2(operands: Operands, stride: Pair, padding: Pair, dilation: Pair) -> Geometry:
     """Raises ValueError or TypeError for what `tucker_conv2d` cannot take; the geometry as pairs."""
     x, first, core, last, bias = operands
     check_operands(x, bias, first=first, core=core, last=last)
@@ -60,7 +69,7 @@ def check_tucker2(operands: Operands, stride: Pair, padding: Pair, dilation: Pai
         raise ValueError(expected("last", f"(K, {core.shape[0]}, 1, 1), core's rank", last))
     if bias is not None and bias.shape != last.shape[:1]:
         raise ValueError(expected("bias", f"({last.shape[0]},), one per output channel", bias))
-    geometry = pair("stride", stride, 1), pair("padding", padding, 0), pair("dilation", dilation, 1)
+    geometry = Geometry(pair("stride", stride, 1), pair("padding", padding, 0), pair("dilation", dilation, 1))
     reach = [d * (k - 1) + 1 - 2 * p for k, p, d in zip(core.shape[2:], *geometry[1:], strict=True)]
     if x.shape[2] < reach[0] or x.shape[3] < reach[1] or x.shape[2] == 0 or x.shape[3] == 0:
         what = f"at least {max(reach[0], 1)} x {max(reach[1], 1)} pixels, the core's window"
@@ -68,7 +77,7 @@ def check_tucker2(operands: Operands, stride: Pair, padding: Pair, dilation: Pai
     return geometry
 
 
-def tucker2_size(x: Tensor, core: Tensor, last: Tensor, geometry: Pairs) -> tuple[int, int, int, int]:
+def tucker2_size(x: Tensor, core: Tensor, last: Tensor, geometry: Geometry) -> tuple[int, int, int, int]:
     """(N, K, H', W') of the output."""
     return (x.shape[0], last.shape[0], *tucker2_output_size(*x.shape[2:], core, *geometry))
 

@@ -14,7 +14,7 @@ from kegfast.ops._flops import register_flop_formula
 from kegfast.ops._operands import Pair, autocasts, check_activation, check_operands, pair
 from kegfast.ops.tucker2 import reads_channels_last, tucker2_output_size
 
-Geometry = tuple[tuple[int, int], ...]  # stride, padding, pool, pool_stride, pool_padding
+Windows = tuple[tuple[int, int], ...]  # stride, padding, pool, pool_stride, pool_padding
 _MOST_ROWS = 256  # of the convolution's window, in the kernel
 
 
@@ -74,7 +74,7 @@ def conv_max_pool2d(
 
 def _check(
     x: Tensor, weight: Tensor, bias: Tensor | None, shapes: tuple[Pair, ...], activation: object
-) -> Geometry:
+) -> Windows:
     """Raises what `conv_max_pool2d` documents; the geometry as pairs."""
     check_activation(activation)
     names = "stride", "padding", "pool", "pool_stride", "pool_padding"
@@ -85,7 +85,7 @@ def _check(
     return geometry
 
 
-def _run(tensors: tuple[Tensor, ...], geometry: Geometry, activation: str | None) -> Tensor:
+def _run(tensors: tuple[Tensor, ...], geometry: Windows, activation: str | None) -> Tensor:
     (sh, sw), (ph, pw), *pool = geometry
     (kh, kw), (psh, psw), (pph, ppw) = pool
     channels_last = reads_channels_last(tensors[0]) or reads_channels_last(tensors[1])
@@ -114,7 +114,7 @@ def _check_tensors(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
         raise ValueError(expected("bias", f"({weight.shape[0]},), one per output channel", bias))
 
 
-def _check_windows(x: Tensor, weight: Tensor, geometry: Geometry) -> None:
+def _check_windows(x: Tensor, weight: Tensor, geometry: Windows) -> None:
     stride, padding, pool, _, pool_padding = geometry
     if any(2 * p > k for k, p in zip(pool, pool_padding, strict=True)):
         raise ValueError(expected("pool_padding", "at most half of the pool", pool_padding))

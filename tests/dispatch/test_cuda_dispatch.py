@@ -8,8 +8,10 @@ import pytest
 import torch
 
 import kegfast
+from kegfast._tuning import layer_calls
 from kegfast.dispatch import cuda
 from kegfast.ops import _native
+from kegfast.ops._operands import Geometry
 
 GEOMETRY = ((1, 1), (1, 1), (1, 1))
 
@@ -152,15 +154,22 @@ def test_a_folder_that_cannot_be_written_costs_the_file_alone(pretended, monkeyp
 
 def test_autotune_finds_every_layer(pretended):
     layer = kegfast.nn.TuckerConv2d(8, 8, 3, rank=(4, 5), padding=1)
-    found = list(cuda._calls(torch.nn.Sequential(layer, layer), torch.randn(2, 8, 6, 6)))
-    assert [tuple(x.shape) for x, *_ in found] == [(2, 8, 6, 6)] * 2
-    assert found[0][2] is layer.core.weight
-    assert found[0][4] == GEOMETRY
+    found = layer_calls(torch.nn.Sequential(layer, layer), torch.randn(2, 8, 6, 6))
+    assert [tuple(call.x.shape) for call in found] == [(2, 8, 6, 6)] * 2
+    assert found[0].core is layer.core.weight
+    assert found[0].geometry == GEOMETRY
 
 
-def test_autotune_wants_a_device(pretended):
-    with pytest.raises(ValueError, match="CUDA device"):
-        cuda.autotune(torch.nn.Identity(), torch.randn(1, 8, 6, 6))
+def test_training_is_measured_on_devices_alone():
+    with pytest.raises(ValueError, match=r"^training must be False on the CPU"):
+        kegfast.autotune(torch.nn.Identity(), torch.randn(1, 8, 6, 6), training=True)
+
+
+def test_keys_of_tables_are_those_of_earlier_releases(pretended):
+    x, first, core, last, geometry, training = arguments()
+    key = cuda._key(x, first, core, last, geometry, training)
+    assert key == cuda._key(x, first, core, last, Geometry(*geometry), training)
+    assert str(tuple(GEOMETRY)) in key
 
 
 @pytest.fixture

@@ -5,6 +5,8 @@ import graphlib
 from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
+
 import kegfast
 
 ROOT = Path(kegfast.__file__).parent
@@ -59,10 +61,36 @@ def below(module: str) -> set[str]:
     return found
 
 
+def imported_late(module: str) -> set[str]:
+    """The package's modules that its functions import."""
+    functions = ast.FunctionDef | ast.AsyncFunctionDef
+    tree = ast.parse(MODULES[module].read_text())
+    inside = [node for f in ast.walk(tree) if isinstance(f, functions) for node in ast.walk(f)]
+    return {node.module for node in inside if isinstance(node, ast.ImportFrom) and node.module}
+
+
+@pytest.mark.parametrize(
+    ("room", "above"),
+    [
+        ("decomposition", ("nn", "compression")),
+        ("ops", ("nn", "compression")),
+        ("dispatch", ("nn", "compression")),
+        ("functional", ("nn", "compression")),
+        ("nn", ("compression", "_tuning")),
+    ],
+)
+def test_nothing_from_above_is_imported_late(room: str, above: tuple[str, ...]) -> None:
+    inside = [module for module in MODULES if f"{module}.".startswith(f"kegfast.{room}.")]
+    assert inside
+    for module in inside:
+        tops = {name.split(".")[1] for name in imported_late(module) if name.startswith("kegfast.")}
+        assert tops.isdisjoint(above), module
+
+
 def test_rooms_look_down_only() -> None:
     for module in MODULES:
         floor = module.split(".")[1] if module.count(".") > 1 else ""
-        if floor in ("ops", "dispatch", "_util"):
+        if floor in ("ops", "dispatch", "decomposition", "_util"):
             above = {"kegfast.nn", "kegfast.functional", "kegfast._tuning", "kegfast.compression"}
             assert not {
                 other for other in below(module) for top in above if f"{other}.".startswith(f"{top}.")
