@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import common
+from kegfast._util.machine import measured
 from kegfast._util.timing import interleaved
 from kegfast.functional import diversity_loss
 from kegfast.ops.diversity import METRICS, NOISE_METRICS
@@ -309,7 +310,7 @@ def main() -> None:
     for name in args.case:
         case = by_name[name]
         rounds = args.rounds or max(3, min(31, 2**23 // (case.batch * case.batch * case.features // 64)))
-        known[name] = measure(case, rounds)
+        known[name] = measure(case, rounds) | {"measured": measured()}
     results = {name: known[name] for name in by_name if name in known}
     common.write_results("diversity", {"noise_width": WIDTH, "threads": 1, "cases": results})
     print(table(results))

@@ -64,7 +64,7 @@ def main() -> None:
             print(records[-1], flush=True)
     results = {"threads": 1, "configurations": records}
     written = json.loads(write_results("tucker2_exact", results).read_text(encoding="utf-8"))
-    update_tables("exact comparison", captioned(exact_comparison(written), written))
+    update_tables("exact comparison", captioned(exact_comparison, written, written))
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ import kegfast
 from benchmarks.bench_models import MODELS, networks
 from benchmarks.common import earlier_results, machine, multiply_add_rate, write_results
 from benchmarks.rivals import runtimes
+from kegfast._util.machine import measured
 from kegfast._util.timing import interleaved
 
 GOALS = {  # (model, threads, batch): on AVX2, on AVX-512
@@ -100,7 +101,8 @@ def main() -> None:
         for name in options.models:
             for batch in options.batches:
                 for kind in options.kinds:
-                    rows.append(measure(name, threads, batch, kind, options.seconds))
+                    row = measure(name, threads, batch, kind, options.seconds)
+                    rows.append(row | {"measured": measured()})
                     show(rows[-1])
     extra = overhead(options.seconds)
     verdict = "pass" if extra < MOST_OVERHEAD else "short"

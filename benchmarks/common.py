@@ -1,13 +1,11 @@
 """What benchmarks share: the machine's facts and limits, results, the tables made of them."""
 
 import json
-import platform
 import re
 import statistics
 import subprocess
 import time
 from collections.abc import Mapping, Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 from kegfast import build_info
 from kegfast._util.files import atomic_write, write_json
+from kegfast._util.machine import measured
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -24,19 +23,13 @@ RESULTS = ROOT / "benchmarks" / "results"
 
 def machine() -> dict[str, Any]:
     """What a result depends on: processor, versions, threads, date."""
-    model = re.search(r"model name\s*:\s*(.+)", _read(Path("/proc/cpuinfo")))
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
     info = build_info()
     return {
-        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
-        "processor": model[1] if model else platform.processor(),
+        **measured(),
         "commit": commit.stdout.strip(),
-        **{key: info.get(key) for key in ("version", "python", "torch", "compiler", "isa_active")},
+        **{key: info.get(key) for key in ("version", "python", "torch", "compiler")},
     }
-
-
-def _read(path: Path) -> str:
-    return path.read_text() if path.exists() else ""
 
 
 def bandwidth(seconds: float = 0.3) -> float:
@@ -123,12 +116,42 @@ def update_tables(name: str, table: str) -> bool:
     return places > 0
 
 
-def caption(results: Mapping[str, Any]) -> str:
-    """One line under a table: where and when it was measured, as far as the file says."""
-    facts = results.get("machine") or {}
-    build = results.get("build") or {}
-    known = {**build, **facts}
-    date = str(known.get("date") or results.get("date") or "")[:10]
+def by_machine(rows: Any, facts: Mapping[str, Any]) -> list[tuple[Any, dict[str, Any]]]:
+    """Rows, a list or a dict, by the processor and the instruction set that they were measured with.
+
+    Args:
+        rows: each a dict, with `kegfast._util.machine.measured` under "measured" where it says so.
+        facts: of the file, for rows that say nothing.
+
+    Returns:
+        For each machine its rows, as a list or a dict, and the facts with the machine's and the days put in.
+    """
+    items = list(rows.items()) if isinstance(rows, dict) else list(enumerate(rows))
+    if not all(isinstance(row, dict) for _, row in items):
+        return [(rows, dict(facts))]
+    groups: dict[tuple[Any, Any], list[tuple[Any, Any]]] = {}
+    for key, row in items:
+        stamp = {**facts, **row.get("measured", {})}
+        groups.setdefault((stamp.get("processor"), stamp.get("isa_active")), []).append((key, row))
+    found = []
+    for (name, isa), group in groups.items():
+        days = sorted({str({**facts, **row.get("measured", {})}.get("date", "")) for _, row in group})
+        period = " to ".join(dict.fromkeys((days[0], days[-1])))
+        own = {**facts, "processor": name, "isa_active": isa, "date": period}
+        part = dict(group) if isinstance(rows, dict) else [row for _, row in group]
+        found.append((part, own))
+    return found
+
+
+def facts_of(results: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a results file: its date, build and machine, as far as it says."""
+    date = {"date": results["date"][:10]} if "date" in results else {}
+    return {**date, **(results.get("build") or {}), **(results.get("machine") or {})}
+
+
+def caption(known: Mapping[str, Any]) -> str:
+    """One line under a table: where and when it was measured, as far as the facts say."""
+    date = str(known.get("date") or "")
     torch_version = known.get("torch")
     parts = [
         date,

@@ -6,7 +6,7 @@ from statistics import mean
 from typing import Any
 
 from benchmarks import bench_diversity
-from benchmarks.common import RESULTS, caption, markdown_table, update_tables
+from benchmarks.common import RESULTS, by_machine, caption, facts_of, markdown_table, update_tables
 from kegfast.experiments.boundary import COMPARED, MEASURES
 from kegfast.experiments.demo import SOURCES, TITLES
 from kegfast.experiments.lenets import TEACHERS
@@ -305,10 +305,13 @@ TABLES: dict[str, tuple[str, str, Callable[[Any], str]]] = {
 """Marker in a page -> results file, its key (empty for all of it), and what makes a table of it."""
 
 
-def captioned(table: str, results: Any) -> str:
-    """The table, and under it where and when it was measured."""
-    line = caption(results)
-    return f"{table}\n\n*{line}*" if line else table
+def captioned(make: Callable[[Any], str], rows: Any, results: Any) -> str:
+    """A table for each machine, and under it where and when it was measured."""
+    parts = []
+    for own, facts in by_machine(rows, facts_of(results)):
+        line = caption(facts)
+        parts.append(make(own) + (f"\n\n*{line}*" if line else ""))
+    return "\n\n".join(parts)
 
 
 def main() -> None:
@@ -317,13 +320,13 @@ def main() -> None:
             print(f"{file}.json is missing: the table '{name}' stays as it is")
             continue
         results = json.loads((RESULTS / f"{file}.json").read_text(encoding="utf-8"))
-        if not update_tables(name, captioned(make(results[key] if key else results), results)):
+        if not update_tables(name, captioned(make, results[key] if key else results, results)):
             raise ValueError(f"no page has a place '<!-- benchmark: {name} -->'")
     # One table for each processor and instruction set: rows of two machines are never compared.
     machines = [
         json.loads(path.read_text(encoding="utf-8")) for path in sorted(RESULTS.glob("frozen_*.json"))
     ]
-    update_tables("frozen", "\n\n".join(captioned(frozen(results), results) for results in machines))
+    update_tables("frozen", "\n\n".join(captioned(frozen, results, results) for results in machines))
 
 
 def _mean(cell: dict[str, float], digits: int) -> str:

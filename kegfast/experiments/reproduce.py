@@ -13,7 +13,7 @@ from kegfast import data
 from kegfast._util.files import load_weights, save_tensors
 from kegfast.data import DataInfo, Splits
 from kegfast.experiments import tables
-from kegfast.experiments.paper import METHODS, PROTOCOLS, Paper, paper
+from kegfast.experiments.paper import METHODS, PROTOCOLS, PUBLISHED, Paper, paper
 from kegfast.experiments.study import RANKS, Study
 from kegfast.training import train
 from kegfast.training.processes import main_first, place
@@ -46,7 +46,7 @@ def reproduce(
     teacher: str | Path | None = None,
     students: Sequence[int] | None = None,
     seeds: Sequence[int] = (0, 1, 2),
-    methods: Sequence[str] = METHODS,
+    methods: Sequence[str] | None = None,
     ranks: Sequence[str] | None = None,
     seconds: float | None = None,
     protocol: str = "equal",
@@ -65,8 +65,9 @@ def reproduce(
         teacher: weights of the teacher; it is trained here when None.
         students: the paper's numbers of students, all when None.
         seeds: one run of everything per seed; the teacher stays.
-        methods: of `kegfast.experiments.paper.METHODS`.
-        ranks: of `kegfast.experiments.study.RANKS`; None: see `Study.run`.
+        methods: of `kegfast.experiments.paper.METHODS`, or its `PUBLISHED` under the published protocol;
+            all when None.
+        ranks: of `kegfast.experiments.study.RANKS`; None: see `Study.run`. The published are the paper's.
         seconds: start no further cell after that time.
         protocol: of `kegfast.experiments.paper.PROTOCOLS`.
         amp: compute in bfloat16 where torch's autocast deems it safe.
@@ -84,8 +85,10 @@ def reproduce(
     config = replace(experiment.config, protocol=protocol, amp=amp, **PROTOCOLS[protocol] | given)
     students = list(experiment.students) if students is None else list(students)
     _check_known("students", students, experiment.students)
-    _check_known("methods", methods, METHODS)
-    _check_known("ranks", RANKS if ranks is None else ranks, RANKS)
+    known, kinds = (PUBLISHED, RANKS[:1]) if protocol == "paper" else (METHODS, RANKS)
+    _check_known("methods", methods := list(known if methods is None else methods), known)
+    _check_known("ranks", kinds if ranks is None else ranks, kinds)
+    ranks = kinds if protocol == "paper" else ranks
     info, splits = _data(dataset, root)
     with main_first():
         model = _teacher(experiment, info, splits, output, teacher, progress)

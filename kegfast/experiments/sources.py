@@ -69,16 +69,24 @@ class Sources:
         self._probes: dict[str, Tensor] = {}
         self._judge: Tensor | None = None
 
-    def pool(self, method: str) -> tuple[Pool, float]:
+    @property
+    def as_published(self) -> bool:
+        """Whether the authors' program is followed."""
+        return self.config.protocol == "paper"
+
+    def pool(self, method: str) -> tuple[InMemory, float]:
         """The samples of a method, and the CPU seconds that making them took, training included."""
         source = self.source(method)  # training, if any, keeps its own time
         start = time.process_time()
         with drawing(self.seed, method):
-            pool = Pool(source, self._size(method))
+            if self.as_published and isinstance(source, Generators):
+                pool = InMemory(source.sample(self._size(method), shuffle=False)[0])
+            else:
+                pool = Pool(source, self._size(method))
         return pool, time.process_time() - start + self._training_seconds(method)
 
     def _size(self, method: str) -> int:
-        fewer = self.config.protocol == "paper" and method in ("uniform", "gaussian")
+        fewer = self.as_published and method in ("uniform", "gaussian")
         return max(1, self.config.pool // FEWER) if fewer else self.config.pool
 
     def probes(self, method: str) -> dict[str, Tensor]:
@@ -133,9 +141,7 @@ class Sources:
             if self.artificial.is_matched:
                 self.matched()
             return self.artificial.source()
-        generators = self.generators()
-        generators.labels = "soft" if self.config.protocol == "paper" else "one-hot"
-        return generators
+        return self.generators()
 
     def generators(self) -> Generators:
         """The paper's generators, trained where there are none yet."""
@@ -144,10 +150,11 @@ class Sources:
             return Generators.load(path)
         start = time.process_time()
         checkpoint = path.with_suffix(".pt")
+        own = self.paper.published if self.as_published else self.paper
         recipe = replace(
             RECIPES["paper"],
-            lr=self.paper.generator_lr,
-            beta=self.paper.beta,
+            lr=own.generator_lr,
+            beta=own.beta,
             steps=self.config.generator_steps,
             batch_size=self.config.generator_batch,
         )
@@ -156,6 +163,7 @@ class Sources:
             num_classes=self.info.num_classes,
             sample_shape=self.info.sample_shape,
             recipe=recipe,
+            faithful=self.as_published,
             seed=mix(self.seed, crc32(b"generators")),
             amp=self.config.amp,
             checkpoint=checkpoint,

@@ -4,7 +4,7 @@ import logging
 import time
 from collections.abc import Iterable, Sequence
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +14,19 @@ from torch import Tensor, nn
 
 from kegfast import compression
 from kegfast._util.check import expected
+from kegfast._util.machine import measured
 from kegfast.data import DataInfo, Splits
 from kegfast.distillation import InMemory, distill
+from kegfast.experiments.epochs import teach
 from kegfast.experiments.ledger import Ledger
 from kegfast.experiments.paper import METHODS, Config, Paper, Schedule, schedule
 from kegfast.experiments.sources import Sources
 from kegfast.experiments.tails import head_outputs, tail
-from kegfast.recovery.judge import choice
+from kegfast.extraction.parallel import own_path
+from kegfast.recovery.judge import answers, choice
 from kegfast.recovery.teaching import LOOK, objective
 from kegfast.training import evaluate
-from kegfast.training.loop import mix
+from kegfast.training.loop import MetricsLog, mix
 from kegfast.training.processes import agreed, place, replicated
 
 log = logging.getLogger(__name__)
@@ -173,11 +176,17 @@ class Study:
         for number, ranks, name in missing:
             log.info("%s %s", self.paper.dataset, name)
             start = time.process_time()
-            if pool is not None and ranks not in lessons:
+            if pool is not None and ranks not in lessons and not sources.as_published:
                 lessons[ranks] = self.lesson(pool, ranks, method, seed)
             starts = self.starts(number, ranks, method, seed)
-            candidates, divergence = self.candidates(name, starts, lessons.get(ranks), judge)
-            chosen = choice(divergence)
+            more: dict[str, Any] = {}
+            if pool is not None and judge is not None and sources.as_published:
+                candidates, more = self.epochs(name, starts[0], pool, method, judge)
+                divergence = [self._divergence(model, judge) for model in candidates]
+                chosen = len(candidates) - 1
+            else:
+                candidates, divergence = self.candidates(name, starts, lessons.get(ranks), judge)
+                chosen = choice(divergence)
             spent = seconds + time.process_time() - start
             compression.save(candidates[chosen], self.weights(name))
             result = {
@@ -188,20 +197,23 @@ class Study:
                 "seconds": spent,
                 "samples": 0 if pool is None else len(pool),
                 **self._size(candidates[chosen]),
+                **more,
+                "measured": measured(),
             }
             self.ledger.cell(name, lambda result=result: result)
             self._drop_legs(name)
 
     def _drop_legs(self, name: str) -> None:
         """Remove the checkpoints of a finished cell."""
-        for leg in self.output.glob(f"{self.weights(name).stem}-leg*.pt"):
-            leg.unlink(missing_ok=True)
+        for kind in ("leg*.pt", "epochs.pt*"):
+            for left in self.output.glob(f"{self.weights(name).stem}-{kind}"):
+                left.unlink(missing_ok=True)
 
     def lesson(self, pool: InMemory, ranks: str, method: str, seed: int) -> Lesson:
         """What students of one kind of ranks learn from a pool of one method."""
         shared = self.paper.shared if ranks == "paper" else ()
         subject = self.sources(seed).subject
-        plan = schedule(subject, method, ranks, self.config.protocol)
+        plan = schedule(subject, method, ranks)
         whole = pool.samples[:LOOK]
         if shared:
             pool = InMemory(head_outputs(self.teacher, shared, pool.samples))
@@ -216,6 +228,30 @@ class Study:
         found = [self._divergence(model, judge) for model in starts]
         legs = self.teach(name, deepcopy(starts[found.index(min(found))]), lesson)
         return [*starts, *legs], found + [self._divergence(model, judge) for model in legs]
+
+    def epochs(
+        self, name: str, student: nn.Module, pool: InMemory, method: str, judge: Tensor
+    ) -> tuple[list[nn.Module], dict[str, Any]]:
+        """The student before and after it was taught as published, and what there is to say of that."""
+        plan = self.paper.published.epochs(method)
+        taught = deepcopy(student).to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stubs lack it
+        known = answers(self.teacher, judge)
+        rank, world = place()
+        found = teach(
+            taught,
+            pool.samples,
+            _logits(self.teacher, pool.samples),
+            plan,
+            lambda model: _kl(answers(model, judge), known),
+            self.accuracy,
+            most=plan.within(self.config.steps, len(pool)),
+            amp=self.config.amp,
+            checkpoint=own_path(self.output / f"{self.weights(name).stem}-epochs.pt", rank, world),
+            metrics=MetricsLog(self.output / "metrics.jsonl") if rank == 0 else None,
+            progress=self.progress,
+            label=name,
+        )
+        return [student, taught], asdict(found)
 
     def _size(self, student: nn.Module) -> dict[str, float]:
         own, teacher = (sum(p.numel() for p in model.parameters()) for model in (student, self.teacher))
@@ -269,8 +305,12 @@ class Study:
 
     def _divergence(self, student: nn.Module, judge: Tensor) -> float:
         """KL divergence from the teacher, mean over samples."""
-        own, wanted = (_logits(model, judge).log_softmax(1) for model in (student, self.teacher))
-        return float(F.kl_div(own, wanted, log_target=True, reduction="batchmean"))
+        return _kl(answers(student, judge), answers(self.teacher, judge))
+
+
+def _kl(own: Tensor, wanted: Tensor) -> float:
+    """Divergence between logarithms of probabilities, mean over samples."""
+    return float(F.kl_div(own, wanted, log_target=True, reduction="batchmean"))
 
 
 @torch.no_grad()

@@ -25,7 +25,7 @@ SHOWN = 1_000
 
 
 def rows(study: Study, students: Iterable[int], seeds: Sequence[int]) -> list[dict[str, Any]]:
-    """One row per student, kind of ranks and method that has a result.
+    """One row per student, kind of ranks, method and machine that has a result.
 
     Each has dataset, model, student, ranks, method, accuracy (percent, one per seed; of the student that was
     chosen without data), oracle (that of the best candidate), mean, std, agreement (percent, mean
@@ -38,9 +38,11 @@ def rows(study: Study, students: Iterable[int], seeds: Sequence[int]) -> list[di
         for ranks in RANKS:
             for method in METHODS:
                 names = [cell_name(student, ranks, method, seed) for seed in seeds]
-                values = [cells[name] for name in names if name in cells]
-                if values:
-                    found.append(_row(study, student, ranks, method, values))
+                machines: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+                for value in (cells[name] for name in names if name in cells):
+                    stamp = value.get("measured", {})
+                    machines.setdefault((stamp.get("processor"), stamp.get("isa_active")), []).append(value)
+                found += [_row(study, student, ranks, method, values) for values in machines.values()]
     return found
 
 
@@ -60,12 +62,19 @@ def _row(study: Study, student: int, ranks: str, method: str, values: list[dict[
     }
     if study.splits is not None:
         row["accuracy"] = [value["accuracy"][value["chosen"]] for value in values]
-        row["oracle"] = [max(value["accuracy"]) for value in values]
+        row["oracle"] = [max(*value["accuracy"], *_looks(value)) for value in values]
         row |= {key: value for key, value in spread(row["accuracy"]).items() if key != "n"}
+    if "measured" in values[-1]:
+        row["measured"] = values[-1]["measured"]
     chosen = [value["agreement"][value["chosen"]] for value in values]
     if chosen[0]:
         row["agreement"] = [sum(probe.values()) / len(probe) for probe in chosen]
     return row
+
+
+def _looks(cell: dict[str, Any]) -> list[float]:
+    """Accuracies on the test set while the student was taught."""
+    return [accuracy for _, accuracy in cell.get("curve", [])] or cell["accuracy"]
 
 
 def table(study: Study, found: Sequence[dict[str, Any]]) -> Table:

@@ -102,13 +102,14 @@ class Generators:
             if low < 0 or high >= self.num_classes:
                 raise ValueError(expected("labels", what, f"{low} to {high}"))
 
-    def sample(self, n: int) -> tuple[Tensor, Tensor]:
-        """Draws n samples, equally many from each generator, shuffled.
+    def sample(self, n: int, *, shuffle: bool = True) -> tuple[Tensor, Tensor]:
+        """Draws n samples, equally many from each generator.
 
         Every generator gets labels and noise of its own, from torch's global generator.
 
         Args:
             n: The number of samples.
+            shuffle: Whether they are in random order; otherwise one generator's follow another's.
 
         Returns:
             Samples (n, *sample_shape) float32 and the labels asked for, (n,) int64; of soft ones the
@@ -118,8 +119,11 @@ class Generators:
         labels = draw_labels((self.copies, each), self.num_classes, self.labels, self.device)
         noise = torch.randn(self.copies, each, self.noise_size, device=self.device)
         samples = self.generate(labels, noise)
+        samples, classes = samples.flatten(0, 1), labels.argmax(-1).flatten()
+        if not shuffle:
+            return samples[:n], classes[:n]
         order = torch.randperm(self.copies * each, device=self.device)[:n]
-        return samples.flatten(0, 1)[order], labels.argmax(-1).flatten()[order]
+        return samples[order], classes[order]
 
     def save(self, path: Path | str) -> None:
         """Writes parameters and configuration to one safetensors file, atomically."""

@@ -94,6 +94,7 @@ def run_steps(
     progress: bool = False,
     label: str = "steps",
     log_every: int = 10,
+    until: Callable[[], bool] = lambda: False,
 ) -> list[dict[str, float]]:
     """Call `step(0) ... step(steps - 1)` so that an interrupted run can go on to the same result.
 
@@ -116,6 +117,7 @@ def run_steps(
         progress: show a bar on a terminal.
         label: the stage's name, in the log, the bar and the checkpoint.
         log_every: steps between two entries of the history.
+        until: whether the run is done before all its steps are, by `state` alone; asked before each.
 
     Returns:
         The history: `{"step": steps done, <values of that step>}` every `log_every` steps and at the end.
@@ -142,7 +144,7 @@ def run_steps(
         _deferred_interrupt(checkpoint is not None) as interrupted,
         progress_bar(label, steps, done=run.done, enabled=progress) as update,
     ):
-        while run.done < steps and not interrupted.is_set():
+        while not (finished := run.done == steps or until()) and not interrupted.is_set():
             reseed(mix(seed, run.done))
             values = step(run.done)
             run.done += 1
@@ -156,7 +158,7 @@ def run_steps(
                 _read(values, label, run.done, given)  # what has diverged must not replace what has not
                 run.save()
         run.save()
-    if run.done < steps:
+    if not finished:
         raise KeyboardInterrupt(f"{label} stopped at step {run.done} of {steps}")
     return run.history
 

@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 SCRIPT = """
 import os, random, signal, sys, time
 from pathlib import Path
@@ -45,14 +47,19 @@ while len(codes) < 40 and codes.count(-signal.SIGKILL) < 6 and 0 not in codes:
 assert end(start(home / "parts")) == 0
 print(codes.count(-signal.SIGKILL))
 """
-OPTIONS = (
-    "reproduce pendigits --seeds 0,1 --recipe tucker-only,gaussian,kegnet,oracle --ranks paper --pool 256 "
-    "--steps 150 --generator-steps 40 --generator-batch 32 --resume"
+OPTIONS = "reproduce pendigits --ranks paper --generator-steps 40 --generator-batch 32 --resume "
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        "--seeds 0 --recipe tucker-only,gaussian,kegnet,oracle --pool 256 --steps 150",
+        "--seeds 0 --recipe tucker-only,gaussian,uniform,kegnet --pool 640 --steps 400 --protocol paper",
+    ],
+    ids=["equal", "paper"],
 )
-
-
-def test_a_run_that_is_killed_many_times_ends_with_the_same_table(tmp_path):
-    command = [sys.executable, "-c", SCRIPT, str(tmp_path), *OPTIONS.split()]
+def test_a_run_that_is_killed_many_times_ends_with_the_same_table(options, tmp_path):
+    command = [sys.executable, "-c", SCRIPT, str(tmp_path), *OPTIONS.split(), *options.split()]
     path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
     # A fork must not inherit a pool of threads.
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}

@@ -1,7 +1,6 @@
 import json
 from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
 
@@ -9,7 +8,7 @@ from kegfast import compression, data
 from kegfast._util.files import save_tensors
 from kegfast.cli import main
 from kegfast.compression import matching
-from kegfast.data.splits import DataInfo, make_splits
+from kegfast.data.splits import DataInfo
 from kegfast.experiments import sources as sources_module
 from kegfast.experiments import study as study_module
 from kegfast.experiments import tables
@@ -17,38 +16,9 @@ from kegfast.experiments.paper import METHODS, PAPERS, Config, paper, schedule
 from kegfast.experiments.reproduce import reproduce
 from kegfast.experiments.sources import MADE_OF, PROBES
 from kegfast.experiments.study import BUDGETED, Study, cell_name
-from kegfast.models import MLP
 from kegfast.recovery import samples as samples_module
 
 TINY = {"pool": 64, "steps": 3, "batch_size": 16, "generator_steps": 2, "generator_batch": 8, "probe": 20}
-
-
-def make_data(info, n=120):
-    random = np.random.default_rng(0)
-    labels = random.integers(0, info.num_classes, n)
-    shift = labels.reshape(-1, *[1] * len(info.sample_shape)) / 5
-    samples = random.normal(size=(n, *info.sample_shape)) + shift
-    samples = samples.astype(np.float32)
-    return make_splits(info, (samples, labels), (samples[:50], labels[:50]))
-
-
-@pytest.fixture(autouse=True)
-def small_page(monkeypatch):
-    monkeypatch.setattr(tables, "SHOWN", 40)
-
-
-@pytest.fixture
-def fake_data(monkeypatch):
-    """Small random sets in place of the real ones."""
-    monkeypatch.setattr(data, "load", lambda name, root=None: make_data(data.describe(name)))
-
-
-@pytest.fixture
-def table_paper(monkeypatch, fake_data):
-    """PenDigits with a small teacher of few steps."""
-    small = replace(PAPERS["pendigits"], build=lambda: MLP(16, 10, units=20, depth=2), training={"steps": 3})
-    monkeypatch.setitem(PAPERS, "pendigits", small)
-    return small
 
 
 def numbers(result):
@@ -172,7 +142,7 @@ def test_students_are_chosen_by_divergence_and_not_by_accuracy(
 
 
 @pytest.fixture
-def images(tmp_path):
+def images(tmp_path, make_data):
     experiment = paper("mnist")
     info = data.describe("mnist")
     torch.manual_seed(0)
