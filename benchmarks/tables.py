@@ -5,7 +5,7 @@ from collections.abc import Callable
 from statistics import mean
 from typing import Any
 
-from benchmarks import bench_diversity
+from benchmarks import bench_diversity, cuda_counts
 from benchmarks.common import RESULTS, by_machine, caption, facts_of, markdown_table, update_tables
 from kegfast.experiments.boundary import COMPARED, MEASURES
 from kegfast.experiments.demo import SOURCES, TITLES
@@ -301,6 +301,8 @@ TABLES: dict[str, tuple[str, str, Callable[[Any], str]]] = {
     "training": ("training", "", training),
     "hinton": ("hinton", "results", hinton),
     "boundary": ("boundary", "results", boundary),
+    "cuda counts of Tucker-2": ("cuda_counts", "tucker2", cuda_counts.tucker2_table),
+    "cuda counts of diversity": ("cuda_counts", "diversity", cuda_counts.diversity_table),
 }
 """Marker in a page -> results file, its key (empty for all of it), and what makes a table of it."""
 

@@ -77,7 +77,10 @@ class Tucker2Call(ctypes.Structure):
         + [("window", ctypes.c_int * 8)]
         + [(name, ctypes.c_int) for name in ("relu", "form", "dtype", "split", "multiprocessors", "order")]
         + [("shared_bytes", ctypes.c_int64)]
-        + [(name, ctypes.c_int) for name in ("bulk_copies", "dry", "launches", "persistent")]
+        + [
+            (name, ctypes.c_int)
+            for name in ("bulk_copies", "dry", "launches", "persistent", "tile_h", "tile_w")
+        ]
         + [(name, ctypes.c_int64) for name in ("blocks", "most_shared", "workspace")]
     )
 

@@ -13,13 +13,14 @@
 // are equal, P[start] and P[end] are the sums before and after a thread's own row and stay in registers; else
 // P goes to shared memory (swizzled: 8 threads write 8 different banks) and is read back at start and end.
 //
-// Predictions for an H200 (instructions of sm_90's code, 4 a cycle on 132 multiprocessors at 1.755 GHz, of
-// which 65 % reached; not yet measured on a device), float32, D = 3072, nz = 10, forward + gradient, no ties:
-//   B      warp instructions a feature               all      at 65 %   samples' traffic   goal
-//   256    3.0e3: sort 1.6e3, columns 1.0e3          10 us    16 us     1.3 us             20 us
-//   1024   15.7e3                                    52 us    80 us     5 us               90 us
-//   4096   81e3                                      0.27 ms  0.41 ms   21 us              0.5 ms
-// Beside that two small launches, some 2 us each in a graph. Ties cost 1.2e3 instructions a warp more.
+// Counted in sm_90's code (benchmarks/cuda_counts.py) for an H200 (4 instructions a cycle on 132 multiprocessors at
+// 1.755 GHz; 65 % of that is a guess of what is reached, nothing was measured on a device), float32, D = 3072, nz = 10,
+// forward + gradient, no ties:
+//   B      warp instructions a feature      all      at 65 %   samples' traffic   goal
+//   256    3.3e3: sort 1.3e3                11 us    17 us     1.3 us             20 us
+//   1024   17.4e3: sort 9.5e3               58 us    89 us     5 us               90 us
+//   4096   98e3: sort 59e3                  0.33 ms  0.50 ms   21 us              0.5 ms
+// Beside that two small launches.
 #pragma once
 
 #include "diversity_keys.cuh"

@@ -8,10 +8,10 @@
 // shifted. (3) last: t2 is turned from accumulators to operands inside of the warp's registers; y goes 64 channels at a
 // time through shared memory and back by a bulk copy, which leaves out what is outside of the image. t1's place serves y.
 //
-// Prediction for an H200, bf16, batch 128, C / 4, before it was written: 26 us at 64@56, 14 at 128@28, where the fused form's
-// instructions alone take 143 and 76 and bandwidth 21.4 and 10.7. Counted from sm_90's code: 3.3 thousand warp instructions
-// a tile at 64@56, 6.9 at 128@28, issued in 13 and 8 us: bandwidth bounds both. At 256@14 a block is alone on its
-// multiprocessor, one warp a scheduler: latency bounds it. Not yet measured on a device.
+// Prediction for an H200, bf16, batch 128, C / 4, before it was written: 26 us at 64@56, 14 at 128@28. Counted in sm_90's code
+// since (benchmarks/cuda_counts.py): 3.3 thousand warp instructions a tile at 64@56, 6.3 at 128@28, 14.3 at 256@14, issued in
+// 13, 6 and 4 us where bandwidth takes 21, 11 and 5. At 256@14 a block is alone on its multiprocessor, one warp a scheduler:
+// latency bounds it. Not yet measured on a device.
 //
 // Rows of factors and of t1 are padded by 16 bytes, halo and y swizzled as the copy engine does it: the 8 rows of an
 // ldmatrix lie in different banks.

@@ -1,6 +1,7 @@
 """What nvcc makes of each CUDA kernel: registers, spills, shared memory, instructions. Needs no GPU."""
 
 import importlib.util
+import json
 import re
 import shutil
 import subprocess
@@ -12,6 +13,8 @@ import pytest
 import torch
 
 import kegfast
+from benchmarks import cuda_counts
+from benchmarks.common import RESULTS
 
 ROOT = Path(__file__).parents[2]
 TORCH = Path(importlib.util.find_spec("torch").origin).parent
@@ -55,6 +58,7 @@ class Compiled(NamedTuple):
     kernels: list[Kernel]
     ptx: dict[str, str]  # kernel -> text, for compute_90
     object: Path
+    cubin: Path  # of sm_90, with line numbers
 
 
 REPORT = re.compile(
@@ -112,13 +116,14 @@ def compiled(tmp_path_factory):
         for number in (80, 120):
             command += ["-gencode", f"arch=compute_{number},code=sm_{number}"]
         command += ["-gencode", "arch=compute_90,code=[sm_90,compute_90]"]
-        command += ["-Xptxas", "-v", "--keep", "--keep-dir", str(folder)]
+        command += ["-lineinfo", "-Xptxas", "-v", "--keep", "--keep-dir", str(folder)]
         command += [str(ROOT / f"csrc/cuda/{source}.cu"), "-o", str(folder / "out.o")]
         done = subprocess.run(command, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         (ptx,) = folder.glob("*compute_90.ptx")
         kernels = list(parse_report(done.stdout + done.stderr))
-        results[source] = Compiled(kernels, parse_ptx(ptx.read_text()), folder / "out.o")
+        (cubin,) = folder.glob("*_90.cubin")
+        results[source] = Compiled(kernels, parse_ptx(ptx.read_text()), folder / "out.o", cubin)
     return results
 
 
@@ -215,6 +220,13 @@ def test_every_function_of_torch_that_is_called_exists(compiled):
         torch_names = {name for name in names if name.startswith(("aoti_torch", "torch_"))}
         assert torch_names - FROM_CUDA_TORCH <= exported
         assert all(f"{name}(" in declared for name in torch_names & FROM_CUDA_TORCH)
+
+
+@pytest.mark.skipif(cuda_counts.nvdisasm() is None, reason="needs nvdisasm")
+def test_the_counts_of_the_tables_are_of_the_code_as_it_is(compiled, device):
+    texts = (cuda_counts.disassembled(compiled[source].cubin) for source in cuda_counts.SOURCES)
+    found = cuda_counts.count(cuda_counts.Kernels(*texts), device)
+    assert found == json.loads((RESULTS / "cuda_counts.json").read_text())
 
 
 LOAD = """

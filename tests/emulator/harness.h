@@ -16,6 +16,7 @@ struct Tucker2Call {
   int dry;                      // only the plan
   int launches;                 // out: kernels run
   int persistent;               // out: whether the last one was the persistent form
+  int tile_h, tile_w;           // out: of the last kernel, if it has tiles
   int64_t blocks, most_shared;  // out: of the last kernel; of any
   int64_t workspace;            // out: bytes
 };

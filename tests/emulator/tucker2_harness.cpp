@@ -14,6 +14,12 @@ using simt::fp16;
 
 std::string error;
 
+template <class Params>
+auto note_tile(Tucker2Call& c, const Params& p) -> decltype(p.tile_h, void()) {
+  c.tile_h = p.tile_h, c.tile_w = p.tile_w;
+}
+void note_tile(Tucker2Call&, ...) {}
+
 template <class M>
 void run(Tucker2Call& c) {
   using T = typename M::T;
@@ -41,6 +47,7 @@ void run(Tucker2Call& c) {
     ++c.launches;
     c.persistent = std::is_same_v<typename decltype(kernel)::Params, cuda::PersistentParams<T>>;
     c.blocks = x * y;
+    note_tile(c, params);
     c.most_shared = simt::larger(c.most_shared, int64_t(shared_bytes));
     const size_t limit = c.shared_bytes;
     emulator::require_shared(shared_bytes, limit);
