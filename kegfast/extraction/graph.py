@@ -24,15 +24,24 @@ class Captured:
         self.function = function
         self._calls = 0
         self._graph: torch.cuda.CUDAGraph | None = None
+        self._stream: torch.cuda.Stream | None = None
 
     def __call__(self, *inputs: Tensor) -> Any:
+        # Streams and graphs belong to a device: to that of the inputs, whichever is the current one.
+        with torch.cuda.device(inputs[0].device):
+            return self._call(inputs)
+
+    def _call(self, inputs: tuple[Tensor, ...]) -> Any:
         self._calls += 1
+        if self._stream is None:
+            self._stream = torch.cuda.Stream()
         if self._calls <= WARM_UP:
-            return self._aside(inputs)
+            return self._aside(self._stream, inputs)
         if self._graph is None:
             self._inputs = [x.clone() for x in inputs]
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
+            # The default stream of captures is the first device's that captured; other threads may allocate.
+            with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
                 self._outputs = self.function(*self._inputs)
             self._graph = graph
         for own, x in zip(self._inputs, inputs, strict=True):
@@ -40,9 +49,8 @@ class Captured:
         self._graph.replay()
         return self._outputs
 
-    def _aside(self, inputs: tuple[Tensor, ...]) -> Any:
+    def _aside(self, stream: torch.cuda.Stream, inputs: tuple[Tensor, ...]) -> Any:
         """The function on a stream of its own, as capture asks of warm-ups."""
-        stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             outputs = self.function(*inputs)

@@ -164,18 +164,25 @@ class FakeCuda:
 
     def __init__(self):
         self.log = []
+        self.devices = []  # entered, the current one last
+        self.graph_streams = []
 
     def __getattr__(self, name):
         outer = self
 
         class Anything:
-            def __init__(self, *args):
+            def __init__(self, *args, stream=None, capture_error_mode=None):
                 outer.log.append(name)
+                self.device = args[0] if name == "device" else outer.devices[-1]
+                if name == "graph":
+                    outer.graph_streams.append(stream)
 
             def __enter__(self):
+                outer.devices += [self.device] * (name == "device")
                 return self
 
             def __exit__(self, *error):
+                del outer.devices[len(outer.devices) - (name == "device") :]
                 return False
 
             def wait_stream(self, other):
@@ -198,6 +205,10 @@ def test_capture_warms_up_records_once_and_replays(monkeypatch):
     assert fake.log.count("CUDAGraph") == fake.log.count("graph") == 1
     assert fake.log.count("replay") == 3
     assert calls[-1].tolist() == [WARM_UP + 2.0] * 2  # the recorded input holds the latest one
+    # On another device's stream nothing would be recorded, and every replay would do nothing.
+    (stream,) = fake.graph_streams
+    assert stream.device == torch.device("cpu")
+    assert fake.log.count("Stream") == 1
 
 
 def test_nothing_is_captured_on_the_cpu():
