@@ -43,7 +43,17 @@ def check_activation(activation: object) -> None:
 
 
 def check_operands(x: Tensor, bias: Tensor | None, **weights: Tensor) -> None:
-    """Raises unless a convolution's input, weights and bias are dense floats, alike in device and dtype."""
+    """Raises unless a convolution's input, weights and bias are dense floats, alike in device and dtype.
+
+    Where the weights agree among themselves, it is x that is named.
+    """
+    own = [t for t in (*weights.values(), bias) if isinstance(t, Tensor)]
+    if is_dense_float(x) and all(map(is_dense_float, own)):
+        (device, *others), dtypes = {t.device for t in own}, {t.dtype for t in own}
+        if not others and device != x.device:
+            raise ValueError(expected("x", f"on the weights' device, {device}", x))
+        if len(dtypes) == 1 and x.dtype not in dtypes and not autocasts(x):
+            raise TypeError(expected("x", f"of the weights' dtype, {own[0].dtype}", x))
     for name, t in {"x": x, **weights, "bias": bias}.items():
         if t is None and name == "bias":
             continue
@@ -109,8 +119,8 @@ def autocasts(x: Tensor) -> bool:
     return not x.is_meta and torch.is_autocast_enabled(x.device.type)
 
 
-def autocast(operands: Operands) -> Operands:
-    """Operands in autocast's dtype where it is on, as torch's own convolutions take them."""
+def autocast(operands: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+    """A convolution's operands, x first, in autocast's dtype where it is on, as torch's own take them."""
     x = operands[0]
     if not autocasts(x) or x.dtype == torch.float64:
         return operands

@@ -11,7 +11,14 @@ from torch.overrides import handle_torch_function, has_torch_function
 from kegfast._util.check import expected
 from kegfast.ops import _native, reference
 from kegfast.ops._flops import register_flop_formula
-from kegfast.ops._operands import Pair, autocasts, check_activation, check_operands, pair
+from kegfast.ops._operands import (
+    Pair,
+    autocast,
+    autocasts,
+    check_activation,
+    check_operands,
+    pair,
+)
 from kegfast.ops.tucker2 import reads_channels_last, tucker2_output_size
 
 Windows = tuple[tuple[int, int], ...]  # stride, padding, pool, pool_stride, pool_padding
@@ -31,8 +38,8 @@ def conv_max_pool2d(
 ) -> Tensor:  # (N, K, U, V)
     """The maximum over windows of a convolution, then the activation: a residual network's stem.
 
-    One kernel for float32 on the CPU where nothing needs a gradient, torch's own operators otherwise.
-    `kegfast.fuse` puts it into graphs.
+    One kernel on the CPU where nothing needs a gradient, torch's own operators otherwise. Half types are
+    computed in float32 on the CPU, and rounded once. `kegfast.fuse` puts it into graphs.
 
     Args:
         x: (N, C, H, W) input.
@@ -57,7 +64,7 @@ def conv_max_pool2d(
         return handle_torch_function(conv_max_pool2d, tensors, *tensors, *rest)
     shapes = stride, padding, pool, pool if pool_stride is None else pool_stride, pool_padding
     known = activation in (None, "relu") and all(t is None or isinstance(t, Tensor) for t in tensors)
-    if known and not is_compiling() and _fuses(*tensors):
+    if known and not is_compiling() and not autocasts(x) and _fuses(*tensors):
         pairs = tuple(tuple(n) if isinstance(n, tuple | list) else (n, n) for n in shapes)
         try:
             return _run(tensors, pairs, activation)
@@ -67,6 +74,7 @@ def conv_max_pool2d(
             _check(*tensors, shapes, activation)
             raise
     geometry = _check(*tensors, shapes, activation)
+    tensors = autocast(tensors)
     if not _fuses(*tensors):
         return reference.conv_max_pool2d(*tensors, *geometry, activation)
     return _run(tensors, geometry, activation)
@@ -86,9 +94,13 @@ def _check(
 
 
 def _run(tensors: tuple[Tensor, ...], geometry: Windows, activation: str | None) -> Tensor:
+    x, dtype = tensors[0], torch.float32
+    if x.dtype is not dtype:
+        wide = tuple(t if t is None else t.to(dtype) for t in tensors)
+        return _run(wide, geometry, activation).to(x.dtype)
     (sh, sw), (ph, pw), *pool = geometry
     (kh, kw), (psh, psw), (pph, ppw) = pool
-    channels_last = reads_channels_last(tensors[0]) or reads_channels_last(tensors[1])
+    channels_last = reads_channels_last(x) or reads_channels_last(tensors[1])
     return torch.ops.kegfast.conv_max_pool.default(
         *tensors, sh, sw, ph, pw, kh, kw, psh, psw, pph, ppw, activation == "relu", channels_last
     )
@@ -97,9 +109,10 @@ def _run(tensors: tuple[Tensor, ...], geometry: Windows, activation: str | None)
 def _fuses(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     """Whether the compiled kernel takes this call."""
     training = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias))
-    known = x.dtype is torch.float32 and x.is_cpu and x.dim() == weight.dim() == 4
+    known = reference.computed_in(x) is torch.float32 and x.is_cpu and x.dim() == weight.dim() == 4
     known = known and weight.shape[2] <= _MOST_ROWS
-    return known and not training and not autocasts(x) and _native.use_native()
+    known = known and all(t is None or t.dtype is x.dtype for t in (weight, bias))
+    return known and not training and _native.use_native()
 
 
 def _check_tensors(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:

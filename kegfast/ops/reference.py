@@ -1,8 +1,18 @@
-"""The definition of every operator in plain torch: fallback, oracle and documentation in one."""
+"""The definition of every operator in plain torch: fallback, oracle and documentation in one.
+
+Convolutions of half types are computed in float32 on the CPU, each rounded once. oneDNN 3.12, by which torch
+2.13 runs them, has wrong answers in bfloat16 where the CPU has AMX (one column of outputs under a stride; 8
+channels under 8 columns of taps; a window as wide as its stride), and in both types reads past small images
+that a stride leaps over, which ends the process.
+"""
+
+from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+HALVES = torch.float16, torch.bfloat16
 
 
 def pair_distance(x: Tensor, metric: str) -> Tensor:  # (B, D) -> (B, B)
@@ -48,8 +58,8 @@ def tucker_conv2d(
     addend: Tensor | float | None = None,
 ) -> Tensor:  # (N, K, H', W')
     """Three convolutions in a row: 1x1, core kh x kw, 1x1; then the addend, then the activation."""
-    y = F.conv2d(F.conv2d(x, first), core, None, stride, padding, dilation)
-    return finish(F.conv2d(y, last, bias), addend, activation)
+    y = _conv2d(_conv2d(x, first), core, None, stride, padding, dilation)
+    return finish(_conv2d(y, last, bias), addend, activation)
 
 
 def finish(
@@ -74,8 +84,29 @@ def conv_max_pool2d(
     activation: str | None,
 ) -> Tensor:  # (N, K, U, V)
     """A convolution, the maximum over windows of it, then the activation, which commutes with the maximum."""
-    y = F.max_pool2d(F.conv2d(x, weight, bias, stride, padding), pool, pool_stride, pool_padding)
+    y = F.max_pool2d(_conv2d(x, weight, bias, stride, padding), pool, pool_stride, pool_padding)
     return F.relu(y, inplace=True) if activation == "relu" else y
+
+
+def computed_in(x: Tensor) -> torch.dtype:
+    """The dtype in which torch's convolutions of x are to be trusted."""
+    return torch.float32 if x.is_cpu and x.dtype in HALVES else x.dtype
+
+
+def _conv2d(
+    x: Tensor,  # (N, C, H, W)
+    weight: Tensor,  # (K, C, kh, kw)
+    bias: Tensor | None = None,  # (K,)
+    *geometry: tuple[int, int],  # stride, padding, dilation
+) -> Tensor:  # (N, K, H', W')
+    """torch's, in `computed_in(x)`."""
+    dtype = computed_in(x)
+    if dtype is x.dtype:
+        return F.conv2d(x, weight, bias, *geometry)
+    casts = torch.is_autocast_enabled(x.device.type)  # it would make them narrow again
+    with torch.autocast(x.device.type, enabled=False) if casts else nullcontext():
+        wide = (t if t is None else t.to(dtype) for t in (x, weight, bias))
+        return F.conv2d(*wide, *geometry).to(x.dtype)
 
 
 def soft_target(
@@ -100,4 +131,4 @@ def soft_target_gradient(
 
 def _roomy(x: Tensor) -> Tensor:
     """Half types in float64: divided by a temperature, squared or unsquared, they leave their range."""
-    return x.double() if x.dtype in (torch.float16, torch.bfloat16) else x
+    return x.double() if x.dtype in HALVES else x

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.library import register_autograd, register_fake
 
-from kegfast.ops import _native, reference  # noqa: F401  (native loads the operators)
+from kegfast.ops import _native, reference
 from kegfast.ops._flops import register_flop_formula
 
 Pair = tuple[int, int]
@@ -195,19 +195,21 @@ def _unfused_gradients(ctx, grad, x, t1, t2, first, core, last, needs):
     need_x, need_first, need_core, need_last = needs
     below_core, below_last = need_x or need_first, need_x or need_first or need_core
     one, zero = (1, 1), (0, 0)
-    wide = _kept_dtype(x)
+    wide = reference.computed_in(x)
     grad, x, first, core, last = (t.to(wide) for t in (grad, x, first, core, last))
 
     def step(grad, z, weight, stride, padding, dilation, need_z, need_weight):
+        # Some of torch's kernels take no gradient, input or weight of another layout.
+        layout = torch.channels_last if reads_channels_last(z) else torch.contiguous_format
+        dense = (t.contiguous(memory_format=layout) for t in (grad, z, weight))
         gradients = torch.ops.aten.convolution_backward(
-            grad, z, weight, None, stride, padding, dilation, False, zero, 1,
+            *dense, None, stride, padding, dilation, False, zero, 1,
             (need_z, need_weight, False),
         )  # fmt: skip
         return gradients[:2]
 
     if t1.dim() == 4:
-        t1 = t1[:, ph : ph + h, pw : pw + w].permute(0, 3, 1, 2)
-        t2 = t2.permute(0, 3, 1, 2)
+        t1, t2 = (t.to(wide).permute(0, 3, 1, 2) for t in (t1[:, ph : ph + h, pw : pw + w], t2))
     else:  # no weight needs a gradient: shapes are all that torch reads
         t1 = x.new_empty((x.shape[0], first.shape[0], h, w))
         t2 = x.new_empty((x.shape[0], core.shape[0], *grad.shape[2:]))

@@ -190,7 +190,9 @@ def test_wrong_input_is_named_in_every_mode(grad: bool) -> None:
             layer(x[:, :5])
         with pytest.raises(ValueError, match="x must be 4-dimensional"):
             layer(x[0, 0])
-        with pytest.raises(TypeError, match="x's dtype"):
+        with pytest.raises(
+            TypeError, match=r"x must be of the weights' dtype, torch\.float32, got a float64"
+        ):
             layer(x.double())
         with pytest.raises(TypeError, match="x must be a"):
             layer([1, 2])
