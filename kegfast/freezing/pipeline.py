@@ -75,28 +75,40 @@ def _frozen(folded: nn.Module, inputs: tuple[Tensor, ...]) -> Frozen:
     if not isinstance(folded, fx.GraphModule):
         log.info("%s cannot be traced: it runs in torch", type(folded).__name__)
         return Frozen(folded)
-    shapes = _shapes(folded, inputs)
-    return Frozen(_Partition(folded, shapes).run())
+    recorder = _Shapes(folded)
+    recorder.run(*(x.clone() for x in inputs))
+    if recorder.writes_under_views:
+        log.info(
+            "%s writes over memory that it goes on to read by a view: it runs in torch", type(folded).__name__
+        )
+        return Frozen(folded)
+    return Frozen(_Partition(folded, recorder.found).run())
 
 
 class _Shapes(fx.Interpreter):
-    """Records the shapes of the float32 tensors among a graph's values."""
+    """Records the shapes of the float32 tensors among a graph's values, and how its writes reach them."""
 
     def __init__(self, graph: fx.GraphModule):
         super().__init__(graph)
         self.found: dict[fx.Node, torch.Size] = {}
+        self.writes_under_views = False  # which a plan, whose values have memory of their own, does not see
+        self.named = dict(graph.named_modules(remove_duplicate=False))
 
     def run_node(self, n: fx.Node) -> object:
+        if n.op not in ("placeholder", "get_attr", "output") and may_write(n, self.named):
+            self.writes_under_views |= any(
+                self._is_viewed(self.env[operand]) for operand in n.all_input_nodes
+            )
         value = super().run_node(n)
         if isinstance(value, Tensor) and value.dtype is torch.float32 and value.is_cpu and n.op != "output":
             self.found[n] = value.shape
         return value
 
-
-def _shapes(graph: fx.GraphModule, inputs: tuple[Tensor, ...]) -> dict[fx.Node, torch.Size]:
-    recorder = _Shapes(graph)
-    recorder.run(*(x.clone() for x in inputs))
-    return recorder.found
+    def _is_viewed(self, value: object) -> bool:
+        """Whether another value that is still to be used lies in the same memory."""
+        memory = {t.untyped_storage().data_ptr() for t in _tensors(value)}
+        others = (t for t in _tensors(list(self.env.values())) if all(t is not x for x in _tensors(value)))
+        return any(t.untyped_storage().data_ptr() in memory for t in others)
 
 
 class _Partition:

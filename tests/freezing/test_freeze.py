@@ -199,6 +199,27 @@ def test_what_an_in_place_operator_changes_is_changed_for_all_that_read_it(seede
     assert_frozen(InPlace(), torch.randn(2, 3, 8, 8))
 
 
+@pytest.mark.parametrize("viewed", ["slice", "flatten", "torch's"])
+def test_writes_over_memory_that_a_view_reads(seeded, viewed):
+    class Viewed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 3)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            y = self.conv(x)
+            views = {"slice": y[:, :, ::2], "flatten": torch.flatten(y, 1), "torch's": y.movedim(1, 2)}
+            view = views[viewed]
+            z = F.relu(y, inplace=True)
+            return torch.tanh(view), z
+
+    model, x = Viewed(), torch.randn(2, 3, 8, 8)
+    frozen = kegfast.freeze(model, x)
+    again = torch.randn(3, 3, 8, 8)
+    for ours, theirs in zip(frozen(again), model(again), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
 def test_several_inputs(seeded):
     class Two(nn.Module):
         def __init__(self):
