@@ -1,13 +1,14 @@
 """What the Tucker-2 kernels may do, and which form of each layer was measured as the fastest."""
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from kegfast._util import check
 from kegfast._util.check import expected
-from kegfast._util.inputs import Inputs, as_inputs, call, tensors_in
+from kegfast._util.inputs import Arguments, Inputs, as_inputs, call, only_input, tensors_in
 from kegfast._util.modules import evaluation
 from kegfast.dispatch import cpu, cuda
 from kegfast.dispatch.calls import LayerCall
@@ -91,13 +92,13 @@ def layer_calls(model: nn.Module, inputs: Inputs) -> list[LayerCall]:
     """Every call of a Tucker-2 layer in one forward pass in evaluation mode."""
     found: list[LayerCall] = []
 
-    def note(layer: TuckerConv2d, arguments: tuple[Tensor, ...], _: Tensor) -> None:
+    def note(layer: TuckerConv2d, args: Arguments, kwargs: Mapping[str, Any], _: Tensor) -> None:
         weights = layer.first.weight, layer.core.weight, layer.last.weight
         geometry = Geometry(layer.core.stride, layer.core.padding, layer.core.dilation)
-        found.append(LayerCall(layer, arguments[0].detach(), *weights, geometry))
+        found.append(LayerCall(layer, only_input(args, kwargs).detach(), *weights, geometry))
 
     layers = [module for module in model.modules() if isinstance(module, TuckerConv2d)]
-    hooks = [layer.register_forward_hook(note) for layer in layers]
+    hooks = [layer.register_forward_hook(note, with_kwargs=True) for layer in layers]
     try:
         with torch.no_grad(), evaluation(model):
             call(model, inputs)

@@ -16,6 +16,8 @@ from kegfast._util.check import expected
 
 Inputs = Tensor | tuple[Any, ...] | dict[str, Any]
 """One batch of inputs."""
+Arguments = tuple[Any, ...]
+"""What a hook is given of a call by position."""
 
 LABELS = ("labels", "label")
 """Keys under which batches that are mappings keep the classes."""
@@ -186,3 +188,8 @@ def _structure(inputs: Inputs) -> tuple[Any, ...]:
     names = tuple(inputs) if isinstance(inputs, Mapping) else ()
     tensors = tensors_in(inputs)
     return type(inputs), names, tuple((x.dim(), *x.shape[1:]) for x in tensors)
+
+
+def only_input(args: Arguments, kwargs: Mapping[str, Any]) -> Tensor:
+    """The input of a layer, which comes first, however it was given."""
+    return args[0] if args else next(iter(kwargs.values()))

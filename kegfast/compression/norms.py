@@ -9,9 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from kegfast._util.inputs import Inputs, call
+from kegfast._util.inputs import Arguments, Inputs, call, only_input
 from kegfast._util.modules import evaluation, submodule
-from kegfast.compression.traffic import Arguments, only_input
 from kegfast.extraction.moments import running_statistics
 
 _STATE = ("training", "track_running_stats", "momentum", "num_batches_tracked", "running_mean", "running_var")

@@ -8,11 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kegfast._util.inputs import Inputs, call, copied
+from kegfast._util.inputs import Arguments, Inputs, call, copied, only_input
 from kegfast._util.modules import evaluation
 from kegfast.compression.norms import batch_statistics
 from kegfast.compression.surgery import as_dense, factored_layers
-from kegfast.compression.traffic import Arguments, only_input, rows_of
+from kegfast.compression.traffic import rows_of
 from kegfast.decomposition.decompose import Metric
 from kegfast.nn.build import FactoredLayer
 from kegfast.nn.factors import Dense

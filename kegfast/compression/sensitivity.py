@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kegfast._util.inputs import Inputs, call, copied, count, split, tensors_in
+from kegfast._util.inputs import Arguments, Inputs, call, copied, count, only_input, split, tensors_in
 from kegfast._util.modules import evaluation
 from kegfast.compression.norms import batch_statistics
 from kegfast.compression.surgery import Site
-from kegfast.compression.traffic import Arguments, only_input, rows_of, tensors_of
+from kegfast.compression.traffic import rows_of, tensors_of
 from kegfast.decomposition.decompose import Metric
 
 CHUNK = 64

@@ -8,12 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from kegfast._util.check import accepts
-from kegfast._util.inputs import Inputs, call, copied, named_tensors
+from kegfast._util.inputs import Arguments, Inputs, call, copied, named_tensors, only_input
 from kegfast._util.modules import evaluation
 from kegfast.compression.surgery import Site
-
-Arguments = tuple[Any, ...]
-"""What a hook is given of a call by position."""
 
 
 @dataclass
@@ -50,11 +47,6 @@ def trace(model: nn.Module, sites: Sequence[Site], inputs: Inputs) -> dict[str, 
         for handle in handles:
             handle.remove()
     return traffic
-
-
-def only_input(args: Arguments, kwargs: Mapping[str, Any]) -> Tensor:
-    """The input of a layer that takes one, however it was given."""
-    return next(iter((*args, *kwargs.values())))
 
 
 def rows_of(x: Tensor, linear: bool) -> Tensor:  # (N, C, H, W), (C, H, W) or (..., C) -> (rows, C)

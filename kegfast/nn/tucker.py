@@ -99,10 +99,11 @@ class TuckerConv2d(FactoredConv2d, nn.Module):
 
     def forward(
         self,
-        x: Tensor,  # (N, C, H, W)
+        input: Tensor,  # (N, C, H, W); nn.Conv2d's own name for it
         addend: Tensor | float | None = None,  # (N, K, H', W')
     ) -> Tensor:  # (N, K, H', W')
-        """last(core(first(x))), plus the addend where there is one, then the activation."""
+        """last(core(first(input))), plus the addend where there is one, then the activation."""
+        x = input
         if not is_dynamo_compiling():
             y = repeat(self._memory.settled.call, self._modules, self.activation, x, addend)
             if y is not None:
@@ -218,8 +219,9 @@ class TuckerLinear(FactoredLinear, nn.Module):
         self.core = nn.Linear(core_in, core_out, bias=bias and out_rank is None, **where)
         self.last = nn.Linear(core_out, out_features, bias=bias, **where) if out_rank else None
 
-    def forward(self, x: Tensor) -> Tensor:  # (..., in_features) -> (..., out_features)
-        """last(core(first(x))), skipping the sides that are not factored."""
+    def forward(self, input: Tensor) -> Tensor:  # (..., in_features) -> (..., out_features)
+        """last(core(first(input))), skipping the sides that are not factored."""
+        x = input
         for layer in (self.first, self.core, self.last):
             x = x if layer is None else layer(x)
         return x
