@@ -107,7 +107,7 @@ class Page:
         """
         figures = []
         for name, grid in grids.items():
-            pixels = _tile(grid)
+            pixels = tiled(grid)
             content = io.BytesIO()
             Image.fromarray(pixels).save(content, format="PNG")
             data = base64.b64encode(content.getvalue()).decode()
@@ -135,7 +135,7 @@ def _figure(content: str, caption: str) -> str:
     return f"<figure>{content}<figcaption>{html.escape(caption)}</figcaption></figure>"
 
 
-def _tile(grid: Tensor) -> np.ndarray:  # (rows, columns, C, H, W) -> (rows * (H + 1) - 1, ..., 3) uint8
+def tiled(grid: Tensor) -> np.ndarray:  # (rows, columns, C, H, W) -> (rows * (H + 1) - 1, ..., 3) uint8
     low, high = grid.amin().item(), grid.amax().item()
     unit = (grid.float() - low) / max(high - low, 1e-12)
     unit = unit.expand(-1, -1, 3, -1, -1) if grid.shape[2] == 1 else unit[:, :, :3]

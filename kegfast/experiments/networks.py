@@ -1,7 +1,7 @@
 """Trained classifiers with real test data, on which `kegfast.shrink` is measured."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import nn
 from kegfast import data
 from kegfast._util.check import expected
 from kegfast._util.files import load_weights, save_tensors
-from kegfast.data import DataInfo, Splits
+from kegfast.data import DataInfo, Samples, Splits
 from kegfast.data.splits import make_splits
 from kegfast.models import MLP, CifarResNet, LeNet5, ResNet14
 from kegfast.training.classifier import train
@@ -64,9 +64,23 @@ def _cifar(root: Path | None) -> Splits:
     return _from_arrays(CIFAR, root, "cifar10", ("train_subset.npz", "test_subset.npz"))
 
 
+STREET = ("street-digits", "street_digits.npz")
+"""Folder and file of digits from street photographs, which stand in for SVHN's test set."""
+
+
+def street_digits(root: str | Path | None) -> Splits | None:
+    """What stands in for SVHN, under its own name: test images alone. None where `root` has no such file."""
+    if root is None or not Path(root, *STREET).exists():
+        return None
+    info = replace(data.describe("svhn"), name=STREET[0])
+    images, labels = (part.numpy() for part in _street_digits(Path(root)).test.tensors)
+    none = Samples(images[:0], labels[:0], info)
+    return Splits(none, none, Samples(images, labels, info))
+
+
 def _street_digits(root: Path | None) -> Splits:
-    """Too few to split: all are test images, the training part is one of each class."""
-    return _from_arrays(data.describe("svhn"), root, "street-digits", ("street_digits.npz",) * 2)
+    """Too few to split: all are test images, and all are training images."""
+    return _from_arrays(data.describe("svhn"), root, STREET[0], (STREET[1],) * 2)
 
 
 def _from_arrays(info: DataInfo, root: Path | None, folder: str, files: tuple[str, str]) -> Splits:

@@ -13,6 +13,7 @@ from kegfast import data
 from kegfast._util.files import load_weights, save_tensors
 from kegfast.data import DataInfo, Splits
 from kegfast.experiments import tables
+from kegfast.experiments.networks import street_digits
 from kegfast.experiments.paper import METHODS, PROTOCOLS, PUBLISHED, Paper, paper
 from kegfast.experiments.study import RANKS, Study
 from kegfast.training import train
@@ -110,14 +111,19 @@ def _check_known(name: str, values: Sequence[Any], known: Any) -> None:
 
 
 def _data(dataset: str, root: str | Path | None) -> tuple[DataInfo, Splits | None]:
-    """The data; None for SVHN where it is missing, whose teacher alone allows what the paper is about."""
+    """The data. Where SVHN is missing, digits from street photographs to test with; where these are, None.
+
+    Its teacher alone allows what the paper is about.
+    """
     try:
         splits = data.load(dataset, root)
     except FileNotFoundError as error:
         if dataset != "svhn":
             raise
-        log.warning("%s; going on without: agreement with the teacher only", error)
-        return data.describe(dataset), None
+        stand_in = street_digits(root)
+        left = "agreement with the teacher only" if stand_in is None else f"tested on {stand_in.info.name}"
+        log.warning("%s; going on without: %s", error, left)
+        return data.describe(dataset), stand_in
     return splits.info, splits
 
 
@@ -136,7 +142,7 @@ def _teacher(
     own = output / "teacher.safetensors"
     if weights is not None or own.exists():
         return load_weights(model, own if weights is None else weights)
-    if splits is None:
+    if splits is None or not len(splits.train):
         raise ValueError(f"teacher must be given: there are no data of {info.name} to train one")
     checkpoint = output / "teacher.pt"
     train(model, splits.train, checkpoint=checkpoint, resume=True, progress=progress, **experiment.training)

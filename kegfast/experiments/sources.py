@@ -90,9 +90,13 @@ class Sources:
         return max(1, self.config.pool // FEWER) if fewer else self.config.pool
 
     def probes(self, method: str) -> dict[str, Tensor]:
-        """Held-out samples of the sources that `method` does not draw from."""
+        """Held-out samples of the sources that `method` does not draw from.
+
+        Generators of the published budget take hours, and are trained only for their own students.
+        """
         own = MADE_OF.get(method, (method,))
-        names = [name for name in PROBES if name not in own and self.has(name)]
+        known = PROBES[:-1] if self.as_published else PROBES
+        names = [name for name in known if name not in own and self.has(name)]
         for name in names:
             if name not in self._probes:
                 self._probes[name] = self.draw(name, self.config.probe)
@@ -145,8 +149,8 @@ class Sources:
 
     def generators(self) -> Generators:
         """The paper's generators, trained where there are none yet."""
-        path = self.output / f"generators-{self.seed}.safetensors"
-        if path.exists():
+        path = self._generators_file
+        if self.trained:
             return Generators.load(path)
         start = time.process_time()
         checkpoint = path.with_suffix(".pt")
@@ -190,6 +194,15 @@ class Sources:
         self.ledger.cell(self._training("kegfast"), lambda: {"seconds": seconds})
         save_tensors(path, {"samples": made})
         return made
+
+    @property
+    def _generators_file(self) -> Path:
+        return self.output / f"generators-{self.seed}.safetensors"
+
+    @property
+    def trained(self) -> bool:
+        """Whether there are generators."""
+        return self._generators_file.exists()
 
     @property
     def key(self) -> str:

@@ -94,10 +94,22 @@ class Study:
         """Test accuracy in percent, None without a test set."""
         return None if self.splits is None else evaluate(model, self.splits.test)
 
+    def tested(self, model: nn.Module) -> dict[str, Any] | None:
+        """The test set, its size, and the percent of it that a student and the teacher put into one class."""
+        if self.splits is None:
+            return None
+        test = self.splits.test
+        probes = {"test": test.tensors[0]}
+        return {
+            "set": test.info.name,
+            "n": len(test),
+            "agreement": self._agreements([model], probes)[0]["test"],
+        }
+
     def sources(self, seed: int) -> Sources:
         """The sources of one seed."""
         if seed not in self._sources:
-            train = None if self.splits is None else self.splits.train
+            train = self.splits.train if self.splits is not None and len(self.splits.train) else None
             self._sources = {
                 seed: Sources(
                     self.paper, self.info, self.teacher, train,
@@ -192,6 +204,7 @@ class Study:
             result = {
                 "accuracy": self._accuracies(number, ranks, candidates),
                 "agreement": self._agreements(candidates, probes),
+                "tested": self.tested(candidates[chosen]),
                 "divergence": divergence,
                 "chosen": chosen,
                 "seconds": spent,

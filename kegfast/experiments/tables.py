@@ -5,16 +5,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from kegfast._util.extras import extra
 from kegfast._util.html import Page
 from kegfast.experiments.ledger import spread
 from kegfast.experiments.paper import METHODS
+from kegfast.experiments.pictures import grid, walk
 from kegfast.experiments.sources import Sources
 from kegfast.experiments.study import RANKS, Study, cell_name
 from kegfast.extraction import Generators
-from kegfast.extraction.generators import one_hot
 
 with extra("cli"):
     from rich.box import SIMPLE
@@ -64,6 +63,10 @@ def _row(study: Study, student: int, ranks: str, method: str, values: list[dict[
         row["accuracy"] = [value["accuracy"][value["chosen"]] for value in values]
         row["oracle"] = [max(*value["accuracy"], *_looks(value)) for value in values]
         row |= {key: value for key, value in spread(row["accuracy"]).items() if key != "n"}
+    if values[0].get("tested"):
+        row["tested"] = values[0]["tested"] | {
+            "agreement": [value["tested"]["agreement"] for value in values]
+        }
     if "measured" in values[-1]:
         row["measured"] = values[-1]["measured"]
     chosen = [value["agreement"][value["chosen"]] for value in values]
@@ -119,7 +122,9 @@ def title(study: Study) -> str:
     if study.teacher_accuracy is None:
         return f"{paper.dataset}: {paper.model}, no test set: agreement with the teacher only"
     published = f"published {paper.teacher:.2f} %"
-    return f"{paper.dataset}: {paper.model}, teacher {study.teacher_accuracy:.2f} % ({published})"
+    name = study.splits.test.info.name if study.splits else paper.dataset
+    where = f" on {len(study.splits.test)} {name}" if study.splits and name != paper.dataset else ""
+    return f"{paper.dataset}: {paper.model}, teacher {study.teacher_accuracy:.2f} %{where} ({published})"
 
 
 def page(study: Study, found: Sequence[dict[str, Any]], seed: int, path: Path) -> None:
@@ -133,16 +138,17 @@ def page(study: Study, found: Sequence[dict[str, Any]], seed: int, path: Path) -
     )
     result.table(HEADERS, [cells(row) for row in found])
     sources = study.sources(seed)
-    if sources.key in study.ledger.cells:
-        _generators(result, study.ledger.cells[sources.key]["history"], sources.generators(), seed)
+    if sources.trained:
+        history = study.ledger.cells.get(sources.key, {}).get("history", [])
+        _generators(result, history, sources.generators(), seed)
     _samples(result, study, sources)
     result.write(path)
 
 
 def _generators(page: Page, history: list[dict[str, float]], generators: Generators, seed: int) -> None:
-    steps = history[-1]["step"]
-    page.section("KegNet's generators", f"{len(generators)} generators, {steps} steps.")
-    terms = [name for name in history[0] if name not in ("step", "agreement")]
+    steps = f", {history[-1]['step']} steps" if history else ""
+    page.section("KegNet's generators", f"{len(generators)} generators{steps}.")
+    terms = [name for name in history[0] if name not in ("step", "agreement")] if history else []
 
     def curves(axes: Any) -> None:
         for name in terms:
@@ -150,43 +156,14 @@ def _generators(page: Page, history: list[dict[str, float]], generators: Generat
         axes.set(xlabel="step", yscale="log")
         axes.legend()
 
-    page.chart(curves, "Terms of the objective, mean over the generators.")
+    if history:
+        page.chart(curves, "Terms of the objective, mean over the generators.")
     if len(generators.sample_shape) == 3:
         draw = torch.Generator().manual_seed(seed)
-        grid, walk = _grid(generators, draw), _walk(generators, draw)
         page.images(
-            {
-                "a row per label, a column per noise vector": grid,
-                "a latent walk from each label to the next, one noise vector a row": walk,
-            }
+            {"a row per label; generator by generator, a column per noise vector": grid(generators, draw)}
         )
-
-
-def _grid(generators: Generators, generator: torch.Generator, columns: int = 8) -> Tensor:
-    labels = torch.arange(generators.num_classes).repeat_interleave(columns)
-    noise = torch.randn(1, columns, generators.noise_size, generator=generator)
-    samples = _first(
-        generators, one_hot(labels, generators.num_classes), noise.repeat(generators.num_classes, 1, 1)
-    )
-    return samples.unflatten(0, (-1, columns))
-
-
-def _walk(generators: Generators, generator: torch.Generator, columns: int = 9) -> Tensor:
-    classes = generators.num_classes
-    labels = one_hot(torch.arange(classes), classes)
-    share = torch.linspace(0, 1, columns)[None, :, None]
-    path = labels[:, None] * (1 - share) + labels.roll(-1, 0)[:, None] * share  # (classes, columns, classes)
-    noise = torch.randn(classes, 1, generators.noise_size, generator=generator).expand(-1, columns, -1)
-    return _first(generators, path.flatten(0, 1), noise).unflatten(0, (classes, columns))
-
-
-@torch.no_grad()
-def _first(generators: Generators, labels: Tensor, noise: Tensor) -> Tensor:  # (n, *sample_shape)
-    """The first generator's samples for label vectors (n, classes) and noise (..., noise_size)."""
-    generators.network.eval()
-    copies = generators.copies
-    noise = noise.reshape(1, -1, generators.noise_size).expand(copies, -1, -1)
-    return generators.network(labels.expand(copies, -1, -1), noise)[0]
+        page.images({"from label 0 to label 5, a row per generator": walk(generators, draw)})
 
 
 def _samples(page: Page, study: Study, sources: Sources) -> None:

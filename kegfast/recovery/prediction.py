@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from kegfast._util.statistics import binomial_interval
 from kegfast.recovery.subject import Subject
 
 if TYPE_CHECKING:
@@ -93,9 +94,6 @@ def predict(
 
 
 def _counted(percent: float, n: int) -> Prediction:
-    """From held-out data alone: Wilson's interval."""
-    p, z = percent / 100, NINE_IN_TEN
-    middle = (p + z * z / (2 * n)) / (1 + z * z / n)
-    half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    low, high = 100 * (middle - half), 100 * min(1.0, middle + half)
+    """From held-out data alone."""
+    low, high = binomial_interval(percent, n, NINE_IN_TEN)
     return Prediction(percent, low, high, f"{n} samples of the data given")

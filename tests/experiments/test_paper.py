@@ -1,11 +1,13 @@
 import json
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
 from kegfast import compression, data
 from kegfast._util.files import save_tensors
+from kegfast._util.statistics import binomial_interval
 from kegfast.cli import main
 from kegfast.compression import matching
 from kegfast.data.splits import DataInfo
@@ -343,3 +345,31 @@ def test_seconds_of_a_row_are_those_of_its_fastest_seed(table_paper, tmp_path):
     cells = result.study.ledger.cells
     taken = [cells[cell_name(1, "paper", "gaussian", seed)]["seconds"] for seed in (0, 1)]
     assert 0 < result.rows[0]["seconds"] == min(taken)
+
+
+def test_street_digits_stand_in_for_svhn_under_their_own_name(tmp_path):
+    folder, draw = tmp_path / "data" / "street-digits", np.random.default_rng(0)
+    folder.mkdir(parents=True)
+    x, y = draw.integers(0, 256, (40, 32, 32, 3), np.uint8), np.arange(40) % 10
+    np.savez(folder / "street_digits.npz", x=x, y=y)
+    weights = tmp_path / "teacher.safetensors"
+    save_tensors(weights, paper("svhn").build().state_dict())
+    options = {"students": [1], "seeds": [0], "ranks": ["paper"], "methods": ["tucker-only", "oracle"]}
+    result = reproduce("svhn", tmp_path / "run", root=folder.parent, teacher=weights, **options, **TINY)
+    (row,) = result.rows  # there are no images to teach an oracle
+    assert (row["tested"]["set"], row["tested"]["n"]) == ("street-digits", 40)
+    assert row["accuracy"][0] % 2.5 == 0
+    assert 0 <= row["tested"]["agreement"][0] <= 100
+    assert "on 40 street-digits" in result.report.read_text(encoding="utf-8")
+    with pytest.raises(ValueError, match="teacher must be given"):
+        reproduce("svhn", tmp_path / "other", root=folder.parent, **TINY)
+
+
+def test_binomial_intervals_hold_as_often_as_they_say():
+    for end in binomial_interval(80, 446):  # where 80 % is just not too far away
+        assert abs(end / 100 - 0.8) == pytest.approx(1.96 * (end / 100 * (1 - end / 100) / 446) ** 0.5)
+    draws = np.random.default_rng(0).binomial(446, 0.8, 2_000)
+    ends = [binomial_interval(100 * k / 446, 446) for k in draws]
+    assert 0.93 < np.mean([a <= 80 <= b for a, b in ends]) < 0.97
+    assert binomial_interval(100, 20)[1] == 100
+    assert binomial_interval(0, 20)[0] == 0

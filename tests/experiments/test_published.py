@@ -12,6 +12,7 @@ from benchmarks.common import by_machine
 from kegfast.experiments import sources as sources_module
 from kegfast.experiments.epochs import Epochs, teach
 from kegfast.experiments.paper import PAPERS, PROTOCOLS, Config
+from kegfast.experiments.pictures import grid, walk
 from kegfast.experiments.reproduce import reproduce
 from kegfast.experiments.sources import Sources
 from kegfast.extraction import RECIPES, Generators
@@ -214,3 +215,36 @@ def test_rows_of_two_machines_are_not_in_one_table():
     }
     assert second == ([{"n": 2}], facts)
     assert by_machine({"x": 1, "y": {"z": 2}}, facts) == [({"x": 1, "y": {"z": 2}}, facts)]
+
+
+def test_pictures_show_all_generators_side_by_side_and_a_walk_from_one_label_to_another():
+    with seeded(0):
+        made = Generators(3, 4, (1, 16, 16), noise_size=5)
+    draw = torch.Generator().manual_seed(0)
+    shown, walked = grid(made, draw, columns=2), walk(made, draw, columns=5)
+    assert shown.shape == (4, 6, 1, 16, 16)
+    assert walked.shape == (3, 5, 1, 16, 16)
+    draw.manual_seed(0)
+    noise = torch.randn(1, 2, 5, generator=draw).expand(3, -1, -1)
+    second = made.generate(torch.full((3, 2), 1), noise)  # of label 1
+    torch.testing.assert_close(shown[1], second.flatten(0, 1))
+    noise = torch.randn(1, 1, 5, generator=draw).expand(3, -1, -1)
+    for at, label in ((0, 0), (-1, 3)):
+        torch.testing.assert_close(walked[:, at], made.generate(torch.full((3, 1), label), noise)[:, 0])
+
+
+def test_generators_of_another_run_teach_students_again(table_paper, tmp_path, monkeypatch):
+    options = {"seeds": [0], "methods": ["kegnet"], "protocol": "paper", **TINY}
+    first = reproduce("pendigits", tmp_path / "first", **options)
+    (tmp_path / "second").mkdir()
+    for name in ("generators-0.safetensors", "teacher.safetensors"):
+        (tmp_path / "second" / name).write_bytes((tmp_path / "first" / name).read_bytes())
+    monkeypatch.setattr(sources_module, "extract", None)
+    second = reproduce("pendigits", tmp_path / "second", **options)
+    assert second.rows[0]["accuracy"] == first.rows[0]["accuracy"]
+    assert "5 generators" in second.report.read_text(encoding="utf-8")
+
+
+def test_noise_is_taught_without_generators(table_paper, tmp_path, monkeypatch):
+    monkeypatch.setattr(sources_module, "extract", None)
+    reproduce("pendigits", tmp_path, seeds=[0], methods=["gaussian"], protocol="paper", **TINY)
