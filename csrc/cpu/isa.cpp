@@ -1,11 +1,11 @@
 #include "cpu/isa.h"
 
-#if defined(KEGFAST_HAS_AMX)
+#if defined(KEGFAST_HAS_AVX2)
 #include <cpuid.h>
-#if defined(__linux__)
+#endif
+#if defined(KEGFAST_HAS_AMX) && defined(__linux__)
 #include <sys/syscall.h>
 #include <unistd.h>
-#endif
 #endif
 
 #include <atomic>
@@ -20,40 +20,67 @@ namespace {
 constexpr const char* kNames[] = {KEGFAST_EACH_ISA(KEGFAST_NAME) KEGFAST_EACH_BF16_ISA(KEGFAST_NAME)};
 #undef KEGFAST_NAME
 
-#if defined(KEGFAST_HAS_AMX)
-// The CPU has tiles of bfloat16, and the system lets this process use them: on Linux only if asked.
-bool grants_amx() {
-#if defined(__linux__)
-  constexpr unsigned kBf16 = 1u << 22, kTile = 1u << 24;  // of cpuid 7, edx
-  constexpr long kRequestPermission = 0x1023, kTileData = 18;
-  unsigned a = 0, b = 0, c = 0, d = 0;
-  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & kBf16) == 0 || (d & kTile) == 0) return false;
-  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#if defined(KEGFAST_HAS_AVX2)
+// What the processor says of itself and the system saves of its registers. Asked for here and not of
+// __builtin_cpu_supports, whose tables are of the compiler's own library: some lack them, and say no to everything.
+class Processor {
+ public:
+  Processor() {
+    unsigned a = 0, b = 0, d = 0;
+    if (__get_cpuid(1, &a, &b, &basic_, &d) && has(basic_, 27)) {  // OSXSAVE: xgetbv may be asked
+      unsigned low = 0, high = 0;
+      __asm__("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+      saved_ = low;
+    }
+    unsigned c = 0;
+    __get_cpuid_count(7, 0, &a, &wide_, &c, &tiles_);
+    __get_cpuid_count(7, 1, &extended_, &b, &c, &d);
+  }
+
+  bool avx2() const {  // with fma and f16c
+    return saves(0x6) && has(basic_, 12) && has(basic_, 28) && has(basic_, 29) && has(wide_, 5);
+  }
+  bool avx512() const {  // f, dq, cd, bw, vl
+    return avx2() && saves(0xe6) && has(wide_, 16) && has(wide_, 17) && has(wide_, 28) && has(wide_, 30) &&
+           has(wide_, 31);
+  }
+  bool avx512_bf16() const { return avx512() && has(extended_, 5); }
+  bool amx() const {
+    return avx512_bf16() && saves(0x60000) && has(tiles_, 22) && has(tiles_, 24) && granted();
+  }
+
+ private:
+  static bool has(unsigned flags, int bit) { return flags >> bit & 1; }
+  bool saves(unsigned registers) const { return (saved_ & registers) == registers; }
+
+  // Linux lets a process use tiles if it asks.
+  static bool granted() {
+#if defined(KEGFAST_HAS_AMX) && defined(__linux__)
+    constexpr long kRequestPermission = 0x1023, kTileData = 18;
+    return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
 #else
-  return false;
+    return false;
 #endif
-}
+  }
+
+  unsigned basic_ = 0, wide_ = 0, tiles_ = 0, extended_ = 0, saved_ = 0;
+};
 #endif
 
+// The widest that is both compiled and there.
 Isa detect() {
 #if defined(KEGFAST_HAS_AVX2)
-  __builtin_cpu_init();
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-#if defined(KEGFAST_HAS_AVX512)
-  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                      __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
-                      __builtin_cpu_supports("avx512vl");
-#if defined(KEGFAST_HAS_AVX512_BF16)
-  if (avx512 && __builtin_cpu_supports("avx512bf16")) {
+  const Processor processor;
 #if defined(KEGFAST_HAS_AMX)
-    if (grants_amx()) return Isa::amx;
+  if (processor.amx()) return Isa::amx;
 #endif
-    return Isa::avx512_bf16;
-  }
+#if defined(KEGFAST_HAS_AVX512_BF16)
+  if (processor.avx512_bf16()) return Isa::avx512_bf16;
 #endif
-  if (avx512) return Isa::avx512;
+#if defined(KEGFAST_HAS_AVX512)
+  if (processor.avx512()) return Isa::avx512;
 #endif
-  if (avx2) return Isa::avx2;
+  if (processor.avx2()) return Isa::avx2;
 #endif
   return Isa::baseline;
 }

@@ -109,7 +109,8 @@ def use_native() -> bool:
     if torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export():
         return False
     if _C is None:
-        _warn_reference()
+        if not torch.compiler.is_compiling():  # which breaks its graph at a log
+            _warn_reference()
         return False
     return True
 
@@ -181,7 +182,8 @@ def build_info() -> dict[str, object]:
     """What this kegfast is: version, compiler, instruction sets, CUDA state, torch.
 
     Returns:
-        A dict of plain values; `native` is False where the compiled part is missing, `why` says why.
+        A dict of plain values; `native` is False where the compiled part is missing, `why` says why, and
+        the instruction sets and the compiler are none.
         `cuda_built` tells whether the CUDA library is there, `cuda_kernels` whether it is loaded.
     """
     info: dict[str, object] = {
@@ -195,7 +197,8 @@ def build_info() -> dict[str, object]:
         "cuda_kernels": _cuda,
     }
     if _C is None:
-        info["why"] = _why_absent
+        info |= {"why": _why_absent, "compiler": None}
+        info |= {"isa_compiled": [], "isa_detected": None, "isa_active": None}
     else:
         info.update(_C.build_info())
     return info

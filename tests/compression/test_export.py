@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 from torch import nn
+from tucker2_cases import needs_native
 
 from kegfast import compress, fuse
 from kegfast.compression import export_onnx, unfuse
@@ -24,6 +25,7 @@ def student():
     return compress(ResNet14().eval(), 0.4, include="layers[23].*")[0]
 
 
+@needs_native
 def test_torch_export_keeps_the_operator(student):
     program = torch.export.export(student, (X,))
     targets = [str(node.target) for node in program.graph.nodes]
@@ -91,6 +93,7 @@ def test_compile_of_the_whole_student_runs_as_one_graph(make, student):
     assert len(graphs) == 1
 
 
+@needs_native
 @pytest.mark.skipif(shutil.which("c++") is None, reason="AOTInductor needs a C++ compiler")
 @pytest.mark.timeout(600)
 def test_aot_inductor_keeps_the_operator(tmp_path):

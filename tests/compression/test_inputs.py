@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
+from tucker2_cases import needs_native
 
 from kegfast import compress
 from kegfast.nn import TuckerConv2d
@@ -188,7 +189,9 @@ def test_other_inputs_are_refused_by_name(wrong, error, message):
     [
         {"budget": {"params": 0.6}, "example_input": {"pixel_values": IMAGES[:2]}},
         {"budget": {"params": 0.6}, "calibration": _Items()},
-        {"budget": {"latency": 0.9}, "example_input": {"pixel_values": IMAGES[:2]}},
+        pytest.param(  # of torch's own operators one is faster than three
+            {"budget": {"latency": 0.9}, "example_input": {"pixel_values": IMAGES[:2]}}, marks=needs_native
+        ),
         {"rank": 0.5, "calibration": Source(), "inplace": True},
     ],
 )

@@ -6,6 +6,7 @@ import unittest.mock
 
 import pytest
 import torch
+from tucker2_cases import needs_native
 
 import kegfast
 from kegfast._tuning import layer_calls
@@ -53,6 +54,7 @@ def forget(monkeypatch):
     monkeypatch.setattr(cuda, "_chosen", {})
 
 
+@needs_native
 def test_without_a_measurement_torchs_convolutions_run(pretended):
     assert cuda.form(*arguments()) is None
     assert pretended == []
@@ -239,6 +241,7 @@ def test_forms_are_measured_on_xs_device(monkeypatch):
     assert given["device"] == torch.device("meta")
 
 
+@needs_native
 @pytest.mark.parametrize("why", ["", "no kernel image is available for execution on the device"])
 def test_a_device_that_cannot_run_the_kernels_gets_torchs_operators(monkeypatch, caplog, why):
     asked = []

@@ -7,10 +7,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from tucker2_cases import needs_native
 
 import kegfast
 from kegfast.models import LeNet5, ResNet14
 from kegfast.nn import TuckerConv2d
+
+pytestmark = needs_native
 
 
 class Branches(nn.Module):

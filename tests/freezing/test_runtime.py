@@ -12,11 +12,14 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from tucker2_cases import needs_native
 
 import kegfast
 from kegfast import runtime
 from kegfast.models import LeNet5
 from kegfast.nn import TuckerConv2d
+
+pytestmark = needs_native
 
 ROOT = Path(__file__).parents[2]
 

@@ -5,9 +5,12 @@ import random
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from tucker2_cases import needs_native
 
 import kegfast
 from kegfast.nn import TuckerConv2d
+
+pytestmark = needs_native
 
 
 class RandomNetwork(nn.Module):

@@ -1,8 +1,12 @@
 """The compiled part: present, lowered, chosen against, or missing."""
 
+import itertools
+import platform
+import re
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import pytest
 import torch
@@ -29,8 +33,11 @@ def test_without_the_compiled_part_all_runs_and_says_so_once():
         import torch, kegfast
         info = kegfast.build_info()
         assert info["native"] is False and "_C" in info["why"], info
+        assert info["isa_compiled"] == [] and info["isa_active"] is None, info
         layer = kegfast.nn.TuckerConv2d(4, 6, 3, (2, 3), padding=1)
         x = torch.randn(2, 4, 5, 5, requires_grad=True)
+        whole = torch.compile(layer, fullgraph=True, backend="aot_eager")
+        assert torch.allclose(whole(x), layer(x))
         layer(x).sum().backward()
         kegfast.nn.DiversityLoss()(torch.randn(3, 2), x[:1].expand(3, -1, -1, -1)).backward()
         kegfast.functional.soft_target(torch.randn(4, 3), torch.randn(4, 3))
@@ -71,3 +78,22 @@ def test_backend_is_a_context_and_a_setter():
         assert torch.allclose(kegfast.functional.diversity_loss(noises, samples), reference)
     with pytest.raises(ValueError, match="backend must be 'auto', 'native' or 'reference', got 'fast'"):
         kegfast.backend("fast")
+
+
+@pytest.mark.skipif(
+    platform.machine() != "x86_64" or not Path("/proc/cpuinfo").exists(), reason="needs Linux on x86-64"
+)
+@needs_native
+def test_what_this_processor_has_is_found():
+    flags = set(re.search(r"^flags\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)[1].split())
+    needs = {
+        "baseline": set(),
+        "avx2": {"avx2", "fma", "f16c"},
+        "avx512": {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"},
+        "avx512_bf16": {"avx512_bf16"},
+        "amx": {"amx_tile", "amx_bf16"},
+    }
+    info = kegfast.build_info()
+    runs = list(itertools.takewhile(lambda isa: needs[isa] <= flags, info["isa_compiled"]))
+    # a system may have tiles and keep them from this process
+    assert info["isa_detected"] in (runs[-1], *(["avx512_bf16"] if runs[-1] == "amx" else []))
