@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from kegfast._util.cuda_graph import Captured
 from kegfast.extraction.generators import draw_labels
-from kegfast.extraction.graph import Captured
 from kegfast.extraction.recipe import Recipe
 from kegfast.extraction.teacher import FrozenTeacher
 from kegfast.extraction.terms import Generated, GeneratorTerm

@@ -4,10 +4,12 @@ import copy
 
 import pytest
 import torch
+from fake_cuda import FakeCuda
 from small_models import SHAPE, image_teacher
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from kegfast._util.cuda_graph import WARM_UP, Captured
 from kegfast.extraction import (
     RECIPES,
     Decoder,
@@ -19,7 +21,6 @@ from kegfast.extraction import (
     extract,
 )
 from kegfast.extraction import terms as extraction_terms
-from kegfast.extraction.graph import WARM_UP, Captured
 from kegfast.models import LeNet5, ResNet14
 
 aten = torch.ops.aten
@@ -157,41 +158,6 @@ def test_soft_labels_are_asked_for_and_scaled_to_shares(tmp_path):
 def test_labels_of_another_kind_are_refused():
     with pytest.raises(ValueError, match="labels must be"):
         extract(image_teacher(), num_classes=4, sample_shape=SHAPE, labels="hard")
-
-
-class FakeCuda:
-    """Stands for torch.cuda where there is none: recording runs nothing, a replay runs the function."""
-
-    def __init__(self):
-        self.log = []
-        self.devices = []  # entered, the current one last
-        self.graph_streams = []
-
-    def __getattr__(self, name):
-        outer = self
-
-        class Anything:
-            def __init__(self, *args, stream=None, capture_error_mode=None):
-                outer.log.append(name)
-                self.device = args[0] if name == "device" else outer.devices[-1]
-                if name == "graph":
-                    outer.graph_streams.append(stream)
-
-            def __enter__(self):
-                outer.devices += [self.device] * (name == "device")
-                return self
-
-            def __exit__(self, *error):
-                del outer.devices[len(outer.devices) - (name == "device") :]
-                return False
-
-            def wait_stream(self, other):
-                pass
-
-            def replay(self):
-                outer.log.append("replay")
-
-        return Anything
 
 
 def test_capture_warms_up_records_once_and_replays(monkeypatch):
