@@ -3,6 +3,7 @@
 import itertools
 import math
 import os
+import subprocess
 import sys
 import tempfile
 import time
@@ -150,6 +151,48 @@ def other_diversity(metric: str, batch: int, features: int = 3072) -> Row:
 
 
 # ---- tucker2
+
+PROBE = """
+import sys, torch
+from benchmarks import cuda_cells
+for name in sys.argv[1:]:
+    cuda_cells.probe(name)
+    torch.cuda.synchronize()
+    print(name, flush=True)
+"""
+
+
+def broken_forms(program: Sequence[str] = (sys.executable, "-c", PROBE), seconds: float = 40) -> list[str]:
+    """The compiled forms that fail or hang on this device.
+
+    Each is tried in another process: a kernel that does what it may not takes its process's device away.
+    """
+    left, broken = [name for name, number in cuda.FORMS.items() if number is not None], []
+    while left:
+        try:
+            done = subprocess.run([*program, *left], stdout=subprocess.PIPE, text=True, timeout=seconds)
+            right = done.stdout.split()
+        except subprocess.TimeoutExpired as hung:
+            right = (hung.stdout or b"").decode().split()
+        left = [name for name in left if name not in right]
+        broken += left[:1]
+        left = left[1:]
+    return broken
+
+
+def probe(form: str) -> None:
+    """One call of a form on a small layer, its result checked."""
+    torch.manual_seed(0)
+    layer = TuckerConv2d(64, 64, 3, (16, 16), padding=1, bias=False).cuda().bfloat16()
+    layer = layer.to(memory_format=torch.channels_last)
+    x = torch.randn(2, 64, 20, 20, device="cuda", dtype=torch.bfloat16)
+    x = x.contiguous(memory_format=torch.channels_last)
+    weights = layer.first.weight, layer.core.weight, layer.last.weight
+    with torch.no_grad():
+        y = torch.ops.kegfast.tucker2_as(x, *weights, None, 1, 1, 1, 1, 1, 1, False, cuda.FORMS[form])
+        exact = (t.double() for t in (x, *weights))
+        want = reference.tucker_conv2d(*exact, None, (1, 1), (1, 1), (1, 1), None)
+    verified({form: error(y, want)}, 2e-2)
 
 
 def layers(shape: Shape, dtype: torch.dtype) -> dict[str, tuple[TuckerConv2d, nn.Conv2d]]:

@@ -1,9 +1,11 @@
 """The CUDA benchmark itself: a cell that fails, for whatever reason, costs itself alone. Needs no GPU."""
 
+import sys
+
 import pytest
 import torch
 
-from benchmarks import bench_cuda
+from benchmarks import bench_cuda, cuda_cells
 from benchmarks.bench_cuda import Job
 
 GOOD = {"operator": "it", "times": {"kegfast": {"eager": 0.001}}}
@@ -44,3 +46,17 @@ def test_a_cell_is_kept_before_the_next_begins():
     with pytest.raises(KeyboardInterrupt):
         bench_cuda.run_jobs(jobs, 60, lambda name, row: kept.append(name))
     assert kept == ["first"]
+
+
+@pytest.mark.parametrize("end", ["raise SystemExit(1)", "os.abort()", "time.sleep(100)"])
+@pytest.mark.parametrize("bad", [(), ("stages",), ("fused", "persistent")])
+def test_a_form_that_fails_is_left_out_and_the_others_are_known_to_work(bad, end):
+    program = f"""
+import os, sys, time
+for name in sys.argv[1:]:
+    if name in {bad}:
+        {end}
+    print(name, flush=True)
+"""
+    found = cuda_cells.broken_forms([sys.executable, "-c", program], seconds=1)
+    assert found == list(bad)
