@@ -163,6 +163,13 @@ void run_stages(const Tucker2Problem<T>& p, T* t1, T* t2, Launch&& launch) {
   if (p.y.data != nullptr) run_stage<M>(p, readable(z2), p.y, p.last, one, p.epilogue, launch);
 }
 
+// Whether bulk copies take the image: strides that grow outward, each a multiple of the one before.
+template <class T>
+bool has_boxes(const Image<T>& image) {
+  return image.vectors && image.pixel > 0 && image.row > 0 && image.image > 0 &&
+         image.row % image.pixel == 0 && image.image % image.row == 0;
+}
+
 // The persistent form's parameters with the tile of which there are fewest, or none (tile_h 0) where it cannot be: it has 16-bit
 // numbers, channels together, ranks up to 64, halos up to 192 pixels, and keeps neither t1 nor t2.
 template <class Kernel, class T>
@@ -170,7 +177,7 @@ PersistentParams<T> persistent_params(const Tucker2Problem<T>& p) {
   PersistentParams<T> q{{}, {}, p.first,    p.core,    p.last,   p.window,
                         0,  0,  p.y.height, p.y.width, p.images, p.epilogue};
   const int rank = larger(p.first.rows, p.core.rows);
-  if (!p.limits.bulk_copies || !p.x.vectors || !p.y.vectors || p.y.data == nullptr || p.t1 != nullptr ||
+  if (!p.limits.bulk_copies || p.y.data == nullptr || !has_boxes(p.x) || !has_boxes(p.y) || p.t1 != nullptr ||
       p.t2 != nullptr || rank > 64)
     return q;
   double least = INFINITY;

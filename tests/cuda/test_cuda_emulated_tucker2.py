@@ -321,6 +321,17 @@ def test_tucker2_persistent_reads_a_view_of_channels(device):
         assert error(y, tucker2_definition((view, *tensors[1:]), geometry)) < TOLERANCE[torch.bfloat16]
 
 
+@pytest.mark.parametrize("form", ["fused", "persistent"])
+def test_tucker2_where_strides_do_not_grow_outward(device, form):
+    """Images that are one, or turned: bulk copies have them not."""
+    tensors, geometry = tucker2_case(PERSISTENT["plain"], torch.bfloat16)
+    x = tensors[0]
+    for view in (x[:1].expand(2, -1, -1, -1), x.transpose(2, 3)):
+        y, *_, call = device.tucker2(view, *tensors[1:], *geometry, True, "ascending", form=form)
+        assert not call.persistent
+        assert error(y, tucker2_definition((view, *tensors[1:]), geometry)) < TOLERANCE[torch.bfloat16]
+
+
 @pytest.mark.parametrize(("channels", "size", "blocks"), [(64, 56, 396), (128, 28, 264), (256, 14, 132)])
 def test_tucker2_persistent_plan_of_resnet(device, channels, size, blocks):
     """C / 4 at batch 128: three, two and one block a multiprocessor, by the room that the factors take."""

@@ -102,8 +102,12 @@ struct Arrival {
 
 inline TensorMap make_tensor_map(const TensorView& view) {
   em::require_aligned(view.data, 16, "bulk copies of a tensor");
+  int64_t inner = 8;
   for (int64_t stride : view.strides) {
-    if (stride < 0 || stride % 8 != 0) throw std::runtime_error("bulk copies want strides of whole 16 bytes");
+    if (stride < inner || stride % inner != 0 || 2 * stride >= int64_t(1) << 40)
+      throw std::runtime_error(
+          "bulk copies want strides of whole 16 bytes, each a multiple of the one before");
+    inner = stride;
   }
   for (int size : view.sizes) {
     if (size < 1) throw std::runtime_error("bulk copies of nothing");
