@@ -38,6 +38,17 @@ struct Key {
   KEGFAST_DEVICE static int row(Word key) { return int(key & ((Word(1) << kShift) - 1)); }
 };
 
+// The upper bits of a float and one of kRows rows: sorts like (value, row) but for values that differ below those bits.
+template <int kRows>
+struct RoughKey {
+  static_assert((kRows & (kRows - 1)) == 0);
+  static constexpr uint32_t kRowMask = kRows - 1, kLast = ~0u;
+  KEGFAST_DEVICE static uint32_t pack(float value, int row) {
+    return (uint32_t(Key<uint64_t, float>::pack(value, 0) >> 32) & ~kRowMask) | uint32_t(row);
+  }
+  KEGFAST_DEVICE static int row(uint32_t key) { return int(key & kRowMask); }
+};
+
 constexpr int kKeys = 8;  // per thread
 
 // kWarps warps of a block that work on one feature. Another team may go another way (it has ties, say): no
@@ -105,7 +116,13 @@ struct Sorter {
     }
     const bool low = (t & top) == 0;
     KEGFAST_UNROLL
-    for (int q = 0; q < kKeys; ++q) k[q] = low == (other[q] < k[q]) ? other[q] : k[q];
+    for (int q = 0; q < kKeys; ++q) {
+      if constexpr (sizeof(Word) == 4) {
+        k[q] = low ? smaller(k[q], other[q]) : larger(k[q], other[q]);  // one instruction that takes `low`
+      } else {
+        k[q] = low == (other[q] < k[q]) ? other[q] : k[q];
+      }
+    }
   }
 
   KEGFAST_DEVICE static void sort(Word (&k)[kKeys], Word* exchange, int t) {

@@ -8,8 +8,9 @@
 //                 feature's share of S
 //   ScaleTransposed   G, feature by feature, to the gradient, row by row
 //
-// Prediction for an H200, B = 16384, D = 3072, float32 (calculated, not yet measured; goal 2.5 ms): SortTiles
-// 1.2 ms by its instructions, the rest moves about 100 bytes a sample, 1.0 ms.
+// Prediction for an H200, B = 16384, D = 3072, float32 (not yet measured; goal 2.5 ms): SortTiles
+// 0.8 ms by its network's instructions (59 thousand a tile, counted as DiversitySort's of 64-bit keys), the rest moves about 100
+// bytes a sample, 1.0 ms, and waits: three loads of a merged key depend on one another.
 #pragma once
 
 #include "diversity_sort.cuh"
@@ -58,7 +59,7 @@ struct SortTiles {
         const int row = q * kThreads + t;
         key[q] = row < rows ? One::KeyOf::pack(tile[f * kStride + row], first_row + row) : One::KeyOf::kLast;
       }
-      One::Sort::sort(key, exchange, t);
+      Sorter<kThreads / kWarp, uint64_t>::sort(key, exchange, t);
       uint64_t* out = p.keys + int64_t(first + f) * p.stride + first_row + t * kKeys;
       KEGFAST_UNROLL
       for (int q = 0; q < kKeys; ++q) out[q] = key[q];

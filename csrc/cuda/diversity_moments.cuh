@@ -13,6 +13,9 @@
 // kernels read the samples once each, the latter two from L2 up to its 50 MB: RowNorms, DiversityMoments, and
 // RowGradients, which takes the gradient from the moments.
 //
+// A row of zeros costs its block of RowNorms B distances of noises, side by side with the other rows; Finish, one block, looks at
+// no norm.
+//
 // Predictions for an H200 (calculated, not yet measured), forward + gradient, D = 3072, float32: sqeuclidean
 // reads and writes the samples once, B = 256 1.3 us, 1024 5.2 us of traffic, 3 launches; cosine B = 1024 5.2
 // us of device memory, 25 MB more of L2, 5 launches.
@@ -169,26 +172,45 @@ struct DiversityMoments {
   }
 };
 
-// 1 / |x_i|, 0 where x_i is 0. A block per row.
+// 1 / |x_i|, 0 where x_i is 0. A block per row. The distance of a row of zeros to every other is 1, which |unit_i - unit_j|^2 falls
+// short of by 1: what is missing, twice its row's sum of weights, is that block's share of S.
 template <class T>
 struct RowNorms {
   static constexpr int kThreads = 256, kBlocksPerSm = 4;
   struct Params {
-    const T* samples;  // [batch, features]
-    double* inverse;   // [batch]
-    int batch, features;
+    const T* samples;     // [batch, features]
+    const float* noises;  // [batch, noise_size]
+    double* inverse;      // [batch]
+    double* partial;      // [batch]
+    int batch, features, noise_size;
+    bool root;  // noise_metric "euclidean"
   };
-  static constexpr size_t kShared = kThreads / kWarp * sizeof(double);
+  static constexpr size_t kShared = (kThreads / kWarp + 1) * sizeof(double);
 
   KEGFAST_DEVICE static void run(const Params& p) {
+    double* scratch = reinterpret_cast<double*>(shared());
+    double* whole = scratch + kThreads / kWarp;
     const T* x = p.samples + int64_t(block().x) * p.features;
     double sum = 0;
     for (int d = thread(); d < p.features; d += kThreads) {
       const double v = to_float(x[d]);
       sum += v * v;
     }
-    sum = block_sum<kThreads>(sum, reinterpret_cast<double*>(shared()));
-    if (thread() == 0) p.inverse[block().x] = sum == 0 ? 0 : 1 / sqrt(sum);
+    sum = block_sum<kThreads>(sum, scratch);
+    if (thread() == 0) *whole = sum;
+    barrier();
+    sum = *whole;
+    double missing = 0;
+    if (sum == 0) {  // of the whole block
+      const float* zi = p.noises + int64_t(block().x) * p.noise_size;
+      for (int j = thread(); j < p.batch; j += kThreads)
+        missing += 2 * pair_weight(zi, p.noises + int64_t(j) * p.noise_size, p.noise_size, p.root);
+      missing = block_sum<kThreads>(missing, scratch);
+    }
+    if (thread() == 0) {
+      p.inverse[block().x] = sum == 0 ? 0 : 1 / sqrt(sum);
+      p.partial[block().x] = missing;
+    }
   }
 };
 

@@ -86,6 +86,16 @@ struct Panel {
   int first, count;
 };
 
+// w_ij, the mean square of the noises' difference, or with `root` its norm.
+KEGFAST_DEVICE float pair_weight(const float* zi, const float* zj, int noise_size, bool root) {
+  float sum = 0;
+  for (int k = 0; k < noise_size; ++k) {
+    const float d = zi[k] - zj[k];
+    sum = fmaf(d, d, sum);
+  }
+  return root ? sqrtf(sum) : sum / noise_size;
+}
+
 // w_ij of a panel, for the kernels that take any weights.
 struct PairWeights {
   static constexpr int kThreads = 256, kBlocksPerSm = 4;
@@ -103,14 +113,8 @@ struct PairWeights {
   KEGFAST_DEVICE static void run(const Params& p) {
     const int64_t pair = int64_t(block().x) * kThreads + thread();
     if (pair >= int64_t(p.panel.count) * p.batch) return;
-    const float* zi = p.noises + (p.panel.first + pair / p.batch) * p.noise_size;
-    const float* zj = p.noises + pair % p.batch * p.noise_size;
-    float sum = 0;
-    for (int k = 0; k < p.noise_size; ++k) {
-      const float d = zi[k] - zj[k];
-      sum = fmaf(d, d, sum);
-    }
-    p.weights[pair] = p.root ? sqrtf(sum) : sum / p.noise_size;
+    p.weights[pair] = pair_weight(p.noises + (p.panel.first + pair / p.batch) * p.noise_size,
+                                  p.noises + pair % p.batch * p.noise_size, p.noise_size, p.root);
   }
 };
 
@@ -218,30 +222,13 @@ struct Finish {
   static constexpr int kThreads = 256, kBlocksPerSm = 1;
   struct Params {
     const double* partial;   // [partials]
-    const float* noises;     // [batch, noise_size]
-    const double* inverse;   // [batch] inverse norms (cosine), else null
     double* exponent;        // []
     float* noise_gradient;   // [batch, noise_size], or null
     float* sample_gradient;  // [batch, features], or null
     int partials, batch, noise_size, features;
-    bool root;  // noise_metric "euclidean"
     double coefficient;
   };
   static constexpr size_t kShared = (kThreads / kWarp + 1) * sizeof(double);
-
-  // cosine, a zero row i: its distance to every row is 1, which |unit_i - unit_j|^2 falls short of by 1.
-  KEGFAST_DEVICE static double zero_row(const Params& p, int i) {
-    double sum = 0;
-    for (int j = 0; j < p.batch; ++j) {
-      float w = 0;
-      for (int k = 0; k < p.noise_size; ++k) {
-        const float d = p.noises[int64_t(i) * p.noise_size + k] - p.noises[int64_t(j) * p.noise_size + k];
-        w = fmaf(d, d, w);
-      }
-      sum += 2 * (p.root ? sqrtf(w) : w / p.noise_size);
-    }
-    return sum;
-  }
 
   KEGFAST_DEVICE static void fill(float* gradient, int64_t count) {
     for (int64_t i = thread(); gradient != nullptr && i < count; i += kThreads) gradient[i] = quiet_nan();
@@ -251,9 +238,6 @@ struct Finish {
     double* scratch = reinterpret_cast<double*>(shared());
     double sum = 0;
     for (int i = thread(); i < p.partials; i += kThreads) sum += p.partial[i];
-    for (int i = thread(); p.inverse != nullptr && i < p.batch; i += kThreads) {
-      if (p.inverse[i] == 0) sum += zero_row(p, i);
-    }
     sum = p.coefficient * block_sum<kThreads>(sum, scratch);
     if (thread() == 0) {
       const bool valid = sum - sum == 0;

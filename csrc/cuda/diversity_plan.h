@@ -212,7 +212,10 @@ size_t diversity(const DiversityProblem<Sample>& p, char* workspace, Launch&& la
                                      ? PanelSpace::take(arena, p.panel_bytes, p.batch, pairs,
                                                         p.noise_gradient != nullptr || euclidean, euclidean)
                                      : PanelSpace{};
-  double* partial = arena.take<double>((int64_t(p.features) + 31) / 32 * ((p.batch + 31) / 32) + p.features);
+  // Shares of S: cosine's of rows first, which RowNorms writes, then those of the kernel that sums.
+  const int row_shares = cosine ? p.batch : 0;
+  double* partial =
+      arena.take<double>(row_shares + p.features + (int64_t(p.features) + 31) / 32 * ((p.batch + 31) / 32));
   const MergeSpace merge_space = merges ? MergeSpace::take(arena, p.batch, p.features) : MergeSpace{};
   if (workspace == nullptr) return arena.used();
 
@@ -221,11 +224,12 @@ size_t diversity(const DiversityProblem<Sample>& p, char* workspace, Launch&& la
     launch(NoiseTable{}, q, NoiseTable::blocks(q), 1, NoiseTable::kShared);
   }
   if (cosine) {
-    const typename RowNorms<Sample>::Params q{p.samples, inverse, p.batch, p.features};
+    const typename RowNorms<Sample>::Params q{p.samples, p.noises,   inverse,      partial,
+                                              p.batch,   p.features, p.noise_size, root};
     launch(RowNorms<Sample>{}, q, p.batch, 1, RowNorms<Sample>::kShared);
   }
 
-  int partials = 0;
+  int partials = row_shares;
   if (merges) {
     partials = merge_by(p, p.samples, table, partial, mean * unit, merge_space, launch);
   } else if (sorts) {
@@ -237,13 +241,13 @@ size_t diversity(const DiversityProblem<Sample>& p, char* workspace, Launch&& la
     using Kernel = DiversityMoments<Sample>;
     typename Kernel::Params q{p.samples, inverse,
                               table,     cosine ? nullptr : p.sample_gradient,
-                              moments,   partial,
+                              moments,   partial + partials,
                               p.batch,   p.features,
                               columns,   float(4 * mean * unit),
                               true};
     q.resident = Kernel::shared_bytes(q) <= p.shared_limit;
-    partials = Kernel::blocks(q);
-    launch(Kernel{}, q, partials, 1, Kernel::shared_bytes(q));
+    launch(Kernel{}, q, Kernel::blocks(q), 1, Kernel::shared_bytes(q));
+    partials += Kernel::blocks(q);
   }
   for (int first = 0; panels && first < p.batch; first += panel_space.rows) {
     const Panel panel{first, smaller(panel_space.rows, p.batch - first)};
@@ -259,9 +263,8 @@ size_t diversity(const DiversityProblem<Sample>& p, char* workspace, Launch&& la
                                                   p.features, columns,           float(4 * mean * unit)};
     launch(RowGradients<Sample>{}, q, p.batch, 1, RowGradients<Sample>::kShared);
   }
-  const Finish::Params q{partial,          p.noises,          inverse,  p.exponent,
-                         p.noise_gradient, p.sample_gradient, partials, p.batch,
-                         p.noise_size,     p.features,        root,     mean * unit};
+  const Finish::Params q{partial, p.exponent,   p.noise_gradient, p.sample_gradient, partials,
+                         p.batch, p.noise_size, p.features,       mean * unit};
   launch(Finish{}, q, 1, 1, Finish::kShared);
   return arena.used();
 }

@@ -6,10 +6,9 @@
 // 0. No pair is ever visited.
 //
 // A block takes 8 features (a 32-byte sector of a float row; with 16 or more, D = 3072 leaves an H200's
-// multiprocessors with one or two blocks each and takes a third longer), W warps each, 8 (value, row) keys a
-// thread in registers: bitonic network in its mirrored form, every comparison upward; steps below 8 in
-// registers, below 256 by shuffles, above through shared memory. 16-bit samples pack value and row into one
-// 32-bit word. Then four table columns at a time: gather, prefix by scan. Where no two values of the feature
+// multiprocessors with one or two blocks each and takes a third longer), W warps each, 8 keys of 32 bits a thread in
+// registers (diversity_column.cuh): bitonic network in its mirrored form, every comparison upward; steps below 8 in
+// registers, below 256 by shuffles, above through shared memory. Then four table columns at a time: gather, prefix by scan. Where no two values of the feature
 // are equal, P[start] and P[end] are the sums before and after a thread's own row and stay in registers; else
 // P goes to shared memory (swizzled: 8 threads write 8 different banks) and is read back at start and end.
 //
@@ -17,13 +16,15 @@
 // 1.755 GHz; 65 % of that is a guess of what is reached, nothing was measured on a device), float32, D = 3072, nz = 10,
 // forward + gradient, no ties:
 //   B      warp instructions a feature      all      at 65 %   samples' traffic   goal
-//   256    3.3e3: sort 1.3e3                11 us    17 us     1.3 us             20 us
-//   1024   17.4e3: sort 9.5e3               58 us    89 us     5 us               90 us
-//   4096   98e3: sort 59e3                  0.33 ms  0.50 ms   21 us              0.5 ms
-// Beside that two small launches.
+//   256    2.6e3: sort 0.7e3                9 us     13 us     1.3 us             20 us
+//   1024   13.7e3: sort 5.6e3               45 us    70 us     5 us               90 us
+//   4096   80e3: sort 36e3                  0.27 ms  0.41 ms   21 us              0.5 ms
+// With keys of 64 bits the same count gave 3.3e3, 17.4e3 and 98e3 (their sort 1.3e3, 9.5e3, 59e3); halving the sort was to give
+// 1.25 to 1.45 times, and gives 1.26, 1.27 and 1.23 with what puts short keys right: 0.05, 1.0 and 2.1 passes over a normally
+// distributed column. Beside that two small launches.
 #pragma once
 
-#include "diversity_keys.cuh"
+#include "diversity_column.cuh"
 #include "diversity_noise.cuh"
 
 namespace kegfast::cuda {
@@ -46,7 +47,8 @@ struct DiversitySort {
   static constexpr int kThreads = kTeams * kTeam;
   static constexpr int kBlocksPerSm = kThreads > 256 ? 1 : 2;
   using KeyOf = Key<Word, T>;
-  using Sort = Sorter<kWarps, Word>;
+  using Column = ColumnSort<T, Word, kWarps>;
+  using Scratch = SortScratch;
 
   struct Params {
     const T* samples;    // [batch, features]
@@ -65,13 +67,6 @@ struct DiversitySort {
     return size_t(p.block_features) * column_stride(p.batch) * sizeof(float) + kTeams * kTeamBytes;
   }
   static int blocks(const Params& p) { return (p.features + p.block_features - 1) / p.block_features; }
-
-  // One team's working memory.
-  struct Scratch {
-    Float4* prefix;       // [kCapacity] inclusive, swizzled; the sort's exchange before that
-    Float4* warp_totals;  // [16]
-    float* sorted;        // [kCapacity], NaN past the batch
-  };
 
   KEGFAST_DEVICE static int swizzle(int position) { return position ^ (position / kKeys % 8); }
 
@@ -155,16 +150,7 @@ struct DiversitySort {
     bool mine = t > 0 && s.sorted[t * kKeys - 1] == x[0];
     KEGFAST_UNROLL
     for (int q = 1; q < kKeys; ++q) mine |= x[q] == x[q - 1];
-    mine = any(mine);
-    if constexpr (kWarps > 1) {
-      float* flags = reinterpret_cast<float*>(s.warp_totals);
-      if (lane() == 0) flags[t / kWarp] = mine ? 1 : 0;
-      Team<kWarps>::barrier();
-      float sum = 0;
-      for (int w = 0; w < kWarps; ++w) sum += flags[w];
-      mine = sum > 0;
-    }
-    return mine;
+    return Column::any_of_team(s, mine, t);
   }
 
   // [start, end) of the values equal to each of the thread's own, as start | end << 16.
@@ -278,24 +264,9 @@ struct DiversitySort {
 
   // Replaces a feature's column by G; returns the thread's part of sum_i x_i G_i.
   KEGFAST_DEVICE static double feature(const Params& p, const Scratch& s, float* column, int t) {
-    Word key[kKeys];
-    KEGFAST_UNROLL
-    for (int q = 0; q < kKeys; ++q) {
-      const int row = q * kTeam + t;
-      key[q] = row < p.batch ? KeyOf::pack(column[row], row) : KeyOf::kLast;
-    }
-    Sort::sort(key, reinterpret_cast<Word*>(s.prefix), t);
     float x[kKeys], g[kKeys] = {};
     uint32_t row[kKeys], ties[kKeys];
-    KEGFAST_UNROLL
-    for (int q = 0; q < kKeys; ++q) {
-      const bool inside = t * kKeys + q < p.batch;
-      x[q] = inside ? KeyOf::value(key[q]) : quiet_nan();
-      row[q] = uint32_t(KeyOf::row(key[q]));
-    }
-    reinterpret_cast<Float4*>(s.sorted)[2 * t] = {x[0], x[1], x[2], x[3]};
-    reinterpret_cast<Float4*>(s.sorted)[2 * t + 1] = {x[4], x[5], x[6], x[7]};
-    Team<kWarps>::barrier();
+    Column::sort(p.batch, s, column, t, x, row);
     const float centre = s.sorted[p.batch / 2];  // sum_i G_i = 0, so any shift of x leaves S as it is
     if (any_ties(s, x, t)) {
       find_ties(s, x, t, p.batch, ties);

@@ -130,6 +130,41 @@ def test_diversity_where_some_features_have_ties_and_others_none(device, batch, 
     assert error(gradient, want_gradient) < 1e-6
 
 
+def alike(batch, each, seed=0):
+    """Floats from 1 on of which `each` at a time share all but their last 12 bits, in any order."""
+    generator = torch.Generator().manual_seed(seed)
+    low = torch.cat([torch.randperm(each, generator=generator) for _ in range(-(-batch // each))])[:batch]
+    spacing = 3 if batch > 256 else 1  # so that they differ in the last 8, 10 or 12 bits alone
+    bits = 0x3F800000 + torch.arange(batch) // each * 4096 + low * spacing
+    return bits[torch.randperm(batch, generator=generator)].int().view(torch.float32)
+
+
+@pytest.mark.parametrize("order", [*ORDERS, 0, 1])
+@pytest.mark.parametrize("batch", TEAMS.values(), ids=TEAMS)
+def test_diversity_where_values_differ_in_their_last_bits(device, batch, order):
+    """Short keys do not see them: few at a time are put right, all of them are sorted by long keys."""
+    noises, samples = draw(batch, 3, 4 if batch > 1000 else 8, torch.float32)
+    samples[:, 0], samples[:, 1] = alike(batch, 3), alike(batch, batch)
+    samples[: batch // 2, 1] = samples[0, 1]  # beside ties
+    samples[:, 2] = -alike(batch, 7)
+    exponent, _, gradient = device.diversity(noises, samples, "l1", "sqeuclidean", order, noise_grad=False)
+    want, _, want_gradient = definition(noises, samples, "l1", "sqeuclidean")
+    assert error(exponent, want) < 1e-6
+    for got, wanted in zip(gradient.T, want_gradient.T, strict=True):
+        assert error(got, wanted) < 1e-6
+
+
+@pytest.mark.parametrize("order", [*ORDERS, 0])
+@pytest.mark.parametrize("noise_metric", NOISE_METRICS)
+def test_diversity_cosine_of_many_rows_of_zeros(device, noise_metric, order):
+    noises, samples = draw(75, 3, 6, torch.float32)
+    samples[::2] = 0
+    got = device.diversity(noises, samples, "cosine", noise_metric, order, panel=1)
+    want = definition(noises, samples, "cosine", noise_metric)
+    assert error(got[0], want[0]) < 1e-6
+    assert error(got[1], want[1]) < 1e-6
+
+
 @pytest.mark.parametrize("metric", ["l1", "sqeuclidean", "cosine"])
 def test_diversity_with_noises_too_wide_for_their_moments(device, metric):
     """1,100 columns of the noise table do not fit into 100 KB, nor their means into 1,024 places."""
