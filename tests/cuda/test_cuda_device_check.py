@@ -132,3 +132,15 @@ def test_the_device_is_asked_for_what_it_is_worth(check, monkeypatch, tmp_path):
     assert f"-DTORCH_CUDA_ARCH_LIST={device_check.architecture()}" in configure
     assert all("kns=kegfast" in step.commands[0] for step in found[3:])
     assert device_check.WHOLE < 9 * 60
+
+
+def test_a_dry_run_of_a_new_tree_compiles_no_cuda(check, tmp_path):
+    script, _ = check
+    tree = tmp_path / "tree"
+    assert "-DFORCE_CUDA=0" in script.build(tree, dry=True)[0]
+    tree.mkdir()
+    (tree / "CMakeCache.txt").touch()
+    assert not any(
+        "FORCE_CUDA" in option for option in script.build(tree, dry=True)[0]
+    )  # what is there stays
+    assert "-DFORCE_CUDA=1" in script.build(tree, dry=False)[0]
