@@ -20,6 +20,7 @@ CUDA, which one core takes its time for, and on the emulator.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import shutil
@@ -146,14 +147,22 @@ def run(step: Step, log: TextIO, seconds: float) -> dict[str, object]:
         try:
             code = process.wait(max(left, 1))
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+            end(process)
             state = "out of time"
             break
         if code != 0:
             state = f"failed: exit status {code}"
             break
     return {"step": step.name, "state": state, "seconds": round(time.monotonic() - begin, 1)}
+
+
+def end(process: subprocess.Popen) -> None:
+    """Ends all that a command started: ninja has compilers in groups of their own, and ends them if asked."""
+    for how, seconds in ((signal.SIGTERM, 5), (signal.SIGKILL, None)):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, how)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(seconds)
 
 
 def main() -> int:
@@ -163,11 +172,11 @@ def main() -> int:
     arguments = parser.parse_args()
     out, dry = arguments.out.resolve(), arguments.dry_run
     out.mkdir(parents=True, exist_ok=True)
-    end = time.monotonic() + WHOLE + dry * (DRY_BUILD - BUILD)
+    last = time.monotonic() + WHOLE + dry * (DRY_BUILD - BUILD)
     results: list[dict[str, object]] = []
 
     def record(step: Step, log: TextIO) -> None:
-        results.append(run(step, log, end - time.monotonic()))
+        results.append(run(step, log, last - time.monotonic()))
         (out / "steps.json").write_text(json.dumps(results, indent=2) + "\n")
         line = "{seconds:6.1f} s  {step:12}{state}".format(**results[-1])
         print(line, flush=True)
@@ -179,7 +188,7 @@ def main() -> int:
             if results[-1]["state"] != "passed" and step.name in ("build", "kernels"):
                 break  # nothing below could run
         else:
-            record(benchmarks(out, dry, max(10, min(170, end - time.monotonic() - 15))), log)
+            record(benchmarks(out, dry, max(10, min(170, last - time.monotonic() - 15))), log)
     return int(any(result["state"] != "passed" for result in results))
 
 

@@ -102,6 +102,17 @@ def test_a_step_that_fails_or_hangs_costs_itself_alone(check, monkeypatch, tmp_p
     assert "hello" in (tmp_path / "log.txt").read_text()
 
 
+def test_a_step_out_of_time_is_asked_to_end_what_it_started(check, monkeypatch, tmp_path):
+    script, steps = check
+    ask = "import pathlib, signal, sys, time; signal.signal(signal.SIGTERM, lambda *_: sys.exit("
+    ask += f"pathlib.Path({str(tmp_path / 'asked')!r}).touch())); time.sleep(1000)"
+    steps([sys.executable, "-c", ask], seconds=2)
+    monkeypatch.setattr(sys, "argv", ["device_check", "--out", str(tmp_path)])
+    script.main()
+    assert states(tmp_path)[0] == "out of time"
+    assert (tmp_path / "asked").exists()
+
+
 def test_the_whole_has_an_end(check, monkeypatch, tmp_path):
     script, steps = check
     steps(*[["sleep", "1000"]] * 3, seconds=1000)
