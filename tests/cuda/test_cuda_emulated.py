@@ -95,6 +95,35 @@ def test_a_block_has_no_more_shared_memory_than_the_device(device):
         device.call("emulate_shared", "broken_error", pointer(out), ctypes.c_int64(H200_SHARED + 1))
 
 
+@pytest.mark.parametrize("way", range(8))
+def test_sixteen_bytes_lie_at_a_multiple_of_sixteen(device, way):
+    """Whatever reads or writes them: the hardware would trap."""
+    out = torch.empty(33, 4)
+    out = out.flatten()[-out.data_ptr() % 16 // 4 :]
+    if way == 0:
+        device.call("emulate_off_by_some", "broken_error", pointer(out), way)
+        return
+    with pytest.raises(RuntimeError, match="misaligned"):
+        device.call("emulate_off_by_some", "broken_error", pointer(out), way)
+
+
+def test_bulk_copies_want_strides_that_grow(device):
+    def ask(*strides):
+        device.call("emulate_tensor_map", "broken_error", *map(ctypes.c_int64, strides))
+
+    ask(40, 120, 240)
+    for strides in (
+        (41, 123, 246),
+        (120, 40, 240),
+        (40, 120, 0),
+        (-40, 120, 240),
+        (40, 100, 200),
+        (40, 120, 1 << 39),
+    ):
+        with pytest.raises(RuntimeError, match="bulk copies want strides"):
+            ask(*strides)
+
+
 def boxed(device, mistake, order):
     """Whether rows -1 and 0 of an image of 2 x 3 pixels of 40 channels came doubled, and nothing else."""
     source = torch.arange(1, 241, dtype=torch.int16).view(2, 3, 40)

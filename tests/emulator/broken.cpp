@@ -150,6 +150,29 @@ struct Misaligned {
   }
 };
 
+// 16 bytes at an address that is no multiple of 16, by each way there is; kWay 0 makes no mistake.
+template <int kWay>
+struct OffBySome {
+  static constexpr int kThreads = 32;
+  struct Params {
+    float* out;  // [128 + 1], at a multiple of 16
+  };
+  static void run(const Params& p) {
+    char* words = simt::shared();
+    float* out = p.out + 4 * simt::lane();
+    simt::store_shared16(words + 16 * simt::lane() + (kWay == 1 ? 4 : 0), {{0, 0, 0, 0}});
+    simt::warp_barrier();
+    const simt::Words4 v = simt::load_shared16(words + 16 * simt::lane() + (kWay == 2 ? 8 : 0));
+    simt::store_global16(out + (kWay == 3 ? 1 : 0), v);
+    simt::load_global16(out + (kWay == 4 ? 1 : 0));
+    uint32_t r[4];
+    simt::ldmatrix_x4(r, words + 16 * simt::lane() + (kWay == 5 ? 4 : 0));
+    simt::cp_async16(words + 16 * simt::lane() + (kWay == 6 ? 8 : 0), out + (kWay == 7 ? 1 : 0), true);
+    simt::cp_async_commit();
+    simt::cp_async_wait<0>();
+  }
+};
+
 // A box to shared memory and back, times two; with a mistake of each kind.
 template <int kMistake>
 struct Boxed {
@@ -236,6 +259,27 @@ extern "C" int emulate_shared(float* out, int64_t bytes) {
 }
 extern "C" int emulate_misaligned(float* out) {
   return emulate<Misaligned>({out}, 36 * sizeof(float), 0);
+}
+extern "C" int emulate_off_by_some(float* out, int way) {  // [129]
+  const size_t bytes = 33 * 16;
+  if (way == 1) return emulate<OffBySome<1>>({out}, bytes, 0);
+  if (way == 2) return emulate<OffBySome<2>>({out}, bytes, 0);
+  if (way == 3) return emulate<OffBySome<3>>({out}, bytes, 0);
+  if (way == 4) return emulate<OffBySome<4>>({out}, bytes, 0);
+  if (way == 5) return emulate<OffBySome<5>>({out}, bytes, 0);
+  if (way == 6) return emulate<OffBySome<6>>({out}, bytes, 0);
+  if (way == 7) return emulate<OffBySome<7>>({out}, bytes, 0);
+  return emulate<OffBySome<0>>({out}, bytes, 0);
+}
+extern "C" int emulate_tensor_map(int64_t pixel, int64_t row,
+                                  int64_t image) {  // of a tensor that nobody reads
+  try {
+    simt::make_tensor_map({reinterpret_cast<void*>(1024), {40, 3, 2, 1}, {pixel, row, image}, {2, 2, 1}});
+  } catch (const std::exception& caught) {
+    error = caught.what();
+    return 1;
+  }
+  return 0;
 }
 extern "C" int emulate_boxed(const uint16_t* from, uint16_t* to, int mistake, int order) {  // [2, 3, 40]
   const auto map = [](const void* data) {
