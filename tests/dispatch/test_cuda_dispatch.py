@@ -235,6 +235,7 @@ def test_times_are_taken_on_the_device_of_the_call(monkeypatch):
 
 def test_forms_are_measured_on_xs_device(monkeypatch):
     given = {}
+    monkeypatch.setattr(cuda, "_is_right", lambda *_: True)
     monkeypatch.setattr(cuda, "measure", lambda runners, **options: given.update(options) or {})
     *tensors, geometry, training = arguments()
     cuda._measure_forms(*(t.to("meta") for t in tensors), geometry, training)
@@ -257,3 +258,24 @@ def test_a_device_that_cannot_run_the_kernels_gets_torchs_operators(monkeypatch,
     assert _native.runs_on(torch.device("cpu"))
     with kegfast.backend("native"):  # insists: the operator itself says what is wrong
         assert _native.runs_on(card)
+
+
+def test_a_form_that_fails_or_errs_is_not_measured(monkeypatch, caplog):
+    """On a card that nobody has seen a form may do either: the others and torch's convolutions remain."""
+    *tensors, geometry, training = arguments()
+    right = kegfast.reference.tucker_conv2d(*tensors, None, *geometry, None)
+
+    def answer(*given):
+        number = given[-1]
+        if number == cuda.FORMS["persistent"]:
+            raise RuntimeError("no tensor map of this image")
+        return right.neg() if number == cuda.FORMS["stages"] else right.clone()
+
+    monkeypatch.setattr(torch.ops.kegfast, "tucker2_as", answer, raising=False)
+    monkeypatch.setattr(cuda, "measure", lambda runners, **_: dict.fromkeys(runners))
+    assert cuda._measure_forms(*tensors, geometry, training).keys() == {"fused", "convolutions"}
+    assert "persistent is left aside: no tensor map" in caplog.text
+    assert "stages is left aside: its answer is off by 2" in caplog.text
+    tensors[0][0, 0, 0, 0] = float("nan")  # what is not finite tells nothing
+    right = kegfast.reference.tucker_conv2d(*tensors, None, *geometry, None)
+    assert "stages" in cuda._measure_forms(*tensors, geometry, training)
