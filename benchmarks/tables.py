@@ -7,6 +7,7 @@ from typing import Any
 
 from benchmarks import bench_diversity, cuda_counts
 from benchmarks.common import RESULTS, by_machine, caption, facts_of, markdown_table, update_tables
+from kegfast._util.statistics import binomial_interval
 from kegfast.experiments.boundary import COMPARED, MEASURES
 from kegfast.experiments.demo import SOURCES, TITLES
 from kegfast.experiments.lenets import TEACHERS
@@ -167,6 +168,47 @@ def paper(rows: list[dict[str, Any]]) -> str:
     return markdown_table([*headers, "CPU s", "samples"], cells)
 
 
+def by_dataset(rows: list[dict[str, Any]]) -> str:
+    """The same with several data sets in one table."""
+    lines = [
+        [r["dataset"], r["method"], f"{r['ratio']:.2f}x", f"{r['published']:.2f}" if r["published"] else "",
+         f"{r['mean']:.2f}", f"{mean(r['oracle']):.2f}", f"{r['samples']:,}"]
+        for r in rows
+    ]  # fmt: skip
+    return markdown_table(["data set", "method", "ratio", "published", "ours", "best", "samples"], lines)
+
+
+def stand_in(rows: list[dict[str, Any]]) -> str:
+    """The same on few images: accuracy and agreement with the teacher, each with its interval."""
+
+    def counted(values: list[float], n: int) -> str:
+        low, high = binomial_interval(mean(values), n)
+        return f"{mean(values):.1f} ({low:.1f} to {high:.1f})"
+
+    headers = ["student", "ranks", "method", "params", "ratio", "published", "ours", "agrees", "CPU s"]
+    cells = []
+    for r in rows:
+        published = f"{r['published']:.2f}" if r["published"] and r["ranks"] == "paper" else ""
+        n, agreement = r["tested"]["n"], r["tested"]["agreement"]
+        cells.append(
+            [f"S{r['student']}", r["ranks"], r["method"], f"{r['params']:,}", f"{r['ratio']:.2f}x", published,
+             counted(r["accuracy"], n), counted(agreement, n), f"{r['seconds']:.0f}"]
+        )  # fmt: skip
+    return markdown_table(headers, cells)
+
+
+def published(rows: list[dict[str, Any]]) -> str:
+    """Accuracy of one student by steps, by what was not as published."""
+    asked = (500, 1_000, 2_000, 4_000, 6_000, 10_000)  # not all of them end an epoch of every variant
+    cells = []
+    for r in rows:
+        curve = dict(r["curve"])
+        row = [r["variant"], *(f"{curve[at]:.2f}" if at in curve else "" for at in asked)]
+        cells.append([*row, f"{max(curve.values()):.2f}", f"{r['accuracy']:.2f}"])
+    steps = [f"{at:,} steps" for at in asked]
+    return markdown_table(["taught", *steps, "best", "chosen without data"], cells)
+
+
 def ablation(rows: list[dict[str, Any]]) -> str:
     """Accuracy of each variant: mean and standard deviation over seeds."""
     cells = [[r["variant"], f"{r['mean']:.2f} ± {r['std']:.2f}", r["n"]] for r in rows]
@@ -290,6 +332,9 @@ TABLES: dict[str, tuple[str, str, Callable[[Any], str]]] = {
     "compression-latency": ("compression_latency", "cells", speedups),
     "mnist": ("reproduce_mnist", "rows", paper),
     "mnist-published": ("reproduce_mnist_published", "rows", paper),
+    "published-mnist": ("published_mnist", "rows", published),
+    "svhn": ("reproduce_svhn", "rows", stand_in),
+    "tables-published": ("reproduce_tables_published", "rows", by_dataset),
     "ablation-mnist": ("ablation_mnist", "rows", ablation),
     "terms-mnist": ("terms_mnist", "rows", ablation),
     "fashion": ("reproduce_fashion", "rows", paper),
