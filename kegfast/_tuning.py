@@ -94,8 +94,7 @@ def layer_calls(model: nn.Module, inputs: Inputs) -> list[LayerCall]:
 
     def note(layer: TuckerConv2d, args: Arguments, kwargs: Mapping[str, Any], _: Tensor) -> None:
         weights = layer.first.weight, layer.core.weight, layer.last.weight
-        geometry = Geometry(layer.core.stride, layer.core.padding, layer.core.dilation)
-        found.append(LayerCall(layer, only_input(args, kwargs).detach(), *weights, geometry))
+        found.append(LayerCall(layer, only_input(args, kwargs).detach(), *weights, Geometry.of(layer.core)))
 
     layers = [module for module in model.modules() if isinstance(module, TuckerConv2d)]
     hooks = [layer.register_forward_hook(note, with_kwargs=True) for layer in layers]

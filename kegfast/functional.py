@@ -24,6 +24,7 @@ from kegfast.ops.soft_target import fused as _fused_soft_target
 
 Metric = Literal["l1", "sqeuclidean", "l2", "euclidean", "cosine"]
 NoiseMetric = Literal["sqeuclidean", "euclidean"]
+Reduction = Literal["mean", "sum"]
 _REDUCTIONS = ("mean", "sum")
 
 
@@ -33,7 +34,7 @@ def diversity_loss(
     *,
     metric: Metric = "l1",
     noise_metric: NoiseMetric = "sqeuclidean",
-    reduction: Literal["mean", "sum"] = "mean",
+    reduction: Reduction = "mean",
     log: bool = False,
     labels: Tensor | None = None,  # (B,)
 ) -> Tensor:  # ()
@@ -68,17 +69,17 @@ def diversity_loss(
         TypeError: for something other than dense floating-point tensors of 16, 32 or 64 bits, integer labels.
         ValueError: for shapes, devices or options that do not fit, or nothing to compare.
     """
-    metric = check_diversity(noises, samples, metric, noise_metric, reduction, log, labels)
+    distance = check_diversity(noises, samples, metric, noise_metric, reduction, log, labels)
     batch = noises.shape[0]
     if noises.dim() != 2:
         noises = noises.reshape(batch, -1)
     if samples.dim() != 2:
         samples = samples.reshape(batch, -1)
     if labels is not None:
-        exponent = _within_groups(noises, samples, metric, noise_metric, reduction, labels)
+        exponent = _within_groups(noises, samples, distance, noise_metric, reduction, labels)
         return exponent if log else exponent.exp()
     scale = batch**2 if reduction == "sum" else 1
-    return _diversity(noises, samples, metric, noise_metric, scale, log)
+    return _diversity(noises, samples, distance, noise_metric, scale, log)
 
 
 def _diversity(
@@ -194,8 +195,10 @@ def tucker_conv2d(
     """
     given = x, first, core, last, bias
     if has_torch_function((*given, addend)):  # torch.fx's proxies, subclasses with a __torch_function__
-        rest = stride, padding, dilation, activation, recompute, addend
-        return handle_torch_function(tucker_conv2d, (*given, addend), *given, *rest)
+        return handle_torch_function(
+            tucker_conv2d, (*given, addend), x, first, core, last, bias, stride, padding, dilation,
+            activation, recompute, addend,
+        )  # fmt: skip
     if isinstance(x, Tensor) and x.dim() == 3:
         options = stride, padding, dilation, activation, recompute, addend
         y = tucker_conv2d(x[None], first, core, last, bias, *options)
@@ -203,8 +206,8 @@ def tucker_conv2d(
     check_activation(activation)
     geometry = check_tucker2(given, stride, padding, dilation)
     check_addend(addend, tucker2_size(x, core, last, geometry), x.device)
-    x, *weights = autocast(given)
-    call = Call(x, tuple(weights), geometry, activation, recompute, addend, None)
+    x, first, core, last, bias = autocast(given)
+    call = Call(x, (first, core, last, bias), geometry, activation, recompute, addend, None)
     return run(call, choose(call))
 
 

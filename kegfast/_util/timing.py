@@ -4,26 +4,27 @@ import random
 import statistics
 import time
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 
 from kegfast._util.check import expected
 
+Name = TypeVar("Name", bound=str)
 Clock = Literal["wall", "cpu"]
 CLOCKS: dict[Clock, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.thread_time}
 
 
 def interleaved(
-    calls: Mapping[str, Callable[[], object]], rounds: int = 5, **options: Any
-) -> dict[str, float]:
+    calls: Mapping[Name, Callable[[], object]], rounds: int = 5, **options: Any
+) -> dict[Name, float]:
     """Median seconds of one call each; arguments as of `take_turns`."""
     times = take_turns(calls, rounds, **options)
     return {name: statistics.median(values) for name, values in times.items()}
 
 
 def take_turns(
-    calls: Mapping[str, Callable[[], object]],
+    calls: Mapping[Name, Callable[[], object]],
     rounds: int = 5,
     *,
     seconds: float = 0.0,
@@ -32,7 +33,7 @@ def take_turns(
     shuffle: bool = True,
     clock: Clock = "wall",
     seed: int = 0,
-) -> dict[str, list[float]]:
+) -> dict[Name, list[float]]:
     """Seconds of one call, for each call in each round.
 
     Every call runs once beforehand, untimed. Where CUDA is in use, a turn ends when the devices have.
@@ -57,7 +58,7 @@ def take_turns(
         raise ValueError(expected("clock", " or ".join(CLOCKS), clock))
     now = CLOCKS[clock]
     repeats = {name: _repeats(call, turn, now) for name, call in calls.items()}
-    times: dict[str, list[float]] = {name: [] for name in calls}
+    times: dict[Name, list[float]] = {name: [] for name in calls}
     order, shuffled = list(calls), random.Random(seed)
     end = time.perf_counter() + seconds
     done = 0

@@ -5,12 +5,15 @@ import os
 import tempfile
 from collections.abc import Collection, Mapping
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
 from kegfast._util.check import expected
 from kegfast._util.files import parse_json, write_json
 from kegfast.version import __version__
+
+Form = TypeVar("Form", bound=str)
 
 _log = logging.getLogger(__name__)
 
@@ -44,7 +47,7 @@ def releases() -> dict[str, str]:
     return {"kegfast": __version__, "torch": torch.__version__.split("+")[0]}
 
 
-def read_choices(path: Path, forms: Collection[str]) -> dict[str, str]:
+def read_choices(path: Path, forms: Collection[Form]) -> dict[str, Form]:
     """The form of each shape by a file of `write_choices`, none where other versions wrote it.
 
     Raises:
@@ -58,7 +61,7 @@ def read_choices(path: Path, forms: Collection[str]) -> dict[str, str]:
     return found
 
 
-def checked_forms(content: object, forms: Collection[str], path: Path) -> dict[str, str]:
+def checked_forms(content: object, forms: Collection[Form], path: Path) -> dict[str, Form]:
     """The form of each shape in what was read from `path`.
 
     Raises:

@@ -21,6 +21,7 @@ from kegfast._util.files import read_json, write_json
 from kegfast._util.timing import interleaved
 from kegfast.dispatch.cache import cache_folder, checked_forms, keep_choices, read_choices, releases
 from kegfast.dispatch.calls import LayerCall
+from kegfast.dispatch.packed import Weights
 from kegfast.ops import _native
 from kegfast.ops._operands import Geometry
 
@@ -44,7 +45,7 @@ def shape_of(x: Tensor, core: Tensor, features: int, geometry: Geometry) -> Shap
     return *x.shape, r1, r2, features, kh, kw, *pairs, int(pixels_first), torch.get_num_threads()
 
 
-def by_convolutions(x: Tensor, weights: tuple[Tensor | None, ...], geometry: Geometry) -> bool:
+def by_convolutions(x: Tensor, weights: Weights, geometry: Geometry) -> bool:
     """Whether torch's convolutions were measured to be faster for a layer's call outside autograd."""
     if _table is None:
         table()
@@ -86,15 +87,19 @@ def measure(layer: Callable[[Tensor], Tensor], x: Tensor, shape: Shape) -> dict[
             chosen = form
         layer(x)
 
+    def has(form: Form) -> bool:
+        call(form)
+        return runs() == form
+
     with torch.no_grad():
-        forms = [form for form in FORMS if call(form) or runs() == form]
+        forms = [form for form in FORMS if has(form)]
         # The first call of a turn settles the form. Other processes cost one thread's own clock little.
         clock = "cpu" if torch.get_num_threads() == 1 else "wall"
         calls = {form: partial(call, form) for form in forms}
         return interleaved(calls, 9, turn=_TURN, warm=True, clock=clock)
 
 
-def runs() -> Form:
+def runs() -> str:
     """The form of the last call."""
     kernel = _native._C.last_kernel().split()[0].removesuffix("_f4")
     return "convolutions" if kernel == "unfused" else kernel

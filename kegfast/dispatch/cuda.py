@@ -16,13 +16,14 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from kegfast._util.timing import Name
 from kegfast.dispatch.cache import cache_folder, keep_choices, read_choices, write_choices
 from kegfast.dispatch.calls import LayerCall
 from kegfast.ops import _native, reference
 from kegfast.ops._operands import Geometry
 
 Form = Literal["fused", "stages", "persistent", "convolutions"]
-Times = dict[str, dict[str, float]]  # form -> {"eager": ms, "graph": ms}
+Times = dict[Form, dict[str, float]]  # form -> {"eager": ms, "graph": ms}
 FORMS: dict[Form, int | None] = {"fused": 1, "stages": 2, "persistent": 3, "convolutions": None}
 """The forms by their number in `torch.ops.kegfast.tucker2_as`; None stands for torch's convolutions."""
 
@@ -74,7 +75,8 @@ def form(
 def _follow_tf32() -> bool:
     """Tells the library whether float32 may be rounded to TF32, as torch's convolutions are told."""
     global _tf32
-    allowed = torch.backends.cudnn.conv.fp32_precision == "tf32"  # allow_tf32 raises once this one was set
+    convolutions = torch.backends.cudnn.conv  # type: ignore[attr-defined]  # made at run time
+    allowed = convolutions.fp32_precision == "tf32"  # allow_tf32 raises once this one was set
     if allowed != _tf32:
         torch.ops.kegfast.cuda_allow_tf32(allowed)
         _tf32 = allowed
@@ -106,7 +108,8 @@ def tune(calls: Iterable[LayerCall], training: bool = False) -> dict[str, Times]
     """
     _follow_tf32()
     times: dict[str, Times] = {}
-    for _, *arguments in calls:
+    for _, x, first, core, last, geometry in calls:
+        arguments = x, first, core, last, geometry
         key = _key(*arguments, training)
         if key not in times:
             times[key] = _measure_forms(*arguments, training)
@@ -124,27 +127,29 @@ def fastest(times: Times) -> Form:
 def _measure_forms(
     x: Tensor, first: Tensor, core: Tensor, last: Tensor, geometry: Geometry, training: bool
 ) -> Times:
-    tensors = [t.detach().clone(memory_format=torch.preserve_format) for t in (x, first, core, last)]
+    x, first, core, last = (
+        t.detach().clone(memory_format=torch.preserve_format) for t in (x, first, core, last)
+    )
     ints = [n for pair in geometry for n in pair]
     ops = torch.ops.kegfast
 
     def forward(name: Form) -> Tensor:
         number = FORMS[name]
         if number is None:
-            return reference.tucker_conv2d(*tensors, None, *geometry, None)
+            return reference.tucker_conv2d(x, first, core, last, None, *geometry, None)
         if training:
-            return ops.tucker2_forward(*tensors, None, *ints, False, True)[0]
-        return ops.tucker2_as(*tensors, None, *ints, False, number)
+            return ops.tucker2_forward(x, first, core, last, None, *ints, False, True)[0]
+        return ops.tucker2_as(x, first, core, last, None, *ints, False, number)
 
     def step(name: Form) -> Callable[[], object]:
         if not training:
             return lambda: forward(name)
-        return lambda: torch.autograd.grad(forward(name), tensors, grad)
+        return lambda: torch.autograd.grad(forward(name), (x, first, core, last), grad)
 
     with torch.inference_mode(False), torch.set_grad_enabled(training):
         if training:
-            tensors = [t.clone().requires_grad_() for t in tensors]
-            grad = torch.ones_like(reference.tucker_conv2d(*tensors, None, *geometry, None))
+            x, first, core, last = (t.clone().requires_grad_() for t in (x, first, core, last))
+            grad = torch.ones_like(reference.tucker_conv2d(x, first, core, last, None, *geometry, None))
         names = [name for name in FORMS if name in ("fused", "convolutions") or not training]
         want = forward("convolutions")
         names = [n for n in names if FORMS[n] is None or _is_right(n, partial(forward, n), want)]
@@ -167,12 +172,12 @@ def _is_right(name: str, run: Callable[[], Tensor], want: Tensor) -> bool:
 
 
 def measure(
-    runners: Mapping[str, Callable[[], object]],
+    runners: Mapping[Name, Callable[[], object]],
     rounds: int = 9,
     turn_ms: float = 2,
     graphs: Collection[str] | None = None,
     device: torch.device | None = None,
-) -> Times:
+) -> dict[Name, dict[str, float]]:
     """Milliseconds per call: medians over interleaved rounds, each of about `turn_ms` and one call at least.
 
     "eager": calls one after another; "graph": the replay of a CUDA graph of as many calls, for those named
@@ -184,10 +189,10 @@ def measure(
 
 
 def _measure(
-    runners: Mapping[str, Callable[[], object]], rounds: int, turn_ms: float, graphs: Collection[str] | None
-) -> Times:
-    turns: dict[tuple[str, str], Callable[[], object]] = {}
-    repeats: dict[str, int] = {}
+    runners: Mapping[Name, Callable[[], object]], rounds: int, turn_ms: float, graphs: Collection[str] | None
+) -> dict[Name, dict[str, float]]:
+    turns: dict[tuple[Name, str], Callable[[], object]] = {}
+    repeats: dict[Name, int] = {}
     for name, run in runners.items():
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
@@ -196,7 +201,7 @@ def _measure(
                 run()
         torch.cuda.current_stream().wait_stream(stream)
         repeats[name] = count = max(1, min(50, round(turn_ms / _elapsed(run))))
-        turns[name, "eager"] = lambda run=run, count=count: [run() for _ in range(count)]
+        turns[name, "eager"] = partial(_repeat, run, count)
         if graphs is None or name in graphs:
             graph = torch.cuda.CUDAGraph()
             # On a stream of this device: the default one is the first device's that captured.
@@ -204,14 +209,19 @@ def _measure(
                 for _ in range(count):
                     run()
             turns[name, "graph"] = graph.replay
-    samples: dict[tuple[str, str], list[float]] = {turn: [] for turn in turns}
+    samples: dict[tuple[Name, str], list[float]] = {turn: [] for turn in turns}
     for _ in range(rounds):
         for turn, body in turns.items():
             samples[turn].append(_elapsed(body) / repeats[turn[0]])
-    times: Times = {name: {} for name in runners}
+    times: dict[Name, dict[str, float]] = {name: {} for name in runners}
     for (name, way), values in samples.items():
         times[name][way] = statistics.median(values)
     return times
+
+
+def _repeat(run: Callable[[], object], count: int) -> None:
+    for _ in range(count):
+        run()
 
 
 def _elapsed(body: Callable[[], object]) -> float:  # milliseconds on the current stream

@@ -56,7 +56,9 @@ def _reorder(x: Tensor, factors: Copies, geometry: Geometry) -> list[Tensor]:
     packed, z = [], x
     for w, of in zip(factors, (_POINTWISE, geometry, _POINTWISE), strict=True):
         plain = w.contiguous().to_mkldnn()
-        own = torch._C._nn.mkldnn_reorder_conv2d_weight(plain, of.padding, of.stride, of.dilation, 1, z.shape)
+        own = torch.ops.aten.mkldnn_reorder_conv2d_weight(
+            plain, of.padding, of.stride, of.dilation, 1, z.shape
+        )
         packed.append(own)
         z = _run(z, own, None, of)
     return packed

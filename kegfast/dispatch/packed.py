@@ -67,7 +67,7 @@ class PackedFactors(OwnMemory):
                 return None
             packed = torch.ops.kegfast.tucker2_pack(*copies, *stride, *dilation, channels_last)
             entry = self._entries[channels_last] = key, packed, copies
-        return entry[1:]
+        return entry[1], entry[2]
 
 
 class SettledCall(OwnMemory):

@@ -58,7 +58,8 @@ def _teach_compiled_part() -> None:
     for mode in (False, True):
         with torch.inference_mode(mode):
             quiet.append((included().raw_repr(), excluded().raw_repr()))
-            words.append(_native._C.thread_keys())
+            if (keys := _native._C.thread_keys()) is not None:
+                words.append(keys)
     real, _ = plain = _plain_tensors()
     complex_numbers = torch.empty(1, dtype=torch.complex64)
     kinds = [
@@ -74,7 +75,7 @@ def _teach_compiled_part() -> None:
         included=included,
         excluded=excluded,
         quiet=quiet,
-        quiet_words=words if all(words) else [],
+        quiet_words=words if len(words) == len(quiet) else [],
         watchers=[torch.autograd._profiler_enabled, torch._C._len_torch_function_stack],
         forward_ad=forward_ad,
         global_hooks=list(_GLOBAL_HOOKS),
@@ -102,6 +103,8 @@ def are_plain(*tensors: Tensor | None) -> bool:
     are subclasses.
     """
     x = tensors[0]
+    if x is None:
+        return False
     if _native._C is not None and x.is_cpu:
         return _native._C.are_plain(*tensors)
     keys = _PLAIN.get(x.device.type, ())

@@ -7,7 +7,7 @@ Inside the fused operator on the CPU its own plan decides between the direct sum
 from collections.abc import Callable, Mapping
 from enum import Enum
 from itertools import chain
-from typing import NamedTuple
+from typing import Literal, NamedTuple, Protocol, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -26,12 +26,13 @@ _MOST_TAPS = 256  # of a core, in the kernels
 _SHADOWS = frozenset(dir(nn.Conv2d)) - vars(nn.Conv2d(1, 1, 1)).keys()
 
 
-if _native._C is None:
+def _repeat_nothing(*_: object) -> Tensor | None:
+    """Nothing was compiled that could repeat a call."""
+    return None
 
-    def repeat(*_: object) -> None:
-        """Nothing was compiled that could repeat a call."""
-else:
-    repeat = _native._C.repeat_tucker2  # a layer's last call, if nothing has changed: its output, else None
+
+# A layer's last call, if nothing has changed: its output, else None.
+repeat = _repeat_nothing if _native._C is None else _native._C.repeat_tucker2
 
 
 class Form(Enum):
@@ -63,11 +64,11 @@ class LayerMemory(OwnMemory):
 
 
 class Call(NamedTuple):
-    """A call of the operator; `weights` None: of modules that are not what it stands for."""
+    """A call of the operator."""
 
     x: Tensor
-    weights: Weights | None
-    geometry: Geometry | None  # None: of such modules too
+    weights: Weights
+    geometry: Geometry
     activation: str | None
     recompute: bool
     addend: Tensor | float | None
@@ -85,16 +86,16 @@ class Call(NamedTuple):
         return tuple(chain.from_iterable(self.geometry))
 
 
-def choose(call: Call) -> Form:
-    """The form of a call: the one place where it is decided.
+def choose(call: Call | None) -> Form:
+    """The form of a call: the one place where it is decided. None is that of a layer which `call_of` refuses.
 
     A layer runs as its three modules unless these are plain convolutions (`own_weights`) on plain tensors.
     torch's convolutions run what the kernels do not compute, what `kegfast.backend("reference")`, torch.func,
     TorchScript's tracer and forward-mode differentiation ask for, and what was measured to be faster so.
     """
-    x, weights = call.x, call.weights
-    if weights is None:
+    if call is None:
         return Form.PARTS
+    x, weights = call.x, call.weights
     if not isinstance(x, Tensor):
         return Form.REFERENCE
     of_layer = call.memory is not None and not is_compiling()
@@ -127,7 +128,24 @@ def _choose_cuda(call: Call) -> Form:
     return {0: Form.OPERATOR, cuda.FORMS["fused"]: Form.FUSED, cuda.FORMS["stages"]: Form.STAGES}[number]
 
 
-def own_weights(modules: Mapping[str, nn.Module | None], memory: LayerMemory) -> Weights | None:
+class Layer(Protocol):
+    """Of modules first, core and last: a `kegfast.nn.TuckerConv2d`."""
+
+    _modules: dict[str, nn.Module | None]
+    activation: Literal["relu"] | None
+    recompute: bool
+
+
+class Part(Protocol):
+    """Of a layer: an `nn.Conv2d` with its geometry in pairs, unless `own_weights` finds something else."""
+
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+    dilation: tuple[int, int]
+    _parameters: dict[str, nn.Parameter | None]
+
+
+def own_weights(modules: Mapping[str, Part], memory: LayerMemory) -> Weights | None:
     """The tensors of a layer's parts where these are what the operator stands for, else None.
 
     That is: three of torch's own `nn.Conv2d`, the outer ones of 1x1, no bias but the last one's, padding by
@@ -143,24 +161,28 @@ def own_weights(modules: Mapping[str, nn.Module | None], memory: LayerMemory) ->
             memory.parts = _native._C.see_parts(modules)
     first, core, last = (modules[name]._parameters for name in ("first", "core", "last"))
     try:
-        weights = first["weight"], core["weight"], last["weight"], last["bias"]
-        if first["bias"] is not None or core["bias"] is not None or any(w is None for w in weights[:3]):
+        head, middle, tail = first["weight"], core["weight"], last["weight"]
+        if first["bias"] is not None or core["bias"] is not None:
             return None
+        bias = last["bias"]
     except KeyError:
         return None
-    if any(w.dim() != 4 or w.shape[2:] != (1, 1) for w in (weights[0], weights[2])):
+    if head is None or middle is None or tail is None:
         return None
-    return weights
+    if head.dim() != 4 or tail.dim() != 4 or head.shape[2:] != (1, 1) or tail.shape[2:] != (1, 1):
+        return None
+    return head, middle, tail, bias
 
 
-def _stand(modules: Mapping[str, nn.Module | None]) -> bool:
-    parts = [modules.get(name) for name in ("first", "core", "last")]
-    if not all(_is_as_built(part) for part in parts) or not convolutions_are_torchs():
+def _stand(modules: Mapping[str, Part]) -> bool:
+    as_built = all(_is_as_built(modules.get(name)) for name in ("first", "core", "last"))
+    if not as_built or not convolutions_are_torchs():
         return False
-    return all(part.stride == (1, 1) and part.padding == (0, 0) for part in (parts[0], parts[2]))
+    outer = modules["first"], modules["last"]
+    return all(part.stride == (1, 1) and part.padding == (0, 0) for part in outer)
 
 
-def _is_as_built(part: nn.Module | None) -> bool:
+def _is_as_built(part: object) -> bool:
     if type(part) is not nn.Conv2d or part.groups != 1 or part.padding_mode != "zeros":
         return False
     if part._forward_hooks or part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks:
@@ -173,11 +195,14 @@ def _is_as_built(part: nn.Module | None) -> bool:
     return ints and {"weight", "bias"} <= part._parameters.keys()
 
 
-def call_of(layer: nn.Module, memory: LayerMemory, x: Tensor, addend: Tensor | float | None) -> Call:
-    """A layer's call, with its parts' tensors where these are what the operator stands for."""
-    modules, core = layer._modules, layer._modules["core"]
+def call_of(layer: Layer, memory: LayerMemory, x: Tensor, addend: Tensor | float | None) -> Call | None:
+    """A layer's call of the operator; None where its parts are not what that stands for."""
+    modules: dict[str, Part] = layer._modules  # type: ignore[assignment]  # own_weights looks what they are
     weights = own_weights(modules, memory)
-    geometry = None if weights is None else Geometry(core.stride, core.padding, core.dilation)
+    if weights is None:
+        return None
+    core = modules["core"]
+    geometry = Geometry(core.stride, core.padding, core.dilation)
     return Call(x, weights, geometry, layer.activation, layer.recompute, addend, memory)
 
 
@@ -208,34 +233,36 @@ def _reference(call: Call) -> Tensor:
 
 
 def _convolutions(call: Call) -> Tensor:
+    if call.memory is None:
+        return _reference(call)
     _native.note_unfused()
     return call.memory.convolutions(call.x, call.weights, call.geometry, call.activation, call.addend)
 
 
 def _operator(call: Call) -> Tensor:
     x, weights, relu = call.x, call.weights, call.activation is not None
-    adds = call.addend is not None
-    if adds and not _adds(call):
+    addend = call.addend
+    if addend is not None and not _adds(addend, call):
         return _added(call)
     memory, packed = call.memory, None
     if memory is not None and x.is_cpu and not is_compiling() and not watched():
         stride, _, dilation = call.geometry
-        if not adds or are_plain(call.addend):
+        if addend is None or are_plain(addend):
             packed = memory.packed(weights, stride, dilation, reads_channels_last(x))
     buffer = None if packed is None else packed[0]
-    if adds:
-        y = torch.ops.kegfast.tucker2_add.default(x, *weights, call.addend, buffer, *call.ints, relu)
+    if addend is not None:
+        y = torch.ops.kegfast.tucker2_add.default(x, *weights, addend, buffer, *call.ints, relu)
     else:
         y = torch.ops.kegfast.tucker2.default(x, *weights, buffer, *call.ints, relu)
-    parts = None if memory is None else memory.parts
-    if packed is not None and parts is not None and not torch.is_grad_enabled():
-        memory.settled.learn(call, packed, parts, memory.final)
+    if memory is not None and packed is not None and not torch.is_grad_enabled():
+        parts = memory.parts
+        if parts is not None:
+            memory.settled.learn(call, packed, parts, memory.final)
     return y
 
 
-def _adds(call: Call) -> bool:
+def _adds(addend: Tensor | float, call: Call) -> TypeGuard[Tensor]:
     """Whether the compiled operator takes the addend; otherwise torch's addition does."""
-    addend = call.addend
     return (
         isinstance(addend, Tensor)
         and addend.is_cpu
@@ -252,7 +279,7 @@ def _added(call: Call) -> Tensor:
     return reference.finish(y, call.addend, call.activation)
 
 
-def _as(number: int) -> Callable[[Call], Tensor]:
+def _as(number: int | None) -> Callable[[Call], Tensor]:
     def fused(call: Call) -> Tensor:
         if call.addend is not None:
             return _added(call)

@@ -19,7 +19,7 @@ class DiversityLoss(nn.Module):
         self,
         metric: functional.Metric = "l1",
         noise_metric: functional.NoiseMetric = "sqeuclidean",
-        reduction: str = "mean",
+        reduction: functional.Reduction = "mean",
         log: bool = False,
     ):
         super().__init__()

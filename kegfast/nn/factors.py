@@ -1,5 +1,6 @@
 """What a layer made of three factors tells of the dense layer that it stands for."""
 
+from collections.abc import Sequence
 from typing import Literal
 
 from torch import Tensor, nn
@@ -66,6 +67,12 @@ class Factored:
         return getattr(self, "first", None), getattr(self, "last", None)
 
     @property
+    def _parts(self) -> Sequence[Dense]:
+        """Those that there are, in the order in which they run."""
+        first, last = self._sides
+        return tuple(part for part in (first, self.core, last) if part is not None)
+
+    @property
     def _head(self) -> Dense:
         first, _ = self._sides
         return self.core if first is None else first
@@ -80,6 +87,7 @@ class FactoredConv2d(Factored):
     """Those of an `nn.Conv2d`; `weight` is (K, C, kh, kw)."""
 
     core: nn.Conv2d
+    _parts: Sequence[nn.Conv2d]
     _head: nn.Conv2d
     _tail: nn.Conv2d
 
@@ -132,6 +140,7 @@ class FactoredLinear(Factored):
     """Those of an `nn.Linear`; `weight` is (out_features, in_features)."""
 
     core: nn.Linear
+    _parts: Sequence[nn.Linear]
     _head: nn.Linear
     _tail: nn.Linear
 

@@ -1,6 +1,6 @@
 """Drop-in layers: a Tucker-2 convolution and a Linear in factors."""
 
-from typing import Self
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ from kegfast.dispatch.packed import SettledCall
 from kegfast.dispatch.tucker2 import Form, LayerMemory, call_of, choose, repeat, run
 from kegfast.nn.factors import FactoredConv2d, FactoredLinear
 from kegfast.ops import reference
-from kegfast.ops._operands import Pair, autocasts, check_activation, check_addend, pair
+from kegfast.ops._operands import Geometry, Pair, autocasts, check_activation, check_addend, pair
 
 
 class TuckerConv2d(FactoredConv2d, nn.Module):
@@ -52,7 +52,7 @@ class TuckerConv2d(FactoredConv2d, nn.Module):
         padding: Pair = 0,
         dilation: Pair = 1,
         bias: bool = True,
-        activation: str | None = None,
+        activation: Literal["relu"] | None = None,
         device: torch.device | str | int | None = None,
         dtype: torch.dtype | None = None,
     ):
@@ -110,15 +110,16 @@ class TuckerConv2d(FactoredConv2d, nn.Module):
                 return y
         call = call_of(self, self._memory, x, addend)
         form = choose(call)
-        if form is Form.PARTS:
+        if call is None or form is Form.PARTS:
             y = self.last(self.core(self.first(x)))
             check_addend(addend, y.shape, y.device)
             return reference.finish(y, addend, self.activation)
         plain = isinstance(x, Tensor) and x.dim() == 4 and not has_torch_function((x, addend))
         if plain and not autocasts(x):
             return run(call, form)
-        options = *call.geometry, call.activation, call.recompute, addend
-        return functional.tucker_conv2d(x, *call.weights, *options)
+        return functional.tucker_conv2d(
+            x, *call.weights, *call.geometry, self.activation, self.recompute, addend
+        )
 
     def extra_repr(self) -> str:
         """The dense layer's, the rank, and options that are not the default."""
@@ -127,7 +128,7 @@ class TuckerConv2d(FactoredConv2d, nn.Module):
         told += ["recompute=True"] * self.recompute
         return ", ".join(filter(None, told))
 
-    def __setattr__(self, name: str, value: object) -> None:
+    def __setattr__(self, name: str, value: Any) -> None:
         if name == "activation":
             check_activation(value)
         if name == "recompute":
@@ -169,16 +170,14 @@ class TuckerConv2d(FactoredConv2d, nn.Module):
         conv = nn.Conv2d(
             first.shape[1],
             last.shape[0],
-            self.core.kernel_size,
-            self.core.stride,
-            self.core.padding,
-            self.core.dilation,
+            self.kernel_size,
+            *Geometry.of(self.core),
             bias=self.last.bias is not None,
             device=first.device,
             dtype=first.dtype,
         )
         conv.weight.copy_(torch.einsum("kr,rshw,sc->kchw", last, self.core.weight, first))
-        if self.last.bias is not None:
+        if self.last.bias is not None and conv.bias is not None:
             conv.bias.copy_(self.last.bias)
         return conv.train(self.training)
 

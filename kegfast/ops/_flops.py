@@ -50,7 +50,7 @@ class _Awaited(MetaPathFinder):
                 load(module)
                 _hand_over(module)
 
-            spec.loader.exec_module = exec_module  # type: ignore[method-assign]
+            spec.loader.exec_module = exec_module  # type: ignore[method-assign]  # of this one import
         return spec
 
 

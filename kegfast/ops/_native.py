@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch.autograd import forward_ad
@@ -38,8 +38,15 @@ def _load() -> tuple[ModuleType | None, str]:
     return compiled, ""
 
 
-# Loading _C registers torch.ops.kegfast; torch itself must be loaded first, as it is above.
-_C, _why_absent = _load()
+if (
+    TYPE_CHECKING
+):  # as if it were always there: what needs it asks `_C is None` first, or is not reached without
+    from kegfast import _C
+
+    _why_absent = ""
+else:
+    # Loading _C registers torch.ops.kegfast; torch itself must be loaded first, as it is above.
+    _C, _why_absent = _load()
 
 
 def _load_cuda() -> bool:

@@ -1,11 +1,12 @@
 """Checks of convolutions' operands, which raise what the functions of `kegfast.functional` document."""
 
-from typing import NamedTuple
+from typing import NamedTuple, Self, TypeGuard, overload
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from kegfast._util.check import expected
+from kegfast._util.modules import two
 from kegfast.ops.tucker2 import tucker2_output_size
 
 Pair = int | tuple[int, int]
@@ -21,8 +22,15 @@ class Geometry(NamedTuple):
     padding: tuple[int, int]
     dilation: tuple[int, int]
 
+    @classmethod
+    def of(cls, conv: nn.Conv2d) -> Self:
+        """That of a module; ValueError where its padding is by a name."""
+        if isinstance(conv.padding, str):
+            raise ValueError(expected("padding", "a pair of ints", conv.padding))
+        return cls(two(conv.stride), two(conv.padding), two(conv.dilation))
 
-def is_dense_float(x: object) -> bool:
+
+def is_dense_float(x: object) -> TypeGuard[Tensor]:
     """Whether the operators compute with it: no tensor that is sparse, quantised or of 8 bits."""
     return isinstance(x, Tensor) and x.dtype in _FLOATS and x.layout is torch.strided
 
@@ -89,7 +97,8 @@ def check_tucker2(operands: Operands, stride: Pair, padding: Pair, dilation: Pai
 
 def tucker2_size(x: Tensor, core: Tensor, last: Tensor, geometry: Geometry) -> tuple[int, int, int, int]:
     """(N, K, H', W') of the output."""
-    return (x.shape[0], last.shape[0], *tucker2_output_size(*x.shape[2:], core, *geometry))
+    height, width = x.shape[2:]
+    return (x.shape[0], last.shape[0], *tucker2_output_size(height, width, core, *geometry))
 
 
 def check_addend(addend: object, size: tuple[int, ...], device: torch.device) -> None:
@@ -119,7 +128,15 @@ def autocasts(x: Tensor) -> bool:
     return not x.is_meta and torch.is_autocast_enabled(x.device.type)
 
 
-def autocast(operands: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+@overload
+def autocast(operands: Operands) -> Operands: ...
+
+
+@overload
+def autocast(operands: tuple[Tensor, Tensor, Tensor | None]) -> tuple[Tensor, Tensor, Tensor | None]: ...
+
+
+def autocast(operands: tuple[Tensor, *tuple[Tensor | None, ...]]) -> tuple[Tensor | None, ...]:
     """A convolution's operands, x first, in autocast's dtype where it is on, as torch's own take them."""
     x = operands[0]
     if not autocasts(x) or x.dtype == torch.float64:

@@ -9,6 +9,7 @@ from torch.library import register_fake
 from torch.overrides import handle_torch_function, has_torch_function
 
 from kegfast._util.check import expected
+from kegfast._util.modules import two
 from kegfast.ops import _native, reference
 from kegfast.ops._flops import register_flop_formula
 from kegfast.ops._operands import (
@@ -21,7 +22,8 @@ from kegfast.ops._operands import (
 )
 from kegfast.ops.tucker2 import reads_channels_last, tucker2_output_size
 
-Windows = tuple[tuple[int, int], ...]  # stride, padding, pool, pool_stride, pool_padding
+Two = tuple[int, int]
+Windows = tuple[Two, Two, Two, Two, Two]  # stride, padding, pool, pool_stride, pool_padding
 _MOST_ROWS = 256  # of the convolution's window, in the kernel
 
 
@@ -60,8 +62,10 @@ def conv_max_pool2d(
     """
     tensors = x, weight, bias
     if has_torch_function(tensors):  # torch.fx's proxies, subclasses with a __torch_function__
-        rest = stride, padding, pool, pool_stride, pool_padding, activation
-        return handle_torch_function(conv_max_pool2d, tensors, *tensors, *rest)
+        return handle_torch_function(
+            conv_max_pool2d, tensors, x, weight, bias, stride, padding, pool, pool_stride, pool_padding,
+            activation,
+        )  # fmt: skip
     shapes = stride, padding, pool, pool if pool_stride is None else pool_stride, pool_padding
     known = activation in (None, "relu") and all(t is None or isinstance(t, Tensor) for t in tensors)
     if known and not is_compiling() and not autocasts(x) and _fuses(*tensors):
@@ -87,16 +91,21 @@ def _check(
     check_activation(activation)
     names = "stride", "padding", "pool", "pool_stride", "pool_padding"
     sizes = zip(names, shapes, (1, 0, 1, 1, 0), strict=True)
-    geometry = tuple(pair(name, two, least) for name, two, least in sizes)
+    stride, padding, pool, pool_stride, pool_padding = (pair(name, two, least) for name, two, least in sizes)
+    geometry = stride, padding, pool, pool_stride, pool_padding
     _check_tensors(x, weight, bias)
     _check_windows(x, weight, geometry)
     return geometry
 
 
-def _run(tensors: tuple[Tensor, ...], geometry: Windows, activation: str | None) -> Tensor:
-    x, dtype = tensors[0], torch.float32
-    if x.dtype is not dtype:
-        wide = tuple(t if t is None else t.to(dtype) for t in tensors)
+def _run(
+    tensors: tuple[Tensor, Tensor, Tensor | None],
+    geometry: tuple[tuple[int, ...], ...],
+    activation: str | None,
+) -> Tensor:
+    x, weight, bias = tensors
+    if x.dtype is not torch.float32:
+        wide = x.float(), weight.float(), None if bias is None else bias.float()
         return _run(wide, geometry, activation).to(x.dtype)
     (sh, sw), (ph, pw), *pool = geometry
     (kh, kw), (psh, psw), (pph, ppw) = pool
@@ -142,10 +151,11 @@ def _sizes(
     ints: tuple[int, ...],
 ) -> tuple[tuple[int, int], tuple[int, int]]:
     """(P, Q) of the convolution and (U, V) of the pooling."""
-    stride, padding, pool, pool_stride, pool_padding = (ints[i : i + 2] for i in range(0, 10, 2))
+    stride, padding, pool, pool_stride, pool_padding = (two(ints[i : i + 2]) for i in range(0, 10, 2))
     conv = tucker2_output_size(x_shape[2], x_shape[3], weight, stride, padding, (1, 1))
     windows = zip(conv, pool, pool_stride, pool_padding, strict=True)
-    return conv, tuple((n + 2 * p - k) // s + 1 for n, k, s, p in windows)
+    rows, columns = ((n + 2 * p - k) // s + 1 for n, k, s, p in windows)
+    return conv, (rows, columns)
 
 
 def _register() -> None:

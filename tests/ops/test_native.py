@@ -1,5 +1,6 @@
 """The compiled part: present, lowered, chosen against, or missing."""
 
+import ast
 import itertools
 import platform
 import re
@@ -97,3 +98,20 @@ def test_what_this_processor_has_is_found():
     runs = list(itertools.takewhile(lambda isa: needs[isa] <= flags, info["isa_compiled"]))
     # a system may have tiles and keep them from this process
     assert info["isa_detected"] in (runs[-1], *(["avx512_bf16"] if runs[-1] == "amx" else []))
+
+
+def names_of(module: object) -> set[str]:
+    return {name for name in dir(module) if not name.startswith("_")}
+
+
+@needs_native
+def test_the_stub_names_what_is_compiled():
+    stub = ast.parse((Path(kegfast.__file__).parent / "_C.pyi").read_text())
+    declared = [part for part in stub.body if isinstance(part, ast.FunctionDef | ast.ClassDef)]
+    assert {part.name for part in declared if not part.name.startswith("_")} == names_of(kegfast._C)
+    for part in declared:
+        if isinstance(part, ast.ClassDef) and not part.name.startswith("_"):
+            members = {member.name for member in part.body if isinstance(member, ast.FunctionDef)}
+            members |= {member.targets[0].id for member in part.body if isinstance(member, ast.Assign)}
+            own = getattr(kegfast._C, part.name)
+            assert members == names_of(own) - ({"name", "value"} if hasattr(own, "__members__") else set())
