@@ -129,9 +129,10 @@ def _conv_max_pool(values: Values, args: list[Any], kwargs: dict[str, Any], node
         names, args, kwargs, **defaults, activation=None
     )
     values.images(x)
-    weights = [None if w is None else values.parameter(w) for w in (weight, bias)]
-    if weights[0].shape[2] * weights[0].shape[3] > MOST_TAPS:
+    window = values.parameter(weight)
+    if window.shape[2] * window.shape[3] > MOST_TAPS:
         raise Unknown
+    weights = [window, None if bias is None else values.parameter(bias)]
     pooled = pool if pool_stride is None else pool_stride
     options = pairs(stride, padding, pool, pooled, pool_padding)
     return [Step("conv_max_pool", [x], [*options, follows == "relu"], weights)]

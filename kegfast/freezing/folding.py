@@ -1,6 +1,7 @@
 """What a step's last store can take over from the steps behind it."""
 
 from collections.abc import Collection, Hashable, Mapping
+from typing import TypeGuard
 
 import torch
 
@@ -43,6 +44,12 @@ class Folding:
         users = sum(step.operands.count(value) for step in self.steps)
         return users == 1 and value not in self.outputs
 
+    def _open(self, layer: Step | None, kinds: Collection[str]) -> TypeGuard[Step]:
+        """Whether it is of such a kind, may do more behind what it does, and one step uses its value."""
+        if layer is None or layer.kind not in kinds or not self._alone(layer.value):
+            return False
+        return not layer.rectified and len(layer.operands) == 1
+
     def _flattened_linears(self) -> None:
         """A Linear of a flattened image is a convolution whose kernel is the image."""
         made = self._made()
@@ -54,6 +61,8 @@ class Folding:
             if height * width > MOST_TAPS:
                 continue
             weight, bias = step.weights
+            if weight is None:
+                continue
             step.kind, step.operands[0] = "convolution", flat.operands[0]
             step.options = [1, 1, 0, 0, 1, 1, 1, step.options[0], 1]
             step.weights = [weight.reshape(-1, channels, height, width), bias]
@@ -63,11 +72,12 @@ class Folding:
         """Scales and shifts by channel behind a layer go into its weights."""
         for scale in [step for step in self.steps if step.kind == "affine"]:
             layer = self._made().get(scale.operands[0])
-            takes = layer is not None and layer.kind in FOLDS_SCALE and self._alone(layer.value)
-            if not takes or layer.rectified or len(layer.operands) > 1:
+            if not self._open(layer, FOLDS_SCALE):
                 continue
-            factor, shift = (w.double() for w in scale.weights)
+            factor, shift = (w.double() for w in scale.weights if w is not None)
             *rest, last, bias = layer.weights
+            if last is None:
+                continue
             scaled = last.double() * factor.reshape(-1, *[1] * (last.dim() - 1))
             moved = shift if bias is None else bias.double() * factor + shift
             layer.weights = [*rest, scaled.to(torch.float32), moved.to(torch.float32)]
@@ -83,8 +93,7 @@ class Folding:
             order = {step.value: at for at, step in enumerate(self.steps)}
             for value in sorted(set(total.operands), key=lambda v: order.get(v, -1), reverse=True):
                 layer = self._made().get(value)
-                takes = layer is not None and layer.kind in ADDEND and self._alone(value)
-                if not takes or layer.rectified or len(layer.operands) > 1:
+                if not self._open(layer, ADDEND):
                     continue
                 other = total.operands[1 - total.operands.index(value)]
                 self.steps.remove(layer)

@@ -4,14 +4,18 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, fx, nn
 
 from kegfast._util.check import expected
 from kegfast._util.files import atomic_write
+from kegfast._util.graph import target_name
 from kegfast.ops import _native
+
+if TYPE_CHECKING:
+    from kegfast._C import FrozenNetwork, FrozenPlan
 
 MOST_PLANS = 8
 """Input sizes for which a part keeps a plan."""
@@ -31,7 +35,7 @@ class StepCost:
 @dataclass
 class _Plan:
     key: tuple[Any, ...]
-    native: Any
+    native: "FrozenPlan"
     address: int
     sizes: list[tuple[int, ...]]
     layouts: list[torch.memory_format]
@@ -59,7 +63,7 @@ class Part(nn.Module):
         self._forget()
 
     def _forget(self) -> None:
-        self._network: Any = None
+        self._network: FrozenNetwork | None = None
         self._plans: dict[tuple[Any, ...], _Plan] = {}
         self._last: _Plan | None = None
 
@@ -90,7 +94,7 @@ class Part(nn.Module):
     def seconds(self, inputs: Sequence[Tensor]) -> list[float]:
         """Seconds of each step, in a run of its own."""
         self.forward(*inputs)
-        plan = self._last
+        plan = self._plan(tuple(inputs))
         outputs = plan.outputs()
         return plan.native.seconds([t.data_ptr() for t in (*inputs, *outputs)])
 
@@ -111,8 +115,8 @@ class Part(nn.Module):
             while len(self._plans) >= MOST_PLANS:
                 del self._plans[next(iter(self._plans))]
             self._plans[key] = _Plan(key, native, native.address, made, list(map(_layout, made)))
-        self._last = self._plans[key]
-        return self._last
+        plan = self._last = self._plans[key]
+        return plan
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_network": None, "_plans": {}, "_last": None}
@@ -141,14 +145,19 @@ class Frozen(nn.Module):
     def __init__(self, graph: nn.Module):
         super().__init__()
         self.graph = graph
+        self._find_one()
+        self.requires_grad_(False)
+        self.eval()
+
+    def _find_one(self) -> None:
+        """A network of one part, input and output is called past the graph."""
+        graph = self.graph
         parts = [m for m in graph.modules() if isinstance(m, Part)]
         nodes = [n for n in graph.graph.nodes] if isinstance(graph, fx.GraphModule) else []
         alone = [n.op for n in nodes] == ["placeholder", "call_module", "output"] and nodes[-1].args[
             0
         ] is nodes[1]
         self._one: Callable[[Tensor], Tensor | None] | None = parts[0].call_one if alone and parts else None
-        self.requires_grad_(False)
-        self.eval()
 
     def forward(self, *inputs: Tensor) -> Any:
         """What the model answers in eval mode.
@@ -207,7 +216,7 @@ class Frozen(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self.__init__(self.graph)
+        self._find_one()
 
 
 def item(values: tuple[Tensor, ...], index: int) -> Tensor:
@@ -228,9 +237,9 @@ class _Timed(fx.Interpreter):
         self.costs: list[tuple[str, str, bool, float]] = []
 
     def run_node(self, n: fx.Node) -> Any:
-        part = self.module.get_submodule(n.target) if n.op == "call_module" else None
+        part = self.module.get_submodule(target_name(n)) if n.op == "call_module" else None
         if isinstance(part, Part):
-            inputs = [self.env[value] for value in n.args]
+            inputs = [self.env[value] for value in n.args if isinstance(value, fx.Node)]
             seconds = part.seconds(inputs)
             self.costs += [(name, kind, True, s) for (kind, name), s in zip(part.steps, seconds, strict=True)]
             return part(*inputs)

@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import nn
 
+from kegfast.extraction.moments import running_statistics
 from kegfast.freezing.network import Step
 from kegfast.freezing.values import (
     MOST_TAPS,
@@ -37,9 +38,10 @@ def _tucker(values: Values, args: list[Any], layer: TuckerConv2d) -> list[Step]:
     for value in args:
         values.images(value)
     core = layer.core
-    if core.kernel_size[0] * core.kernel_size[1] > MOST_TAPS:
+    padding = explicit_padding(core)
+    if padding is None or core.kernel_size[0] * core.kernel_size[1] > MOST_TAPS:
         raise Unknown
-    options = [*core.stride, *core.padding, *core.dilation, layer.activation == "relu"]
+    options = [*core.stride, *padding, *core.dilation, layer.activation == "relu"]
     weights = [layer.first.weight, core.weight, layer.last.weight, layer.last.bias]
     return [Step("tucker2", args, options, weights)]
 
@@ -56,7 +58,7 @@ def _tucker_linear(values: Values, args: list[Any], layer: TuckerLinear) -> list
 
 
 def _chain(values: Values, args: list[Any], layer: FactorChain) -> list[Step]:
-    return [step for part in layer for step in _conv(values, args, part)]
+    return [step for part in layer._parts for step in _conv(values, args, part)]
 
 
 def _norm(values: Values, args: list[Any], norm: nn.BatchNorm2d | nn.BatchNorm1d) -> list[Step]:
@@ -64,10 +66,11 @@ def _norm(values: Values, args: list[Any], norm: nn.BatchNorm2d | nn.BatchNorm1d
     values.known(x)
     if norm.running_mean is None or norm.training:
         raise Unknown
-    scale = (norm.running_var.double() + norm.eps).rsqrt()
+    mean, variance = running_statistics(norm)
+    scale = (variance.double() + norm.eps).rsqrt()
     if norm.weight is not None:
         scale = scale * norm.weight.double()
-    shift = -norm.running_mean.double() * scale
+    shift = -mean.double() * scale
     if norm.bias is not None:
         shift = shift + norm.bias.double()
     return [Step("affine", [x], [0], [scale, shift])]

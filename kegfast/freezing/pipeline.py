@@ -1,7 +1,7 @@
 """From a model to its frozen copy: trace, native parts, check."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 
 import torch
 from torch import Tensor, fx, nn
@@ -203,7 +203,10 @@ class _Partition:
         own = {step.value for step in steps}
         outputs = [value for value in own if isinstance(value, fx.Node) and self._used_from(value, before)]
         outputs.sort(key=[*self.answers, *(step.value for step in steps)].index)
-        steps = Folding(steps, outputs, self.shapes).folded()
+        shapes: dict[Hashable, tuple[int, ...]] = {
+            value: tuple(shape) for value, shape in self.shapes.items()
+        }
+        steps = Folding(steps, outputs, shapes).folded()
         own = {step.value for step in steps}
         used = {v for step in steps for v in step.operands if v not in own}
         inputs = [node for node in self.graph.graph.nodes if node in used]

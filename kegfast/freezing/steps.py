@@ -1,8 +1,9 @@
 """What the native part understands: nodes of a traced graph as steps of a network."""
 
 import torch
-from torch import fx
+from torch import fx, nn
 
+from kegfast._util.graph import called, target_name
 from kegfast.freezing.calls import FUNCTIONS, METHODS
 from kegfast.freezing.layers import MODULES
 from kegfast.freezing.network import MOST_OPTION, Step
@@ -24,7 +25,8 @@ class Reader:
         if shape is None or shape[:1] != (self.values.batch,):
             return None
         try:
-            steps = self._module(node) if node.op == "call_module" else self._call(node)
+            module = called(node, self.values.modules)
+            steps = self._call(node) if module is None else self._module(node, module)
         except Unknown:
             return None
         if any(option > MOST_OPTION for step in steps for option in step.options):
@@ -38,8 +40,7 @@ class Reader:
             previous = step.value
         return steps
 
-    def _module(self, node: fx.Node) -> list[Step]:
-        module = self.values.modules[node.target]
+    def _module(self, node: fx.Node, module: nn.Module) -> list[Step]:
         read = MODULES.get(type(module))
         if read is None or node.kwargs or module._forward_hooks or module._forward_pre_hooks:
             raise Unknown
@@ -48,7 +49,8 @@ class Reader:
         return read(self.values, list(node.args), module)
 
     def _call(self, node: fx.Node) -> list[Step]:
-        read = FUNCTIONS.get(node.target) if node.op == "call_function" else METHODS.get(node.target)
+        is_function = node.op == "call_function"
+        read = FUNCTIONS.get(node.target) if is_function else METHODS.get(target_name(node))
         if read is None:
             raise Unknown
         return read(self.values, list(node.args), dict(node.kwargs), node)

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from kegfast._util.graph import target_name
 from kegfast.freezing.network import ACTIVATIONS, Step
 
 MOST_TAPS = 256  # of a window, in the kernels
@@ -48,7 +49,7 @@ class Values:
         """The tensor that a node gets."""
         if not isinstance(node, fx.Node) or node.op != "get_attr":
             raise Unknown
-        owner, _, name = node.target.rpartition(".")
+        owner, _, name = target_name(node).rpartition(".")
         tensor = getattr(self.modules[owner], name)
         if tensor.dtype is not torch.float32:
             raise Unknown
