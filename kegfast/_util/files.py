@@ -290,7 +290,7 @@ def _feed(found: blake2b, value: Any) -> None:
     elif isinstance(value, Tensor):
         found.update(f"{value.dtype} {tuple(value.shape)} {value.layout}".encode())
         if value.layout == torch.strided and not value.is_meta:
-            found.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+            found.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
     else:
         found.update(f"{type(value).__name__} {value!r};".encode())
 

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from kegfast._util.check import expected
@@ -39,6 +40,11 @@ def two(numbers: Sequence[int]) -> tuple[int, int]:
     """The pair that a convolution over images keeps of its geometry; torch's types leave its length open."""
     vertical, horizontal = numbers
     return vertical, horizontal
+
+
+def channels_last(model: Kind) -> Kind:
+    """The model itself, with its convolutions' weights in that memory format."""
+    return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's types lack it
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 import argparse
 from pathlib import Path
 
+from kegfast._util.modules import channels_last
 from kegfast.cli import options, sources
 
 
@@ -46,7 +47,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    import torch
 
     from kegfast import distill, training
     from kegfast.distillation import Pool
@@ -58,7 +58,7 @@ def run(args: argparse.Namespace) -> None:
     teacher = options.load_model(args.model, args.weights, info).to(device)
     student = options.load_model(args.model, args.student, info).to(device)
     # The faster one in training; torch's stubs lack it.
-    student.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    channels_last(student)
     for model in (teacher, student):
         options.check_fit(model, info)
     test = options.test_set(args) if args.evaluate else None

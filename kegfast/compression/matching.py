@@ -7,7 +7,7 @@ al., DeepInversion, both CVPR 2020).
 
 import logging
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, overload
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +29,14 @@ SPREAD = 0.1
 NUMBERS = 1 << 18
 """At most so many numbers (256 images of 32 x 32) are optimised, but at least LEAST samples."""
 LEAST = 16
+
+
+@overload
+def match_statistics(model: nn.Module, samples: Tensor) -> Tensor: ...
+
+
+@overload
+def match_statistics(model: nn.Module, samples: Inputs) -> Inputs: ...
 
 
 def match_statistics(model: nn.Module, samples: Inputs) -> Inputs:

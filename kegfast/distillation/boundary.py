@@ -25,7 +25,7 @@ TEMPERATURE = 3.0
 class BoundarySamples(NamedTuple):
     """What `boundary_samples` found, one row per base sample."""
 
-    index: Tensor
+    index: Tensor  # type: ignore[assignment]  # hides tuple's method of that name
     """(N,) int64, positions of the base samples in the batch."""
     samples: Tensor
     """(N, ...), the moved samples, wherever their search ended."""

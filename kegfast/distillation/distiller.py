@@ -238,13 +238,12 @@ def _optimizer(
     check.number("lr", lr, above=0)
     check.number("weight_decay", weight_decay, least=0)
     # One fused kernel per step; torch's default on a CPU is a loop of small ones over the parameters.
-    options = {"lr": lr, "weight_decay": weight_decay, "fused": True}
     if optimizer == "adam":
-        return torch.optim.Adam(parameters, **options)
+        return torch.optim.Adam(parameters, lr, weight_decay=weight_decay, fused=True)
     if optimizer == "adamw":
-        return torch.optim.AdamW(parameters, **options)
+        return torch.optim.AdamW(parameters, lr, weight_decay=weight_decay, fused=True)
     if optimizer == "sgd":
-        return torch.optim.SGD(parameters, momentum=0.9, **options)
+        return torch.optim.SGD(parameters, lr, momentum=0.9, weight_decay=weight_decay, fused=True)
     raise ValueError(expected("optimizer", "'adam', 'adamw', 'sgd' or a function", optimizer))
 
 

@@ -6,11 +6,13 @@ alike) and its weight (`:number`, 1 by default).
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from itertools import pairwise
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -97,16 +99,18 @@ class Objective(nn.Module):
 
     def forward(self, batch: Batch, done: float = 0.0) -> dict[str, Tensor]:
         """Evaluate the terms; `"loss"` is their weighted sum."""
-        values, total = {}, 0.0
+        weighted: list[Tensor] = []
+        values: dict[str, Tensor] = {}
         for term in self.terms:
             weight = term.weight_at(done)
             if weight == 0:
                 continue
             value = self._value(term, batch)
-            total = total + weight * value
-            values[term.name] = values.get(term.name, 0.0) + value
+            weighted.append(weight * value)
+            values[term.name] = values[term.name] + value if term.name in values else value
         if not values:
             raise ValueError(expected("loss", "at least one term with a weight", self.terms))
+        total = _sum(weighted)
         return {"loss": total} if len(self.terms) == 1 else {"loss": total, **values}
 
     def _value(self, term: Term, batch: Batch) -> Tensor:
@@ -121,6 +125,11 @@ class Objective(nn.Module):
         """The student's features as the teacher's shape has them."""
         key = _key(ours, theirs)
         return self.regressors[key](wide(features)) if key in self.regressors else features
+
+
+def _sum(values: Iterable[Tensor]) -> Tensor:
+    """Of one value at least."""
+    return reduce(torch.add, values)
 
 
 def _soft_target(objective: Objective, term: Term, batch: Batch) -> Tensor:
@@ -148,13 +157,13 @@ def _on_features(loss: Callable[[Tensor, Tensor], Tensor]) -> Callable[..., Tens
     """The loss summed over the pairs of layers; on the logits where none is named."""
 
     def total(objective: Objective, term: Term, batch: Batch) -> Tensor:
-        return sum(loss(*pair) for pair in _pairs(term, batch) or [(batch.student, batch.teacher)])
+        return _sum(loss(*pair) for pair in _pairs(term, batch) or [(batch.student, batch.teacher)])
 
     return total
 
 
 def _hint(objective: Objective, term: Term, batch: Batch) -> Tensor:
-    return sum(
+    return _sum(
         feature_losses.hint(
             objective.regress(ours, theirs, batch.student_features[ours]),
             batch.teacher_features[theirs],
@@ -166,7 +175,7 @@ def _hint(objective: Objective, term: Term, batch: Batch) -> Tensor:
 def _fsp(objective: Objective, term: Term, batch: Batch) -> Tensor:
     """Between each named layer and the next."""
     ours, theirs = zip(*_pairs(term, batch), strict=True)
-    return sum(
+    return _sum(
         feature_losses.fsp(student, teacher)
         for student, teacher in zip(pairwise(ours), pairwise(theirs), strict=True)
     )

@@ -6,12 +6,12 @@ none, or None. It draws from torch's global generator, so that whoever seeds tha
 `kegfast.Generators` is one.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from kegfast._util import check
 from kegfast._util.check import expected
@@ -27,9 +27,9 @@ from kegfast._util.inputs import (
     split,
     take,
     tensors_in,
-    unpack,
 )
 from kegfast._util.inputs import count as count_of
+from kegfast.distillation.datasets import DatasetSource, LoaderSource, as_labels, unpacked
 from kegfast.distillation.logit import UNLABELLED
 
 
@@ -40,6 +40,18 @@ class Source(Protocol):
     def sample(self, n: int) -> tuple[Inputs, Tensor | None]:
         """Draw `n` samples and, where known, their labels."""
         ...
+
+
+def drawn(source: Source, n: int) -> Tensor:  # (n, *sample_shape)
+    """Samples without their labels, of a source whose samples are tensors.
+
+    Raises:
+        TypeError: they are tuples or mappings.
+    """
+    samples, _ = source.sample(n)
+    if not isinstance(samples, Tensor):
+        raise TypeError(expected("source", "of samples that are tensors", samples))
+    return samples
 
 
 class UniformNoise:
@@ -113,13 +125,20 @@ class InMemory:
         self._size = count_of(samples)
         if self._size == 0:
             raise ValueError(expected("samples", "one sample or more", samples))
-        if labels is not None and _as_labels("labels", labels).shape != (self._size,):
+        if labels is not None and as_labels("labels", labels).shape != (self._size,):
             raise ValueError(expected("labels", f"of shape ({self._size},)", labels))
         self.samples, self.labels = samples, None if labels is None else labels.long()
         self._answers: tuple[bytes, Any] | None = None
 
     def __len__(self) -> int:
         return self._size
+
+    @property
+    def tensor(self) -> Tensor:
+        """The samples, where they are one tensor; TypeError where they are not."""
+        if not isinstance(self.samples, Tensor):
+            raise TypeError(expected("samples", "a tensor", self.samples))
+        return self.samples
 
     def draw(self, n: int) -> Tensor:
         """Positions of `n` samples, (n,) int64."""
@@ -275,51 +294,6 @@ class Mixture:
         return [end - start for start, end in zip(edges, [*edges[1:], n], strict=True)]
 
 
-class _DatasetSource:
-    """Random items of a map-style data set."""
-
-    def __init__(self, dataset: Dataset):
-        if len(dataset) == 0:
-            raise ValueError(expected("source", "a data set with samples", "an empty one"))
-        self.dataset = dataset
-
-    def sample(self, n: int) -> tuple[Inputs, Tensor | None]:
-        index = torch.randint(len(self.dataset), (check.count("n", n),)).tolist()
-        return _unpack(torch.utils.data.default_collate([self.dataset[i] for i in index]))
-
-
-class _LoaderSource:
-    """Batches of a DataLoader, cut to the size asked for, pass after pass.
-
-    The loader's order is its own: a resumed run begins a new pass.
-    """
-
-    def __init__(self, loader: DataLoader):
-        self.loader = loader
-        self._batches: Iterator[Any] = iter(())
-        self._left: tuple[Inputs, Tensor | None] | None = None
-
-    def sample(self, n: int) -> tuple[Inputs, Tensor | None]:
-        samples, labels = [], []
-        while n > 0:
-            part, part_labels = self._left or self._next()
-            samples.append(take(part, slice(n)))
-            labels.append(None if part_labels is None else part_labels[:n])
-            rest = take(part, slice(n, None)), None if part_labels is None else part_labels[n:]
-            self._left = rest if count_of(rest[0]) else None
-            n -= count_of(samples[-1])
-        return concat(samples), None if labels[0] is None else torch.cat(labels)
-
-    def _next(self) -> tuple[Inputs, Tensor | None]:
-        batch = next(self._batches, None)
-        if batch is None:
-            self._batches = iter(self.loader)
-            batch = next(self._batches, None)
-        if batch is None:
-            raise ValueError(expected("source", "a DataLoader with batches", "an empty one"))
-        return _unpack(batch)
-
-
 def as_source(source: Any) -> Source:
     """Make a source of a source, of tensors, a data set or a DataLoader.
 
@@ -337,26 +311,20 @@ def as_source(source: Any) -> Source:
     if isinstance(source, Tensor):
         return InMemory(source)
     if isinstance(source, Mapping):
-        return InMemory(*_unpack(source))
+        return InMemory(*unpacked(source))
     if isinstance(source, tuple) and source and isinstance(source[0], Tensor):
         return InMemory(source)
     if isinstance(source, DataLoader):
-        return _LoaderSource(source)
+        return LoaderSource(source)
     if isinstance(source, TensorDataset):
         return InMemory(*source.tensors[:2])
     if isinstance(source, IterableDataset):
         raise TypeError(expected("source", "a DataLoader around an iterable data set", "the set"))
     if hasattr(source, "__getitem__") and hasattr(source, "__len__"):
-        return _DatasetSource(source)
+        return DatasetSource(source)
     raise TypeError(
         expected("source", "an object with sample(n), a tensor, a data set or a DataLoader", type(source))
     )
-
-
-def _unpack(batch: Any) -> tuple[Inputs, Tensor | None]:
-    """(samples, labels) of a collated batch."""
-    samples, labels = unpack("source", batch)
-    return samples, None if labels is None else _as_labels("the source's labels", labels)
 
 
 def _check_samples(samples: Tensor, least: int) -> None:
@@ -365,14 +333,6 @@ def _check_samples(samples: Tensor, least: int) -> None:
         raise TypeError(expected("samples", what, samples))
     if samples.ndim < 2 or len(samples) < least:
         raise ValueError(expected("samples", what, samples))
-
-
-def _as_labels(name: str, labels: Any) -> Tensor:
-    """Classes as int64."""
-    whole = isinstance(labels, Tensor) and not (labels.is_floating_point() or labels.is_complex())
-    if not whole or labels.dtype is torch.bool:
-        raise TypeError(expected(name, "integers", labels))
-    return labels.long()
 
 
 def _labels_or_none_known(samples: Inputs, labels: Tensor | None) -> Tensor:

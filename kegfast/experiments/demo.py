@@ -14,7 +14,7 @@ from fnmatch import fnmatchcase
 from functools import cache, partial
 from pathlib import Path
 from shutil import rmtree
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,7 @@ from kegfast import data
 from kegfast._util import check
 from kegfast._util.check import expected
 from kegfast._util.files import load_weights, save_tensors, write_json
+from kegfast._util.modules import channels_last
 from kegfast._util.timing import interleaved
 from kegfast.compression import compress, load, save
 from kegfast.distillation import GaussianNoise, InMemory, Pool, UniformNoise, distill
@@ -45,7 +46,12 @@ TITLES = {
     "real": "+ real data (oracle)",
 }
 
-_BATCHNORM = {"uniform": "eval", "gaussian": "eval", "kegnet": "train", "real": "train"}
+_BATCHNORM: Mapping[str, Literal["train", "eval"]] = {
+    "uniform": "eval",
+    "gaussian": "eval",
+    "kegnet": "train",
+    "real": "train",
+}
 
 
 @dataclass(frozen=True)
@@ -90,7 +96,7 @@ class DemoConfig:
     student_batch: int = 64
     student_lr: float = 5e-4
     temperature: float = 1.0
-    batchnorm: Mapping[str, str] = field(default_factory=lambda: dict(_BATCHNORM))
+    batchnorm: Mapping[str, Literal["train", "eval"]] = field(default_factory=lambda: dict(_BATCHNORM))
     share: float = 0.06
     latency_batch: int = 64
     latency_rounds: int = 15
@@ -200,7 +206,7 @@ class _Demo:
     def teacher(self) -> nn.Module:
         with seeded(self.config.seed):
             teacher = ResNet14(self.info.sample_shape[0], self.info.num_classes)
-        teacher.to(self.device, memory_format=torch.channels_last)
+        channels_last(teacher.to(self.device))
         return self.trained(
             "teacher",
             teacher,
@@ -241,7 +247,7 @@ class _Demo:
         students = {}
         for i, rank in enumerate(self.config.ranks, start=1):
             student, _ = compress(teacher, rank, include=self.config.layers)
-            student.to(memory_format=torch.channels_last)
+            channels_last(student)
             for name, parameter in student.named_parameters():
                 kept = any(fnmatchcase(name, pattern) for pattern in self.config.trained)
                 parameter.requires_grad_(kept)
@@ -249,6 +255,8 @@ class _Demo:
         return students
 
     def pool(self, source: str, generators: Generators) -> Pool:
+        if self.info.input_range is None:
+            raise ValueError(expected("dataset", "one of images", self.info.name))
         low, high = self.info.input_range
         shape = self.info.sample_shape
         sources = {

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,7 @@ def write_demo_report(out: Path) -> Path:
     page.chart(lambda axes: _latency_bars(axes, teacher, students), "Lower is better", size=(7.2, 2.4))
     page.section("Loss curves")
     for title, stages in _curves(entries).items():
-        page.chart(lambda axes, stages=stages: _loss_curves(axes, stages), title)
+        page.chart(partial(_loss_curves, curves=stages), title)
     page.section("Seconds by stage")
     page.table(["stage", "seconds"], [[name, f"{value:.1f}"] for name, value in results["seconds"].items()])
     path = out / "report.html"

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict
 
 from torch import nn
 
@@ -135,6 +135,14 @@ NOISE = Schedule((1e-5, 1e-4, 1e-3), "eval")
 """For noise and KegNet's samples, from which a student drifts away when it learns fast."""
 
 
+class Training(TypedDict, total=False):
+    """Arguments of `kegfast.training.train`."""
+
+    steps: int
+    epochs: float
+    shift: int
+
+
 @dataclass(frozen=True)
 class Paper:
     """One data set of the paper.
@@ -162,7 +170,7 @@ class Paper:
     beta: float
     published: Published
     generator_lr: float = 1e-3
-    training: Mapping[str, float] = field(default_factory=dict)
+    training: Training = field(default_factory=Training)
     shared: tuple[str, ...] = ()
 
     @property

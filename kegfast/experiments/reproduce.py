@@ -4,7 +4,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -50,7 +50,7 @@ def reproduce(
     methods: Sequence[str] | None = None,
     ranks: Sequence[str] | None = None,
     seconds: float | None = None,
-    protocol: str = "equal",
+    protocol: Literal["equal", "paper"] = "equal",
     amp: bool = False,
     progress: bool = False,
     **budget: int | None,

@@ -7,11 +7,12 @@ from zlib import crc32
 
 from torch import Tensor, nn
 
+from kegfast._util.check import expected
 from kegfast._util.files import read_tensors, save_tensors
 from kegfast.data import DataInfo
 from kegfast.data.splits import Samples
 from kegfast.distillation import GaussianNoise, InMemory, Pool, UniformNoise
-from kegfast.distillation.sources import Source
+from kegfast.distillation.sources import Source, drawn
 from kegfast.experiments.ledger import Ledger
 from kegfast.experiments.paper import Config, Paper
 from kegfast.extraction import RECIPES, Generators, extract
@@ -116,7 +117,7 @@ class Sources:
         """`n` samples of a method that are in no pool."""
         source = self.source(method)
         with drawing(self.seed, f"{method} held out"):
-            return source.sample(n)[0]
+            return drawn(source, n)
 
     def calibration(self) -> Tensor:
         """What the default recipe solves factors on."""
@@ -140,6 +141,8 @@ class Sources:
         if method == "procedural":
             return DeadLeaves(shape, self.info.mean, self.info.std)
         if method == "oracle":
+            if self.train is None:
+                raise ValueError(expected("method", "one that needs no data", method))
             return InMemory(self.train.tensors[0])
         if method == "kegfast":
             if self.artificial.is_matched:
@@ -191,7 +194,7 @@ class Sources:
         start = time.process_time()
         made = self.artificial.matched("matched")
         seconds = time.process_time() - start
-        self.ledger.cell(self._training("kegfast"), lambda: {"seconds": seconds})
+        self.ledger.cell(self._matched, lambda: {"seconds": seconds})
         save_tensors(path, {"samples": made})
         return made
 
@@ -218,7 +221,11 @@ class Sources:
         """The cell of what must be trained before a method has samples."""
         if method == "kegnet":
             return self.key
-        return f"matched/{self.seed}" if method == "kegfast" and self.artificial.is_matched else None
+        return self._matched if method == "kegfast" and self.artificial.is_matched else None
+
+    @property
+    def _matched(self) -> str:
+        return f"matched/{self.seed}"
 
     def _training_seconds(self, method: str) -> float:
         key = self._training(method)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from kegfast import compression
 from kegfast._util.check import expected
 from kegfast._util.machine import measured
+from kegfast._util.modules import channels_last
 from kegfast.data import DataInfo, Splits
 from kegfast.distillation import InMemory, distill
 from kegfast.experiments.epochs import teach
@@ -213,7 +214,7 @@ class Study:
                 **more,
                 "measured": measured(),
             }
-            self.ledger.cell(name, lambda result=result: result)
+            self.ledger.cell(name, result.copy)
             self._drop_legs(name)
 
     def _drop_legs(self, name: str) -> None:
@@ -227,9 +228,9 @@ class Study:
         shared = self.paper.shared if ranks == "paper" else ()
         subject = self.sources(seed).subject
         plan = schedule(subject, method, ranks)
-        whole = pool.samples[:LOOK]
+        whole = pool.tensor[:LOOK]
         if shared:
-            pool = InMemory(head_outputs(self.teacher, shared, pool.samples))
+            pool = InMemory(head_outputs(self.teacher, shared, pool.tensor))
         return Lesson(pool, whole, shared, plan, seed)
 
     def candidates(
@@ -247,13 +248,13 @@ class Study:
     ) -> tuple[list[nn.Module], dict[str, Any]]:
         """The student before and after it was taught as published, and what there is to say of that."""
         plan = self.paper.published.epochs(method)
-        taught = deepcopy(student).to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stubs lack it
+        taught = channels_last(deepcopy(student))
         known = answers(self.teacher, judge)
         rank, world = place()
         found = teach(
             taught,
-            pool.samples,
-            _logits(self.teacher, pool.samples),
+            pool.tensor,
+            _logits(self.teacher, pool.tensor),
             plan,
             lambda model: _kl(answers(model, judge), known),
             self.accuracy,
@@ -277,7 +278,7 @@ class Study:
         subject, loss = self.sources(lesson.seed).subject, plan.loss
         if plan.hints:
             loss = objective(subject, student, lesson.whole)
-        student.to(memory_format=torch.channels_last)
+        channels_last(student)
         taught, teacher = (tail(model, lesson.shared) for model in (student, self.teacher))
         for leg, rate in enumerate(plan.rates):
             distill(

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import overload
 
 import torch
 import torch.distributed as dist
@@ -13,6 +14,14 @@ from kegfast._util.files import as_path
 def share(copies: int, rank: int, world: int) -> slice:
     """The generators of one rank: consecutive ones, as equal in number as can be."""
     return slice(copies * rank // world, copies * (rank + 1) // world)
+
+
+@overload
+def own_path(path: str | Path, rank: int, world: int) -> Path: ...
+
+
+@overload
+def own_path(path: str | Path | None, rank: int, world: int) -> Path | None: ...
 
 
 def own_path(path: str | Path | None, rank: int, world: int) -> Path | None:

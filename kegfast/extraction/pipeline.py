@@ -9,6 +9,7 @@ from torch import nn
 
 from kegfast._util import check
 from kegfast._util.check import expected
+from kegfast._util.modules import channels_last
 from kegfast.extraction import parallel
 from kegfast.extraction.generators import Generators, check_samples
 from kegfast.extraction.networks import Decoder, Range
@@ -106,7 +107,7 @@ def extract(
         made = Generators(copies, num_classes, sample_shape, noise_size, bounds, recipe.labels)
         decoder = Decoder(copies, sample_shape, noise_size)
         networks = nn.ModuleDict({"generator": made.network, "decoder": decoder}).to(device)
-        made.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stubs lack it
+        channels_last(made.network)
         return made, networks.train()
 
     rank, world = processes.place()

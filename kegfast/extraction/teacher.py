@@ -12,7 +12,7 @@ from kegfast._util import check
 from kegfast._util.check import expected
 from kegfast._util.inputs import Inputs, copied
 from kegfast._util.logits import AsLogits
-from kegfast._util.modules import clone, in_mode
+from kegfast._util.modules import channels_last, clone, in_mode
 from kegfast.extraction.moments import NormMoments, watched_norm
 from kegfast.extraction.networks import Range
 
@@ -47,7 +47,7 @@ class FrozenTeacher:
         self.model = clone(teacher).train(faithful).float()
         for parameter in self.model.parameters():
             parameter.detach_().requires_grad_(False)  # TorchScript's copies are no leaves
-        self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stubs lack it
+        channels_last(self.model)
         self.faithful = faithful
         self._as_logits = AsLogits("teacher")
         self._copies = 1

@@ -95,6 +95,9 @@ class CifarResNet(nn.Module):
 
     def __init__(self, depth: int = 20, num_classes: int = 10) -> None:
         super().__init__()
+        self.layer1: nn.Sequential
+        self.layer2: nn.Sequential
+        self.layer3: nn.Sequential
         blocks, rest = divmod(check.count("depth", depth, least=8) - 2, 6)
         if rest:
             raise ValueError(check.expected("depth", "6 n + 2", depth))

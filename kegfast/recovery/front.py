@@ -13,8 +13,8 @@ from kegfast import compression
 from kegfast._util import check
 from kegfast._util.check import expected
 from kegfast._util.files import as_path, write_json
+from kegfast._util.modules import evaluation
 from kegfast._util.progress import progress_bar
-from kegfast.compression.traffic import evaluation
 from kegfast.recovery.data import take_data, take_source
 from kegfast.recovery.pace import Pace, cut, paced, usual
 from kegfast.recovery.pipeline import CHECKPOINTS, METRICS, PLAN, SAMPLES, UNITS, Budget, Recovery

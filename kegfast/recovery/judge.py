@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kegfast.compression.traffic import evaluation
+from kegfast._util.modules import evaluation
 from kegfast.recovery.subject import Subject
 
 SURELY = 0.9

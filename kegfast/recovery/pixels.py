@@ -7,12 +7,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from kegfast._util import check
 from kegfast._util.check import expected
+from kegfast._util.modules import evaluation, submodule
 from kegfast.compression.norms import batch_statistics
-from kegfast.compression.traffic import evaluation
-from kegfast.distillation.sources import Augmented
+from kegfast.distillation.sources import Augmented, drawn
+from kegfast.extraction.moments import running_statistics
 from kegfast.extraction.procedural import DeadLeaves, Painted
 from kegfast.recovery.subject import Subject
 from kegfast.training.loop import seeded
@@ -123,7 +125,7 @@ def _search(subject: Subject) -> Pixels:
             continue
         pixels = Pixels(_each("mean", mean, channels), _each("std", std, channels), name, guessed=True)
         with seeded(0):
-            leaves = pixels.paint(DeadLeaves, subject.sample_shape, subject.device).sample(TRIED)[0]
+            leaves = drawn(pixels.paint(DeadLeaves, subject.sample_shape, subject.device), TRIED)
         score = _unfamiliar(subject, leaves) if subject.has_norms else -_sureness(subject, leaves)
         found.append((score, pixels))
     score, best = min(found, key=lambda pair: pair[0])
@@ -140,10 +142,11 @@ def _unfamiliar(subject: Subject, images: Tensor) -> float:
     with evaluation(subject.model), batch_statistics(subject.model) as seen:
         subject.model(images)
     for name, (mean, variance) in seen.items():
-        norm: Any = subject.model.get_submodule(name)
+        norm = submodule(subject.model, name, _BatchNorm)
         if norm.running_mean is not None:
-            deviation = (norm.running_var + norm.eps).sqrt()
-            shift = ((mean - norm.running_mean) / deviation).abs()
+            known_mean, known_variance = running_statistics(norm)
+            deviation = (known_variance + norm.eps).sqrt()
+            shift = ((mean - known_mean) / deviation).abs()
             stretch = ((variance + norm.eps).sqrt() / deviation).log().abs()
             return float((shift + stretch).mean())
     return math.inf

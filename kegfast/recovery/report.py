@@ -180,7 +180,7 @@ def grid(samples: Tensor) -> Tensor | None:  # (n, C, H, W) -> (rows, columns, C
         return None
     columns = min(SHOWN[1], len(samples))
     rows = min(SHOWN[0], len(samples) // columns)
-    return samples[: rows * columns].unflatten(0, (rows, columns)).cpu()
+    return samples[: rows * columns].reshape(rows, columns, *samples.shape[1:]).cpu()
 
 
 def _markdown(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from kegfast.compression.matching import match_statistics
-from kegfast.distillation.sources import Augmented, GaussianNoise, InMemory, Mixture, Pool, Source
+from kegfast.distillation.sources import Augmented, GaussianNoise, InMemory, Mixture, Pool, Source, drawn
 from kegfast.extraction.class_sums import ClassSums
 from kegfast.extraction.familiar import Familiar
 from kegfast.extraction.procedural import Blobs, DeadLeaves, bent
@@ -93,16 +93,10 @@ def rows(subject: Subject) -> Source:
     )
 
 
-def drawn(source: Source, n: int) -> Tensor:  # (n, *sample_shape)
-    """Samples of a source, without their labels."""
-    samples = source.sample(n)[0]
-    assert isinstance(samples, Tensor), "sources are seen to give tensors"
-    return samples
-
-
 def match(subject: Subject, source: Source, n: int) -> Tensor:
     """`n` samples of a source, changed until the teacher's BatchNorm finds them familiar."""
-    left, parts = drawn(source, n), []
+    left = drawn(source, n)
+    parts: list[Tensor] = []
     while len(left):
         parts.append(match_statistics(subject.teacher, left))
         left = left[len(parts[-1]) :]

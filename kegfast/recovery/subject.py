@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from kegfast._util import check
 from kegfast._util.check import expected
 from kegfast._util.logits import are_probabilities
+from kegfast._util.modules import evaluation
 from kegfast.compression.norms import has_norms
-from kegfast.compression.traffic import evaluation
 from kegfast.training.loop import seeded
 
 PROBES = 8
@@ -28,7 +28,7 @@ class Logarithm(nn.Module):
         self.model = model
 
     def forward(self, x: Tensor) -> Tensor:
-        probabilities = self.model(x)
+        probabilities: Tensor = self.model(x)
         return probabilities.clamp_min(torch.finfo(probabilities.dtype).tiny).log()
 
 

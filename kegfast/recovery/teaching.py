@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from kegfast._util.inputs import tensors_in
+from kegfast._util.modules import channels_last, evaluation
 from kegfast.compression.surgery import factored_layers
-from kegfast.compression.traffic import evaluation
 from kegfast.distillation import distill
 from kegfast.distillation.hooks import Features
 from kegfast.distillation.sources import InMemory
@@ -120,7 +120,7 @@ def teach(subject: Subject, student: nn.Module, pool: InMemory, plan: Lesson, **
     """Teaches a student, in place, what the teacher answers to a pool; options are `kegfast.distill`'s."""
     shown = next(iter(tensors_in(pool.samples)))
     loss = objective(subject, student, shown) if plan.hints else "soft_target"
-    student.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stubs lack it
+    channels_last(student)
     distill(
         subject.logits(student),
         subject.teacher,
