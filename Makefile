@@ -88,10 +88,11 @@ fmt: $(STAMPS)/dev
 
 lint: $(STAMPS)/dev
 	$(PYTHON) -m ruff check . && $(PYTHON) -m ruff format --check .
+	$(PYTHON) -m mypy
 	git ls-files csrc tests | grep -E '\.(cpp|h|inl|cu|cuh)$$' | xargs $(dir $(PYTHON))clang-format --dry-run -Werror
 
 docs: $(STAMPS)/docs
 	NO_MKDOCS_2_WARNING=1 $(PYTHON) -m mkdocs build --strict
 
 clean:
-	rm -rf build dist .pytest_cache .ruff_cache kegfast/*.so
+	rm -rf build dist .pytest_cache .ruff_cache .mypy_cache kegfast/*.so

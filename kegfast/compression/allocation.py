@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from kegfast._util.inputs import call, split
 from kegfast._util.modules import evaluation
 from kegfast.compression import costs
-from kegfast.compression.budget import Option, Rank, Table, allocate, settled, tabulate
+from kegfast.compression.budget import Cost, Option, Rank, Table, allocate, settled, tabulate
 from kegfast.compression.evidence import Evidence, Samples
 from kegfast.compression.norms import batch_statistics
 from kegfast.compression.report import CompressionReport
@@ -93,7 +93,7 @@ def plans(
     kind, fraction = next(iter(budget.items()))
     total = spent = float(report.parameters_before) if kind == "params" else 0.0
     chosen = {site.name for site in selected}
-    priced: dict[str, tuple[Site, costs.Cost, float]] = {}
+    priced: dict[str, tuple[Site, Cost, float]] = {}
     for site in sites:
         counts = kind in ("flops", "memory") and isinstance(site.module, nn.Conv2d | nn.Linear)
         found = price(kind, site, evidence) if counts or site.name in chosen else None
@@ -129,7 +129,7 @@ def plans(
     return {way: {name: option.rank for name, option in options.items()} for way, options in ways.items()}
 
 
-def price(kind: str, site: Site, evidence: Evidence) -> tuple[costs.Cost, float] | None:
+def price(kind: str, site: Site, evidence: Evidence) -> tuple[Cost, float] | None:
     """What a layer costs at each pair of ranks, and as it is; None where that is unknown: it did not run."""
     layer = site.layer
     if kind == "params":
@@ -143,7 +143,7 @@ def price(kind: str, site: Site, evidence: Evidence) -> tuple[costs.Cost, float]
 
 
 def _tables(
-    priced: Mapping[str, tuple[Site, costs.Cost, float]],
+    priced: Mapping[str, tuple[Site, Cost, float]],
     metrics: Mapping[str, Metric],
     fixed: Plan,
     limits: Mapping[str, Rank],
@@ -170,7 +170,7 @@ def _tables(
     return ways
 
 
-def _price_of(rank: Rank | None, cost: costs.Cost, dense: float) -> float:
+def _price_of(rank: Rank | None, cost: Cost, dense: float) -> float:
     """Of ranks that the caller named; as much as the dense layer where nothing like it was measured."""
     price = dense if rank is None else float(cost(*(np.array(side or 0) for side in rank)))
     return price if np.isfinite(price) else dense

@@ -136,7 +136,8 @@ def _gram(matrix: Tensor) -> Tensor:
 def _tail(squares: Tensor) -> np.ndarray:
     """What is left of a spectrum after its first 1, 2, ... entries."""
     values = squares.cpu().numpy()
-    return values.sum() - values.cumsum()
+    rest: np.ndarray = values.sum() - values.cumsum()
+    return rest
 
 
 def _lower_hull(costs: np.ndarray, errors: np.ndarray) -> np.ndarray:

@@ -28,7 +28,8 @@ def parameters(shape: Sequence[int]) -> Cost:
 
     def cost(in_rank: np.ndarray, out_rank: np.ndarray) -> np.ndarray:
         inner, outer = np.where(in_rank, in_rank, inputs), np.where(out_rank, out_rank, outputs)
-        return in_rank * inputs + inner * outer * taps + out_rank * outputs
+        entries: np.ndarray = in_rank * inputs + inner * outer * taps + out_rank * outputs
+        return entries
 
     return cost
 
@@ -62,7 +63,8 @@ def flops(module: Dense, traffic: Traffic) -> tuple[Cost, int]:
     def cost(in_rank: np.ndarray, out_rank: np.ndarray) -> np.ndarray:
         inner, outer = np.where(in_rank, in_rank, inputs), np.where(out_rank, out_rank, outputs)
         core = inner * outer * taps * after
-        return 2 * (in_rank * inputs * before + core + out_rank * outputs * after)
+        work: np.ndarray = 2 * (in_rank * inputs * before + core + out_rank * outputs * after)
+        return work
 
     return cost, 2 * outputs * inputs * taps * after
 
@@ -75,7 +77,8 @@ def memory(module: Dense, traffic: Traffic) -> tuple[Cost, int]:
 
     def cost(in_rank: np.ndarray, out_rank: np.ndarray) -> np.ndarray:
         written = in_rank * before + out_rank * after + outputs * after
-        return size * (entries(in_rank, out_rank) + written)
+        moved: np.ndarray = size * (entries(in_rank, out_rank) + written)
+        return moved
 
     return cost, size * (module.weight.numel() + outputs * after)
 

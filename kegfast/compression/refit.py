@@ -84,8 +84,7 @@ def refit(
 
 def _split(layer: FactoredLayer, alone: bool) -> tuple[list[Dense], list[Dense]]:
     """The parts of a layer that stay, and those to be solved: the last one or, if that is a matrix, two."""
-    first, last = layer._sides
-    parts = [part for part in (first, layer.core, last) if part is not None]
+    parts = [*layer._parts]
     weight = parts[-1].weight
     count = 1 if alone or weight[0, 0].numel() > 1 or weight.shape[1] > len(weight) else 2
     return parts[:-count], parts[-count:]

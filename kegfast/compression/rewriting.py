@@ -10,10 +10,10 @@ from torch import fx, nn
 from kegfast._util.graph import called, target_name
 from kegfast._util.modules import Kind
 from kegfast.compression.surgery import is_plain
-from kegfast.functional import Pair
 from kegfast.nn import TuckerConv2d, TuckerLinear
 from kegfast.nn.build import FactorChain, FactoredLayer, explicit_padding
 from kegfast.nn.factors import Dense
+from kegfast.ops._operands import Pair
 from kegfast.ops.conv_max_pool import conv_max_pool2d
 
 Layer = Dense | FactoredLayer

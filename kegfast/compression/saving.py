@@ -205,7 +205,7 @@ def resolve(factory: Factory) -> Callable[[], nn.Module]:
         return factory
     module, name = module_and_name("factory", factory)
     try:
-        found = getattr(importlib.import_module(module), name)
+        found: Callable[[], nn.Module] = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:
         raise ValueError(f"factory must be importable, got {factory!r}: {error}") from error
     if not callable(found):

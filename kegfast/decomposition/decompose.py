@@ -107,7 +107,8 @@ def _svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # (K, C) -> (K, n), 
     """
     rows, columns = matrix.shape
     if min(rows, columns) <= GRAM_FROM:
-        return torch.linalg.svd(matrix, full_matrices=False)
+        u, s, v = torch.linalg.svd(matrix, full_matrices=False)
+        return u, s, v
     if rows > columns:
         u, s, v = _svd(matrix.T)
         return v.T, s, u.T
@@ -185,7 +186,8 @@ def _hooi_by_gram(weight: Tensor, ranks: dict[int, int]) -> tuple[Tensor, dict[i
 
 def _leading(weight: Tensor, mode: int, rank: int) -> Tensor:
     unfolding = weight.transpose(0, mode).flatten(1)
-    return torch.linalg.eigh(unfolding @ unfolding.T).eigenvectors.flip(1)[:, :rank]
+    vectors: Tensor = torch.linalg.eigh(unfolding @ unfolding.T).eigenvectors
+    return vectors.flip(1)[:, :rank]
 
 
 def _project(weight: Tensor, bases: dict[int, Tensor]) -> Tensor:

@@ -78,7 +78,7 @@ def _detection_root(alpha: float) -> float:
     guess = 2.5129 * math.sqrt(alpha)
     with extra("compress"):
         from scipy.optimize import brentq
-    return brentq(lambda tau: phi(tau) + phi(tau / alpha), guess / 8, guess * 8, xtol=1e-13)
+    return float(brentq(lambda tau: phi(tau) + phi(tau / alpha), guess / 8, guess * 8, xtol=1e-13))
 
 
 def _variance_bounds(values: np.ndarray, small: int, large: int, x_detect: float) -> tuple[float, float]:
@@ -135,8 +135,10 @@ def _singular_values(matrix: Tensor) -> np.ndarray:
     if rows > columns:
         return _singular_values(matrix.T)
     if columns > 4 * rows or rows > GRAM_FROM:  # of the Gram matrix, exact enough for ranks and far quicker
-        return torch.linalg.eigvalsh(matrix @ matrix.T).clamp_min(0).sqrt().flip(0).numpy()
-    return torch.linalg.svdvals(matrix).numpy()
+        squares: Tensor = torch.linalg.eigvalsh(matrix @ matrix.T)
+        return squares.clamp_min(0).sqrt().flip(0).numpy()
+    values: Tensor = torch.linalg.svdvals(matrix)
+    return values.numpy()
 
 
 def layer_rank(
