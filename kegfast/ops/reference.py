@@ -97,16 +97,18 @@ def _conv2d(
     x: Tensor,  # (N, C, H, W)
     weight: Tensor,  # (K, C, kh, kw)
     bias: Tensor | None = None,  # (K,)
-    *geometry: tuple[int, int],  # stride, padding, dilation
+    stride: int | tuple[int, int] = 1,
+    padding: int | tuple[int, int] = 0,
+    dilation: int | tuple[int, int] = 1,
 ) -> Tensor:  # (N, K, H', W')
     """torch's, in `computed_in(x)`."""
     dtype = computed_in(x)
     if dtype is x.dtype:
-        return F.conv2d(x, weight, bias, *geometry)
+        return F.conv2d(x, weight, bias, stride, padding, dilation)
     casts = torch.is_autocast_enabled(x.device.type)  # it would make them narrow again
     with torch.autocast(x.device.type, enabled=False) if casts else nullcontext():
-        wide = (t if t is None else t.to(dtype) for t in (x, weight, bias))
-        return F.conv2d(*wide, *geometry).to(x.dtype)
+        wide, bias = (x.to(dtype), weight.to(dtype)), bias if bias is None else bias.to(dtype)
+        return F.conv2d(*wide, bias, stride, padding, dilation).to(x.dtype)
 
 
 def soft_target(
