@@ -14,7 +14,7 @@ from kegfast._util.inputs import Inputs, as_inputs, call, copied, named_tensors
 from kegfast._util.modules import clone, evaluation
 from kegfast.compression import rewriting
 from kegfast.compression.normalizers import Normalizer, normalizer, reads_matrices
-from kegfast.compression.rewriting import LAYERS, Layer, count_calls, is_a, only_user
+from kegfast.compression.rewriting import LAYERS, Layer, count_calls, only_user
 from kegfast.compression.structure import LayerTracer, trace_graph
 from kegfast.compression.surgery import HOOKS, has_own_weights, is_plain, owners_of, tail_of, unwrap
 from kegfast.extraction.moments import running_statistics
@@ -41,15 +41,14 @@ def fuse(model: nn.Module, example_input: Any = None, *, final: bool = False) ->
     All only where nothing else reads the value between, and where the layer's weights are plain parameters
     of its own: none that are shared, pruned, parametrised or read elsewhere, no hooks, no BatchNorm without
     running statistics. A BatchNorm1d is folded where its input is known to be a matrix, by what comes before
-    or by the example. What stays, and why, is logged (level INFO of "kegfast").
+    or by the example. What stays, and why, is logged (level INFO of "kegfast"). In a model that cannot be
+    traced by torch.fx nothing is folded: whether its next input takes a way past a BatchNorm, or reads a
+    weight by itself, is not known.
 
     Args:
         model: any module; it stays as it is. Wrappers such as DataParallel are taken off.
         example_input: what the model is called with (a tensor, a tuple of tensors, or a mapping by keyword),
-            or None. With it the folded model's outputs are compared with the model's. In a model that cannot
-            be traced by torch.fx, nothing is folded without it; with it, neighbours inside an
-            `nn.Sequential` are, where its call shows each run once, one right after the other, so give
-            it only where other inputs take the same way through the model.
+            or None. With it the folded model's outputs are compared with the model's.
         final: promises that nobody writes to the folded model's weights, which its Tucker-2 layers then need
             not compare in each call; see `kegfast.nn.TuckerConv2d.final_` (default False).
 
@@ -72,10 +71,8 @@ def fuse(model: nn.Module, example_input: Any = None, *, final: bool = False) ->
     if graph is not None:
         _fuse_graph(graph, inputs)
         folded = graph.eval()
-    elif inputs is not None:
-        _fuse_observed(folded, inputs)
     else:
-        log.info("%s cannot be traced: without example_input nothing is folded", kind)
+        log.info("%s cannot be traced: nothing is folded", kind)
     difference = "" if inputs is None or wanted is None else _difference(wanted, _answers(folded, inputs))
     if difference:
         log.warning("%s stays as it is: folded it answered otherwise (%s)", kind, difference)
@@ -223,53 +220,6 @@ def _why_not(
 
 def _tail(layer: Layer) -> Dense:
     return layer if isinstance(layer, nn.Conv2d | nn.Linear) else tail_of(layer)
-
-
-def _fuse_observed(model: nn.Module, inputs: Inputs) -> None:
-    """Folds neighbours inside Sequentials, as one call of the model ran them: once, one after the other."""
-    events: dict[int, list[tuple[Any, Any]]] = {}
-
-    def note(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        events.setdefault(id(module), []).append((args[0] if len(args) == 1 else None, output))
-
-    handles = [module.register_forward_hook(note) for module in model.modules()]
-    try:
-        _answers(model, inputs)
-    finally:
-        for handle in handles:
-            handle.remove()
-    owners = owners_of(model)
-    places: dict[int, int] = {}
-    for _, module in model.named_modules(remove_duplicate=False):
-        places[id(module)] = places.get(id(module), 0) + 1
-    once = {key for key, calls in events.items() if len(calls) == 1 and places[key] == 1}
-    for parts in [module for module in model.modules() if is_a(module, nn.Sequential)]:
-        if id(parts) in once:
-            _fuse_sequential(parts, owners, {key: events[key][0] for key in once})
-
-
-def _fuse_sequential(
-    parts: nn.Sequential, owners: dict[int, set[str]], ran: dict[int, tuple[Tensor, Tensor]]
-) -> None:
-    layer: nn.Module | None = None
-    output: Tensor | None = None
-    for name, follower in list(parts._modules.items()):
-        reads = id(follower) in ran and ran[id(follower)][0] is output
-        if isinstance(layer, Layer) and isinstance(follower, _BatchNorm) and reads:
-            behind = normalizer(follower)
-            images = not isinstance(layer, nn.Linear | TuckerLinear)
-            fits = images or (output is not None and output.dim() == 2)
-            fits = fits and _why_not(layer, follower, behind, owners) is None
-            if behind is not None and fits and _fold(layer, follower):
-                parts._modules[name] = behind.as_module()
-                output = ran[id(follower)][1] if isinstance(parts._modules[name], nn.Identity) else None
-                continue
-        if is_a(layer, TuckerConv2d) and layer.activation is None and is_a(follower, nn.ReLU) and reads:
-            layer.activation = "relu"
-            parts._modules[name] = nn.Identity()
-        elif is_a(follower, nn.Identity) and reads:
-            continue
-        layer, output = (follower, ran[id(follower)][1]) if id(follower) in ran else (None, None)
 
 
 @torch.no_grad()

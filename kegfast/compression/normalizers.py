@@ -44,14 +44,6 @@ class Normalizer:
             if copy.op == "call_module" and is_a(model.get_submodule(target_name(copy)), nn.Identity):
                 skip(model, copy)
 
-    def as_module(self) -> nn.Module:
-        """The remaining nodes as a module."""
-        if not self.behind:
-            return nn.Identity()
-        graph = fx.Graph()
-        graph.output(self._copy(graph, graph.placeholder("x"), "")[0])
-        return fx.GraphModule(self.rest, graph).eval()
-
     def _copy(self, graph: fx.Graph, layer: fx.Node, prefix: str) -> tuple[fx.Node, list[fx.Node]]:
         values = {self.norm: layer}
         for node in self.behind:

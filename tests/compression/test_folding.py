@@ -234,31 +234,6 @@ def test_values_that_others_read_are_left_alone():
     torch.testing.assert_close(folded(X), student(X), rtol=1e-4, atol=1e-5)
 
 
-class Branching(nn.Module):
-    """torch.fx cannot trace this."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.body = nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU())
-        self.head = nn.Sequential(nn.Linear(8, 4, bias=False), nn.BatchNorm1d(4))
-
-    def forward(self, x):
-        x = self.body(x if float(x.sum()) > 0 else -x)
-        return self.head(x.mean((2, 3)))
-
-
-@pytest.mark.parametrize("rank", [(2, 5), (2, None)])
-def test_sequentials_of_models_that_cannot_be_traced(rank):
-    torch.manual_seed(0)
-    model = Branching()
-    randomise_norms(model)
-    student, _ = compress(model.eval(), {"body.0": rank})
-    folded = fuse(student, X)
-    assert isinstance(folded, Branching)
-    assert norms(folded) == 0
-    torch.testing.assert_close(folded(X), student(X), rtol=1e-4, atol=1e-5)
-
-
 @pytest.mark.parametrize("example", [None, X])
 def test_two_norms_in_a_row_go_into_one_layer(example):
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.BatchNorm2d(8))
