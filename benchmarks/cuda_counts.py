@@ -11,6 +11,7 @@ import functools
 import importlib.util
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -41,6 +42,12 @@ def nvdisasm() -> str | None:
     return shutil.which("nvdisasm") or next(
         (str(found) for folder in folders if (found := folder / "nvdisasm").exists()), None
     )
+
+
+def compiler() -> str:
+    """nvcc and its version: another one's code has other counts."""
+    text = subprocess.check_output(["nvcc", "--version"], text=True)
+    return f"nvcc {re.search(r'release ([0-9.]+)', text)[1]}"
 
 
 def disassembly(source: str, folder: Path) -> str:
@@ -236,6 +243,7 @@ def count(kernels: Kernels, device: Any) -> dict[str, Any]:
     """All that the tables are made of."""
     return {
         "architecture": "sm_90",
+        "compiler": compiler(),
         "tucker2": tucker2(kernels, device),
         "fused_chunk": chunk_of_the_fused_form(kernels),
         "diversity": [
