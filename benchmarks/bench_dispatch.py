@@ -17,6 +17,7 @@ from benchmarks.bench_models import MODELS, networks
 from benchmarks.tucker2_shapes import shapes
 from kegfast._tuning import layer_calls
 from kegfast.dispatch import cpu
+from kegfast.dispatch.forms import Form
 from kegfast.nn import TuckerConv2d
 
 MARGIN = 0.02
@@ -39,7 +40,7 @@ def layers(batches: list[int]) -> Iterator[tuple[TuckerConv2d, Tensor]]:
                 yield from ((call.layer, call.x) for call in layer_calls(model, x))
 
 
-def faster_form(layer: TuckerConv2d, x: Tensor, shape: cpu.Shape) -> tuple[cpu.Form, float] | None:
+def faster_form(layer: TuckerConv2d, x: Tensor, shape: cpu.Shape) -> tuple[Form, float] | None:
     """The form that beats the kernels' own choice, and how often it fits into that one's time."""
     cpu.choose(shape, None)
     with torch.no_grad():
@@ -62,7 +63,7 @@ def main() -> None:
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 64])
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     options = parser.parse_args()
-    found: dict[cpu.Shape, cpu.Form] = {}
+    found: dict[cpu.Shape, Form] = {}
     seen: set[cpu.Shape] = set()
     for threads in options.threads:
         torch.set_num_threads(threads)

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from kegfast import functional
 from kegfast.ops import reference
-from kegfast.ops.diversity import once
+from kegfast.ops._once import once
+from kegfast.ops.diversity import ONCE
 
 
 def diversity_loss(
@@ -102,7 +103,7 @@ class _JointExponent(torch.autograd.Function):
     def backward(ctx, grad, _):
         with torch.no_grad():
             scaled = [None if g is None else g * grad.to(g.dtype) for g in ctx.gradients]
-        return *once(scaled, grad, *ctx.saved_tensors), None, None
+        return *once(ONCE, scaled, grad, *ctx.saved_tensors), None, None
 
 
 def _by_features(noises, samples, wanted, *, alone, metric, noise_metric, factor, group) -> Evaluation:

@@ -13,6 +13,7 @@ import kegfast
 from kegfast._tuning import layer_calls
 from kegfast.dispatch import cache as choices
 from kegfast.dispatch import cpu
+from kegfast.dispatch.forms import Form
 from kegfast.nn import TuckerConv2d
 
 pytestmark = pytest.mark.skipif(not kegfast.build_info()["native"], reason="needs the compiled part")
@@ -35,7 +36,7 @@ def network() -> nn.Sequential:
     return nn.Sequential(layers[0], nn.ReLU(), layers[1]).eval()
 
 
-def choose_everywhere(model: nn.Module, x: torch.Tensor, form: cpu.Form) -> None:
+def choose_everywhere(model: nn.Module, x: torch.Tensor, form: Form) -> None:
     """As if `form` had been measured to be the fastest everywhere."""
     for call in layer_calls(model, x):
         shape = cpu.shape_of(call.x, call.core, call.last.shape[0], call.geometry)
@@ -60,7 +61,7 @@ def test_every_form_is_measured_and_right(layout) -> None:
 
 
 @pytest.mark.parametrize("form", cpu.FORMS)
-def test_the_chosen_form_runs(form: cpu.Form) -> None:
+def test_the_chosen_form_runs(form: Form) -> None:
     layer, x = network()[0], torch.randn(1, 48, 8, 8).contiguous(memory_format=torch.channels_last)
     with torch.no_grad():
         want = layer.to_sequential()(x)

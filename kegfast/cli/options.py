@@ -233,18 +233,17 @@ def check_fit(model: "nn.Module", info: "DataInfo") -> None:
     """
     import torch
 
+    from kegfast._util.modules import evaluation
+
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    was_training = model.training
     try:
-        with torch.inference_mode():
-            logits = model.eval()(torch.zeros(2, *info.sample_shape, device=device))
+        with torch.inference_mode(), evaluation(model):
+            logits = model(torch.zeros(2, *info.sample_shape, device=device))
     except (RuntimeError, ValueError, TypeError, IndexError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(
             f"model must take samples of shape {info.sample_shape}, those of {info.name}: {reason}"
         ) from error
-    finally:
-        model.train(was_training)
     if not isinstance(logits, torch.Tensor) or logits.shape != (2, info.num_classes):
         raise ValueError(
             f"model must give {info.num_classes} logits, one per class of {info.name}, got "

@@ -11,7 +11,6 @@ import re
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -21,12 +20,12 @@ from kegfast._util.files import read_json, write_json
 from kegfast._util.timing import interleaved
 from kegfast.dispatch.cache import cache_folder, checked_forms, keep_choices, read_choices, releases
 from kegfast.dispatch.calls import LayerCall
+from kegfast.dispatch.forms import Form
 from kegfast.dispatch.packed import Weights
 from kegfast.ops import _native
 from kegfast.ops._operands import Geometry
 
-Form = Literal["direct", "winograd", "convolutions"]
-FORMS: tuple[Form, ...] = ("direct", "winograd", "convolutions")
+FORMS = (Form.DIRECT, Form.WINOGRAD, Form.CONVOLUTIONS)
 Shape = tuple[int, ...]  # (N, C, H, W, R1, R2, K, kernel, geometry, channels_last, threads), pairs as two
 
 PACKAGED = Path(__file__).with_name("cpu_table.json")
@@ -54,7 +53,7 @@ def by_convolutions(x: Tensor, weights: Weights, geometry: Geometry) -> bool:
     return shape_of(x, weights[1], weights[2].shape[0], geometry) in _unfused
 
 
-def tune(calls: Iterable[LayerCall]) -> dict[str, dict[Form, float]]:
+def tune(calls: Iterable[LayerCall]) -> dict[str, dict[str, float]]:
     """Measures every form of float32 layers at today's number of threads; later calls take the fastest.
 
     Returns:
@@ -73,7 +72,7 @@ def tune(calls: Iterable[LayerCall]) -> dict[str, dict[Form, float]]:
         _log.info("%s: %s of %s", name_of(shape), known[shape], seconds)
         choose(shape, known[shape])
     keep_choices(cache_path(), {" ".join(map(str, shape)): form for shape, form in known.items()}, FORMS)
-    return {name_of(shape): seconds for shape, seconds in times.items()}
+    return {name_of(shape): {form.value: s for form, s in each.items()} for shape, each in times.items()}
 
 
 def measure(layer: Callable[[Tensor], Tensor], x: Tensor, shape: Shape) -> dict[Form, float]:
@@ -99,10 +98,10 @@ def measure(layer: Callable[[Tensor], Tensor], x: Tensor, shape: Shape) -> dict[
         return interleaved(calls, 9, turn=_TURN, warm=True, clock=clock)
 
 
-def runs() -> str:
+def runs() -> Form:
     """The form of the last call."""
     kernel = _native._C.last_kernel().split()[0].removesuffix("_f4")
-    return "convolutions" if kernel == "unfused" else kernel
+    return Form.CONVOLUTIONS if kernel == "unfused" else Form(kernel)
 
 
 def name_of(shape: Shape) -> str:
@@ -163,9 +162,9 @@ def choose(shape: Shape, form: Form | None) -> None:
     """What later calls of this shape run; None for what the kernels choose by themselves."""
     if _native._C is None:
         return
-    native_form = "automatic" if form in (None, "convolutions") else form
+    native_form = "automatic" if form in (None, Form.CONVOLUTIONS) else form
     _native._C.choose_tucker2(shape, getattr(_native._C.Tucker2Form, native_form))
-    (_unfused.add if form == "convolutions" else _unfused.discard)(shape)
+    (_unfused.add if form == Form.CONVOLUTIONS else _unfused.discard)(shape)
 
 
 def read_table(path: Path) -> dict[Shape, Form]:
@@ -199,4 +198,4 @@ def write_packaged(found: dict[Shape, Form], path: Path = PACKAGED) -> None:
 def _by_shape(found: dict[str, Form], path: Path) -> dict[Shape, Form]:
     if not all(re.fullmatch(r"\d+( \d+){16}", key) for key in found):
         raise ValueError(expected("path", "a file of forms that autotune measured", path))
-    return {tuple(map(int, key.split())): form for key, form in found.items()}
+    return {tuple(map(int, key.split())): Form(form) for key, form in found.items()}

@@ -11,7 +11,6 @@ import statistics
 from collections.abc import Callable, Collection, Iterable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -19,12 +18,17 @@ from torch import Tensor
 from kegfast._util.timing import Name
 from kegfast.dispatch.cache import cache_folder, keep_choices, read_choices, write_choices
 from kegfast.dispatch.calls import LayerCall
+from kegfast.dispatch.forms import Form
 from kegfast.ops import _native, reference
 from kegfast.ops._operands import Geometry
 
-Form = Literal["fused", "stages", "persistent", "convolutions"]
 Times = dict[Form, dict[str, float]]  # form -> {"eager": ms, "graph": ms}
-FORMS: dict[Form, int | None] = {"fused": 1, "stages": 2, "persistent": 3, "convolutions": None}
+FORMS: dict[Form, int | None] = {
+    Form.FUSED: 1,
+    Form.STAGES: 2,
+    Form.PERSISTENT: 3,
+    Form.CONVOLUTIONS: None,
+}
 """The forms by their number in `torch.ops.kegfast.tucker2_as`; None stands for torch's convolutions."""
 
 MOST_ERROR = 3e-2
@@ -68,8 +72,8 @@ def form(
             times = _measure_forms(x, first, core, last, geometry, training)
             taken = _keep({name: times})[name]
         if taken is not None or not torch.backends.cudnn.benchmark:
-            _chosen[key] = FORMS[taken or "convolutions"]
-        return FORMS[taken or "convolutions"]
+            _chosen[key] = FORMS[taken or Form.CONVOLUTIONS]
+        return FORMS[taken or Form.CONVOLUTIONS]
 
 
 def _follow_tf32() -> bool:
@@ -119,9 +123,9 @@ def tune(calls: Iterable[LayerCall], training: bool = False) -> dict[str, Times]
 
 def fastest(times: Times) -> Form:
     """The form with the shortest graph among those never slower than torch's convolutions."""
-    floor = times["convolutions"]
+    floor = times[Form.CONVOLUTIONS]
     fit = [f for f, ms in times.items() if all(ms[way] <= floor[way] for way in floor)]
-    return min(fit, key=lambda f: times[f]["graph"])
+    return Form(min(fit, key=lambda f: times[f]["graph"]))
 
 
 def _measure_forms(
@@ -150,8 +154,8 @@ def _measure_forms(
         if training:
             x, first, core, last = (t.clone().requires_grad_() for t in (x, first, core, last))
             grad = torch.ones_like(reference.tucker_conv2d(x, first, core, last, None, *geometry, None))
-        names = [name for name in FORMS if name in ("fused", "convolutions") or not training]
-        want = forward("convolutions")
+        names = [name for name in FORMS if name in (Form.FUSED, Form.CONVOLUTIONS) or not training]
+        want = forward(Form.CONVOLUTIONS)
         names = [n for n in names if FORMS[n] is None or _is_right(n, partial(forward, n), want)]
         return measure({name: step(name) for name in names}, device=x.device)
 
@@ -278,5 +282,5 @@ def load_table(path: str | Path) -> None:
     Raises:
         ValueError: for a file that holds anything else.
     """
-    table().update(read_choices(Path(path), FORMS))
+    table().update({key: Form(form) for key, form in read_choices(Path(path), FORMS).items()})
     _chosen.clear()

@@ -5,7 +5,6 @@ Inside the fused operator on the CPU its own plan decides between the direct sum
 """
 
 from collections.abc import Callable, Mapping
-from enum import Enum
 from itertools import chain
 from typing import Literal, NamedTuple, Protocol, TypeGuard
 
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 
 from kegfast.dispatch import cpu, cuda, onednn
+from kegfast.dispatch.forms import Form
 from kegfast.dispatch.packed import OwnMemory, PackedFactors, SettledCall, Weights
 from kegfast.dispatch.plain import are_plain, convolutions_are_torchs, watched
 from kegfast.ops import _native, reference
@@ -33,18 +33,6 @@ def _repeat_nothing(*_: object) -> Tensor | None:
 
 # A layer's last call, if nothing has changed: its output, else None.
 repeat = _repeat_nothing if _native._C is None else _native._C.repeat_tucker2
-
-
-class Form(Enum):
-    """What runs a call."""
-
-    PARTS = "the layer's three modules, as they are"
-    REFERENCE = "torch's three convolutions"
-    CONVOLUTIONS = "oneDNN's three convolutions on weights that it has reordered"
-    OPERATOR = "the compiled operator, which has its own choice of kernels"
-    FUSED = "the operator as one kernel (CUDA)"
-    STAGES = "the operator as one kernel a stage (CUDA)"
-    TRAINING = "the operator, with gradients"
 
 
 class LayerMemory(OwnMemory):
@@ -125,7 +113,7 @@ def _choose_cuda(call: Call) -> Form:
         return Form.REFERENCE
     if call.training:
         return Form.TRAINING
-    return {0: Form.OPERATOR, cuda.FORMS["fused"]: Form.FUSED, cuda.FORMS["stages"]: Form.STAGES}[number]
+    return _BY_NUMBER[number]
 
 
 class Layer(Protocol):
@@ -296,11 +284,12 @@ def _training(call: Call) -> Tensor:
     return tucker2_training(call.x, *call.weights, *call.ints, call.activation is not None, keep)
 
 
+_NUMBERS = {form: number for form, number in cuda.FORMS.items() if number is not None}
+_BY_NUMBER = {0: Form.OPERATOR} | {number: form for form, number in _NUMBERS.items()}
 _RUNS = {
     Form.REFERENCE: _reference,
     Form.CONVOLUTIONS: _convolutions,
     Form.OPERATOR: _operator,
-    Form.FUSED: _as(cuda.FORMS["fused"]),
-    Form.STAGES: _as(cuda.FORMS["stages"]),
     Form.TRAINING: _training,
+    **{form: _as(number) for form, number in _NUMBERS.items()},
 }

@@ -12,8 +12,9 @@ from kegfast._util import check
 from kegfast._util.check import expected
 from kegfast.decomposition.decompose import factorize
 from kegfast.decomposition.ranks import RankRule, layer_rank
+from kegfast.dispatch.forms import Form
 from kegfast.dispatch.packed import SettledCall
-from kegfast.dispatch.tucker2 import Form, LayerMemory, call_of, choose, repeat, run
+from kegfast.dispatch.tucker2 import LayerMemory, call_of, choose, repeat, run
 from kegfast.nn.factors import FactoredConv2d, FactoredLinear
 from kegfast.ops import reference
 from kegfast.ops._operands import Geometry, Pair, autocasts, check_activation, check_addend, pair

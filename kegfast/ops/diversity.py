@@ -6,10 +6,12 @@ from torch.library import Library, fallthrough_kernel, register_autograd, regist
 
 from kegfast.ops import _native  # noqa: F401  (loads the operators)
 from kegfast.ops._flops import register_flop_formula
+from kegfast.ops._once import once
 
 METRICS = {"l1": 0, "sqeuclidean": 1, "euclidean": 2, "cosine": 3}
 """The sample metrics by their number in `torch.ops.kegfast.diversity_forward`."""
 NOISE_METRICS = {"sqeuclidean": 0, "euclidean": 1}
+ONCE = "kegfast: the diversity loss can be differentiated once, got a gradient of its gradient"
 
 
 def _widened(x: Tensor) -> torch.dtype:
@@ -38,32 +40,11 @@ def _diversity_save(ctx, inputs, output):
     ctx.save_for_backward(noises, samples, *output[1:])
 
 
-class _Once(torch.autograd.Function):
-    """Hands a gradient on; stands for its own gradient, which nobody has derived."""
-
-    @staticmethod
-    def forward(ctx, gradient, *sources):
-        return gradient.view_as(gradient)
-
-    @staticmethod
-    def backward(ctx, *_):
-        raise RuntimeError(
-            "kegfast: the diversity loss can be differentiated once, got a gradient of its gradient"
-        )
-
-
-def once(gradients: list[Tensor | None], *sources: Tensor) -> list[Tensor | None]:
-    """The gradients; where autograd records them as functions of `sources`, differentiating them raises."""
-    if not torch.is_grad_enabled():
-        return gradients
-    return [None if g is None else _Once.apply(g, *sources) for g in gradients]
-
-
 def _diversity_gradients(ctx, grad, *_):
     with torch.no_grad():
         found = zip(ctx.saved_tensors[2:], ctx.dtypes, ctx.needs_input_grad, strict=False)
         gradients = [(g * grad.to(g.dtype)).to(dtype) if need else None for g, dtype, need in found]
-    return *once(gradients, grad, *ctx.saved_tensors[:2]), None, None, None, None
+    return *once(ONCE, gradients, grad, *ctx.saved_tensors[:2]), None, None, None, None
 
 
 class _Diversity(torch.autograd.Function):
@@ -93,7 +74,7 @@ class _Diversity(torch.autograd.Function):
             return _Diversity.scaled(ctx, grad)
         with torch.no_grad():
             found = _Diversity.scaled(ctx, grad)
-        return *once(found[:2], grad, *ctx.saved_tensors[:2]), *found[2:]
+        return *once(ONCE, found[:2], grad, *ctx.saved_tensors[:2]), *found[2:]
 
     @staticmethod
     def scaled(ctx, grad):

@@ -6,6 +6,7 @@ from torch.library import register_autograd, register_fake
 
 from kegfast.ops import _native, reference
 from kegfast.ops._flops import register_flop_formula
+from kegfast.ops._once import once
 
 Pair = tuple[int, int]
 
@@ -131,28 +132,11 @@ def tucker2_training(*inputs: Tensor | int | bool | None) -> Tensor:
     return _Tucker2.apply(*inputs)
 
 
-class _FirstOrder(torch.autograd.Function):
-    """Gradients as they are, but no way back through them: a wrong second derivative is worse."""
-
-    @staticmethod
-    def forward(ctx, count, *tensors):
-        return tensors[:count]
-
-    @staticmethod
-    def backward(ctx, *_):
-        raise RuntimeError(
-            "kegfast's compiled tucker2 has no second derivative; run it under kegfast.backend('reference')"
-        )
-
-
 def _tucker2_backward(ctx, grad, *_):
     with torch.no_grad():
         grads = _tucker2_gradients(ctx, grad)
-    if torch.is_grad_enabled():  # create_graph=True
-        given = [g for g in grads if g is not None]
-        kept = iter(_FirstOrder.apply(len(given), *given, grad, *ctx.saved_tensors[:4]))
-        grads = [None if g is None else next(kept) for g in grads]
-    return *grads, *([None] * 8)
+    why = "kegfast's compiled tucker2 has no second derivative; run it under kegfast.backend('reference')"
+    return *once(why, grads, grad, *ctx.saved_tensors[:4]), *([None] * 8)
 
 
 def _tucker2_gradients(ctx, grad):

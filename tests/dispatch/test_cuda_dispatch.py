@@ -11,6 +11,8 @@ from tucker2_cases import needs_native
 import kegfast
 from kegfast._tuning import layer_calls
 from kegfast.dispatch import cuda
+from kegfast.dispatch.forms import Form
+from kegfast.dispatch.tucker2 import _RUNS, Call, _choose_cuda
 from kegfast.ops import _native
 from kegfast.ops._operands import Geometry
 
@@ -160,6 +162,16 @@ def test_autotune_finds_every_layer(pretended):
     assert [tuple(call.x.shape) for call in found] == [(2, 8, 6, 6)] * 2
     assert found[0].core is layer.core.weight
     assert found[0].geometry == GEOMETRY
+
+
+@pytest.mark.parametrize("form", cuda.FORMS)
+def test_every_form_of_a_table_runs(form, pretended):
+    x, *weights, geometry, training = arguments()
+    call = Call(x, (*weights, None), geometry, None, False, None, None)
+    cuda.table()[cuda._key(x, *weights, geometry, training)] = form
+    taken = _choose_cuda(call)
+    assert taken == (Form.REFERENCE if form is Form.CONVOLUTIONS else form)
+    assert taken in _RUNS
 
 
 def test_training_is_measured_on_devices_alone():
