@@ -18,7 +18,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--batch-size", type=int, default=128, metavar="N", help="samples of a step (default 128)"
     )
     parser.add_argument(
-        "--optimizer", choices=("adamw", "sgd"), default="adamw", help="sgd with momentum 0.9 (default adamw)"
+        "--optimizer",
+        choices=("adamw", "adam", "sgd"),
+        default="adamw",
+        help="sgd with Nesterov momentum 0.9 (default adamw)",
     )
     parser.add_argument(
         "--lr", type=options.number, metavar="X",

@@ -11,7 +11,7 @@ class Form(StrEnum):
     REFERENCE = "reference"
     """torch's three convolutions."""
     CONVOLUTIONS = "convolutions"
-    """oneDNN's three convolutions on weights that it has reordered; in a CUDA device's table, cuDNN's three."""
+    """oneDNN's three convolutions on weights that it has reordered; in a table of CUDA, cuDNN's."""
     OPERATOR = "operator"
     """The compiled operator, which has its own choice of kernels."""
     TRAINING = "training"

@@ -21,8 +21,7 @@ from kegfast.distillation.objective import Objective, Term
 from kegfast.distillation.sources import InMemory, as_source
 from kegfast.training.finite import Given
 from kegfast.training.loop import MetricsLog, mix, run_steps, seeded
-
-MakeOptimizer = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
+from kegfast.training.optimizers import MakeOptimizer, OptimizerName, make_optimizer
 
 
 def distill(
@@ -33,7 +32,7 @@ def distill(
     loss: str | Callable[..., Tensor] | Sequence[Term] = "soft_target",
     steps: int = 1000,
     batch_size: int = 128,
-    optimizer: Literal["adam", "adamw", "sgd"] | MakeOptimizer = "adam",
+    optimizer: OptimizerName | MakeOptimizer = "adam",
     lr: float = 1e-3,
     weight_decay: float = 0.0,
     schedule: Literal["cosine", "constant"] | Callable[[float], float] = "cosine",
@@ -67,7 +66,7 @@ def distill(
         steps: How many batches.
         batch_size: Samples per step and process.
         optimizer: A name, or a function from the list of parameters to a torch optimizer, which then
-            has its own rates. "sgd" has a momentum of 0.9.
+            has its own rates. "sgd" has a Nesterov momentum of 0.9.
         lr: The first learning rate. 1e-3 suits Adam from scratch; a compressed student on samples
             far from real ones keeps more with 1e-5 to 1e-4.
         weight_decay: As torch's optimizers define it.
@@ -123,7 +122,7 @@ def distill(
         check_apart(student, teacher)
         draw = _drawer(source, ask_teacher, objective, device, autocast, steps * batch_size)
         trainable = check.trained("student", student, objective)
-        optimiser = _optimizer(optimizer, trainable, lr, weight_decay)
+        optimiser = make_optimizer(optimizer, trainable, lr=lr, weight_decay=weight_decay, fused=True)
         rates = [group["lr"] for group in optimiser.param_groups]
         factor, aside = _factor(schedule), ask_student.aside()
 
@@ -225,26 +224,6 @@ def _own_seed(seed: int) -> int:
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         return mix(seed, torch.distributed.get_rank())
     return seed
-
-
-def _optimizer(
-    optimizer: str | MakeOptimizer, parameters: list[nn.Parameter], lr: float, weight_decay: float
-) -> torch.optim.Optimizer:
-    if callable(optimizer):
-        made = optimizer(parameters)
-        if not isinstance(made, torch.optim.Optimizer):
-            raise TypeError(expected("optimizer", "a function to a torch optimizer", made))
-        return made
-    check.number("lr", lr, above=0)
-    check.number("weight_decay", weight_decay, least=0)
-    # One fused kernel per step; torch's default on a CPU is a loop of small ones over the parameters.
-    if optimizer == "adam":
-        return torch.optim.Adam(parameters, lr, weight_decay=weight_decay, fused=True)
-    if optimizer == "adamw":
-        return torch.optim.AdamW(parameters, lr, weight_decay=weight_decay, fused=True)
-    if optimizer == "sgd":
-        return torch.optim.SGD(parameters, lr, momentum=0.9, weight_decay=weight_decay, fused=True)
-    raise ValueError(expected("optimizer", "'adam', 'adamw', 'sgd' or a function", optimizer))
 
 
 def _factor(schedule: str | Callable[[float], float]) -> Callable[[float], float]:

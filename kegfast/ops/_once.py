@@ -20,7 +20,7 @@ class _Once(torch.autograd.Function):
 
 
 def once(why: str, gradients: list[Tensor | None], *sources: Tensor) -> list[Tensor | None]:
-    """The gradients; where autograd records them as functions of `sources`, theirs raise RuntimeError(why)."""
+    """The gradients; where autograd records how they follow from `sources`, theirs is RuntimeError(why)."""
     if not torch.is_grad_enabled():
         return gradients
     return [None if g is None else _Once.apply(why, g, *sources) for g in gradients]

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +16,7 @@ from kegfast._util.logits import AsLogits, two_classes
 from kegfast._util.modules import in_mode
 from kegfast.training.finite import Given
 from kegfast.training.loop import MetricsLog, mix, run_steps
+from kegfast.training.optimizers import MakeOptimizer, OptimizerName, make_optimizer
 
 WARMUP = 0.05
 """Share of the steps in which the learning rate rises."""
@@ -28,7 +29,7 @@ def train(
     steps: int | None = None,
     epochs: float | None = None,
     batch_size: int = 128,
-    optimizer: Literal["adamw", "sgd"] = "adamw",
+    optimizer: OptimizerName | MakeOptimizer = "adamw",
     lr: float | None = None,
     weight_decay: float = 5e-4,
     label_smoothing: float = 0.0,
@@ -56,8 +57,9 @@ def train(
         steps: optimizer steps; give these or `epochs`.
         epochs: passes over the data.
         batch_size: samples of a step.
-        optimizer: "adamw", or "sgd" with Nesterov momentum 0.9.
-        lr: the highest learning rate; by default 2e-3 for AdamW and 0.1 for SGD.
+        optimizer: "adamw", "adam" or "sgd" with Nesterov momentum 0.9, or a function from the list of
+            parameters to a torch optimizer, which then brings its own lr and weight_decay.
+        lr: the highest learning rate; by default 2e-3 for AdamW and Adam and 0.1 for SGD.
         weight_decay: as the optimizer defines it; not applied to biases and normalisation (tensors of
             one dimension).
         label_smoothing: share of the target spread over all classes.
@@ -88,7 +90,11 @@ def train(
         steps = math.ceil(check.number("epochs", epochs, above=0) * per_epoch)
     total = check.count("steps", steps)
     place = _place(model, device)
-    updates = _optimizer(model, optimizer, lr, weight_decay)
+    if lr is None:
+        lr = 0.1 if optimizer == "sgd" else 2e-3
+    updates = make_optimizer(
+        optimizer, check.trained("model", model), lr=lr, weight_decay=weight_decay, decay_vectors=False
+    )
     schedule = torch.optim.lr_scheduler.LambdaLR(updates, warmup_cosine(total))
     order, given, as_logits = _Order(size, seed), Given(), AsLogits("model")
 
@@ -218,21 +224,6 @@ class _Order:
             generator = torch.Generator().manual_seed(mix(mix(self.seed, 0), epoch))
             self.epoch, self.permutation = epoch, torch.randperm(self.size, generator=generator)
         return self.permutation
-
-
-def _optimizer(model: nn.Module, name: str, lr: float | None, weight_decay: float) -> torch.optim.Optimizer:
-    parameters = check.trained("model", model)
-    groups = [
-        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
-    ]
-    if lr is not None:
-        check.number("lr", lr, above=0)
-    if name == "adamw":
-        return torch.optim.AdamW(groups, lr=lr or 2e-3)
-    if name == "sgd":
-        return torch.optim.SGD(groups, lr=lr or 0.1, momentum=0.9, nesterov=True)
-    raise ValueError(expected("optimizer", '"adamw" or "sgd"', name))
 
 
 def _batches(data: Dataset | DataLoader, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
