@@ -120,9 +120,9 @@ void expect_taps(const Weight& w) {
   expect(w.sizes[2] <= kMostTaps && w.sizes[3] <= kMostTaps && w.sizes[2] * w.sizes[3] <= kMostTaps,
          "a kernel", "of at most 256 taps", w.sizes[2] * w.sizes[3]);
 }
-void expect_from(const Step& step, size_t begin, size_t end, int64_t least) {
+void expect_positive(const Step& step, size_t begin, size_t end) {
   for (size_t i = begin; i < end; ++i)
-    expect(step.options[i] >= least, "an option", "at least " + std::to_string(least), step.options[i]);
+    expect(step.options[i] >= 1, "an option", "at least 1", step.options[i]);
 }
 
 void check_weights(const Step& step) {
@@ -152,35 +152,24 @@ void check_weights(const Step& step) {
   }
 }
 
+// Options of a step that are sizes and strides, at least 1.
+constexpr struct {
+  StepKind kind;
+  size_t first, end;
+} kPositive[] = {
+    {StepKind::convolution, 0, 2},      {StepKind::convolution, 4, 7},   {StepKind::tucker2, 0, 2},
+    {StepKind::tucker2, 4, 6},          {StepKind::conv_max_pool, 0, 2}, {StepKind::conv_max_pool, 4, 8},
+    {StepKind::max_pool, 0, 4},         {StepKind::max_pool, 6, 8},      {StepKind::average_pool, 0, 4},
+    {StepKind::adaptive_average, 0, 2}, {StepKind::place, 0, 2},
+};
+
 void check_options(const Step& step) {
   for (const int64_t option : step.options)
     expect(option >= 0 && option <= kMostOption, "an option", "from 0 to 2^12", option);
-  switch (step.kind) {
-    case StepKind::convolution:
-      expect_from(step, 0, 2, 1), expect_from(step, 4, 7, 1);
-      break;
-    case StepKind::tucker2:
-      expect_from(step, 0, 2, 1), expect_from(step, 4, 6, 1);
-      break;
-    case StepKind::conv_max_pool:
-      expect_from(step, 0, 2, 1), expect_from(step, 4, 8, 1);
-      break;
-    case StepKind::max_pool:
-      expect_from(step, 0, 4, 1), expect_from(step, 6, 8, 1);
-      break;
-    case StepKind::average_pool:
-      expect_from(step, 0, 4, 1);
-      break;
-    case StepKind::adaptive_average:
-    case StepKind::place:
-      expect_from(step, 0, 2, 1);
-      break;
-    case StepKind::activation:
-      expect(step.options[0] < kActivations, "an activation", "one of those known", step.options[0]);
-      break;
-    default:
-      break;
-  }
+  for (const auto& [kind, first, end] : kPositive)
+    if (kind == step.kind) expect_positive(step, first, end);
+  if (step.kind == StepKind::activation)
+    expect(step.options[0] < kActivations, "an activation", "one of those known", step.options[0]);
 }
 
 Step read_step(Reader& reader, int64_t values) {

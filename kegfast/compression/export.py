@@ -17,20 +17,27 @@ from kegfast.compression.surgery import (
     replace_all,
     spell_out_addends,
     spell_out_pools,
+    to_change,
     unfused,
     unwrap,
 )
 from kegfast.nn import TuckerConv2d
 
 
-def unfuse(model: nn.Module) -> nn.Module:
-    """Every TuckerConv2d as three plain convolutions on the same parameters, in place.
+def unfuse(model: nn.Module, *, inplace: bool = True) -> nn.Module:
+    """Every TuckerConv2d as three plain convolutions on the same parameters.
 
-    For tools that know only torch's own layers: quantisation, pruning, other exporters. The state
+    For tools that know only torch's own layers: quantization, pruning, other exporters. The state
     dict keeps its names, except below layers with a fused ReLU.
+
+    Args:
+        model: with fused layers.
+        inplace: change the model itself (default), else a copy of it, with parameters of its own.
+
+    Raises:
+        TypeError: for something other than a module and a bool.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(expected("model", "a torch.nn.Module", model))
+    model = to_change(model, inplace)
     spell_out_addends(model)
     spell_out_pools(model)
     return replace_all(model, _is_fused, unfused)

@@ -12,6 +12,7 @@ from torch.fx.node import Argument
 from torch.nn.utils import parametrize
 from torch.optim.swa_utils import AveragedModel
 
+from kegfast._util import check
 from kegfast._util.check import expected
 from kegfast._util.graph import target_name
 from kegfast._util.modules import Kind, clone
@@ -250,13 +251,30 @@ def _insert_after(node: fx.Node, function: Callable[..., Tensor], *arguments: Ar
     return call
 
 
-def densify(model: nn.Module) -> nn.Module:
-    """Undoes `compress`: every factored layer becomes one dense Conv2d or Linear again, in place.
+def to_change(model: nn.Module, inplace: bool) -> nn.Module:
+    """The model that a function of `inplace=` changes: itself, or a copy.
 
-    The dense layers hold the products of the factors, so the outputs stay those of the student.
+    Raises:
+        TypeError: for something other than a module and a bool.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(expected("model", "a torch.nn.Module", model))
+    return model if check.flag("inplace", inplace) else clone(model)
+
+
+def densify(model: nn.Module, *, inplace: bool = True) -> nn.Module:
+    """Undoes `compress`: every factored layer becomes one dense Conv2d or Linear again.
+
+    The dense layers hold the products of the factors, so the outputs stay those of the student.
+
+    Args:
+        model: with factored layers.
+        inplace: change the model itself (default), else a copy of it.
+
+    Raises:
+        TypeError: for something other than a module and a bool.
+    """
+    model = to_change(model, inplace)
     spell_out_addends(model)
     return replace_all(model, is_factored, _dense)
 

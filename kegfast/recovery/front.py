@@ -1,10 +1,12 @@
 """The front door: `shrink` checks its arguments, runs the recovery and leaves its folder."""
 
+import inspect
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from torch import nn
@@ -111,54 +113,42 @@ def shrink(
 
 @contextmanager
 def recovery(
-    model: nn.Module,
-    sample_shape: Sequence[int],
-    *,
-    ratio: float | None = None,
-    budget: Mapping[str, float] | int | None = None,
-    mean: float | Sequence[float] | None = None,
-    std: float | Sequence[float] | None = None,
-    input_range: tuple[float, float] | None = None,
-    num_classes: int | None = None,
-    data: Any = None,
-    source: Any = None,
-    seconds: float | None = None,
-    seed: int = 0,
-    out: str | Path | None = None,
-    resume: bool = False,
-    progress: bool = False,
-    share: float = 1.0,
+    model: nn.Module, sample_shape: Sequence[int], *, share: float = 1.0, **options: Any
 ) -> Iterator[Recovery]:
     """The run that `shrink` makes of its arguments, checked; the model is in eval mode meanwhile.
 
     Args:
-        share: of the usual samples and steps; all others are `shrink`'s.
+        share: of the usual samples and steps.
+        model, sample_shape, **options: `shrink`'s, with its defaults.
     """
-    check.seed("seed", seed)
-    if seconds is not None:
-        check.number("seconds", seconds, above=0)
-    if resume and out is None:
+    bound = inspect.signature(shrink).bind(model, sample_shape, **options)
+    bound.apply_defaults()
+    given = SimpleNamespace(**bound.arguments)
+    check.seed("seed", given.seed)
+    if given.seconds is not None:
+        check.number("seconds", given.seconds, above=0)
+    if given.resume and given.out is None:
         raise ValueError("resume needs out, the folder of the run, got None")
     with ExitStack() as stack:
         if isinstance(model, nn.Module):
             stack.enter_context(evaluation(model))
-        subject = examine(model, sample_shape, num_classes)
-        pixels = _pixels(subject, mean, std, input_range)
-        own = None if source is None else take_source(subject, pixels, source)
-        real = None if data is None else take_data(subject, pixels, data)
-        spent = Budget(subject, ratio, budget)
-        folder = _folder(stack, out, resume)
+        subject = examine(model, sample_shape, given.num_classes)
+        pixels = _pixels(subject, given.mean, given.std, given.input_range)
+        own = None if given.source is None else take_source(subject, pixels, given.source)
+        real = None if given.data is None else take_data(subject, pixels, given.data)
+        spent = Budget(subject, given.ratio, given.budget)
+        folder = _folder(stack, given.out, given.resume)
         run = {
             "model": subject.digest,
             "budget": spent.budget if isinstance(spent.budget, int) else dict(spent.budget),
             "normalization": None if pixels is None else [list(pixels.mean), list(pixels.std)],
             "data": 0 if real is None else len(real.taught) + len(real.held),
-            "source": source is not None,
-            "seed": seed,
+            "source": given.source is not None,
+            "seed": given.seed,
         }
-        pace = _pace(subject, folder, seconds, share, run)
-        bar = stack.enter_context(progress_bar("shrink", UNITS, enabled=progress))
-        yield Recovery(subject, pixels, spent, own, real, pace, seed, folder, bar)
+        pace = _pace(subject, folder, given.seconds, share, run)
+        bar = stack.enter_context(progress_bar("shrink", UNITS, enabled=given.progress))
+        yield Recovery(subject, pixels, spent, own, real, pace, given.seed, folder, bar)
 
 
 def _pixels(subject: Subject, mean: Any, std: Any, input_range: Any) -> Pixels | None:

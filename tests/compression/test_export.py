@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from tucker2_cases import needs_native
 
-from kegfast import compress, fuse
+from kegfast import compress, densify, fuse
 from kegfast.compression import export_onnx, unfuse
 from kegfast.models import ResNet14
 from kegfast.nn import TuckerConv2d, TuckerLinear
@@ -70,8 +70,23 @@ def test_onnx_of_several_inputs(tmp_path):
         export_onnx(model, tmp_path / "m.onnx", ())
 
 
+def test_what_changes_its_argument_says_so_and_can_leave_it():
+    layer = TuckerConv2d(3, 4, 3, (2, 2))
+    for change in (unfuse, densify):
+        for given in (nn.Sequential(copy.deepcopy(layer)), copy.deepcopy(layer)):
+            kinds = [type(m) for m in given.modules()]
+            changed = change(given, inplace=False)
+            assert [type(m) for m in given.modules()] == kinds
+            assert not any(isinstance(m, TuckerConv2d) for m in changed.modules())
+        model = nn.Sequential(copy.deepcopy(layer))
+        assert change(model) is model
+        assert not isinstance(model[0], TuckerConv2d)
+        with pytest.raises(TypeError, match=r"^inplace must be True or False"):
+            change(model, inplace="no")
+
+
 def test_unfuse_is_plain_layers(student):
-    plain = unfuse(copy.deepcopy(student))
+    plain = unfuse(student, inplace=False)
     assert not any(isinstance(module, TuckerConv2d) for module in plain.modules())
     assert sum(isinstance(module, FactorChain) for module in plain.modules()) == 8
     assert plain.state_dict().keys() == student.state_dict().keys()
