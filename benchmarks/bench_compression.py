@@ -40,7 +40,7 @@ from kegfast.extraction.procedural import DeadLeaves
 from kegfast.models import LeNet5, ResNet14
 
 RATIOS = (1.2, 1.4, 1.58, 2.0, 2.9, 4.0, 5.74, 8.0)
-TEACHERS = {  # model, data set, mean and std of its normalisation, the layers that the paper compresses
+TEACHERS = {  # model, data set, mean and std of its normalization, the layers that the paper compresses
     "mnist": (LeNet5, "mnist", 0.1307, 0.3081, ["conv2", "conv3"]),
     "fashion": (ResNet14, "fashion-mnist", 0.2856, 0.3385, ["layers3.*"]),
 }

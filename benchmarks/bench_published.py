@@ -51,7 +51,7 @@ class Variant:
 
 
 def in_range(samples: Tensor, study: Study) -> Tensor:
-    """Every image stretched to the values that normalised pixels take."""
+    """Every image stretched to the values that normalized pixels take."""
     low, high = (torch.tensor(bound).view(-1, 1, 1) for bound in study.info.input_range)
     least, most = samples.amin((2, 3), keepdim=True), samples.amax((2, 3), keepdim=True)
     return low + (high - low) * (samples - least) / (most - least).clamp(min=1e-6)

@@ -50,7 +50,7 @@ class Variant:
 
 PLAIN = {
     "default recipe": Variant(),
-    "every image normalised by itself, as published": Variant({"ranged": False}),
+    "every image normalized by itself, as published": Variant({"ranged": False}),
     "with total variation": Variant({"total_variation": 1.0}),
     "with class balance": Variant({"class_balance": 1.0}),
     "with diversity": Variant({"beta": 1.0}),

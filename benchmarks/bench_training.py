@@ -10,7 +10,7 @@ Students: LeNet5 with the paper's ranks for S1 on 32,000 samples, batch 128, eig
 The rival does what such scripts do: a DataLoader over the samples, three convolutions in a row, the teacher
 in every step. It is shown by itself, and as a protocol has it that picks the best epoch: before each the
 samples are read from their file, after it comes the accuracy on 10,000 images, each opened, resized and
-normalised by PIL. kegfast is `distill` on a `Pool` with all that it does besides its steps.
+normalized by PIL. kegfast is `distill` on a `Pool` with all that it does besides its steps.
 """
 
 import argparse
@@ -112,7 +112,7 @@ def check_same(rival: Any, ours: Any) -> None:
 
 
 class Opened(Dataset):
-    """Images that are decoded, resized and normalised one by one, as torchvision's transforms do."""
+    """Images that are decoded, resized and normalized one by one, as torchvision's transforms do."""
 
     def __init__(self, n: int):
         self.images = np.random.default_rng(0).integers(0, 256, (n, 28, 28), dtype=np.uint8)

@@ -47,7 +47,7 @@ def prepacked_chain(layers: nn.Sequential, x: Tensor, dtype: torch.dtype) -> Cal
 
 
 def tltorch_layer(layer: TuckerConv2d, shape: Shape, dtype: torch.dtype) -> nn.Module:
-    """tensorly-torch's factorised convolution with these factors; its spatial ones are identities."""
+    """tensorly-torch's factorized convolution with these factors; its spatial ones are identities."""
     from tltorch import FactorizedConv
 
     rank = (*layer.core.weight.shape[:2], shape.kernel, shape.kernel)

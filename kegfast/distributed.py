@@ -150,7 +150,7 @@ def _round_a_ring(noises, samples, wanted, *, noise_metric, group) -> Evaluation
     sizes = _gather_sizes(len(samples), samples.device, ranks, group)
     width = noises.shape[1]
     visitors = torch.cat((noises.to(torch.promote_types(noises.dtype, samples.dtype)), samples), 1)
-    # Centred: the gradient is a difference of sums, which an offset must not drown.
+    # Centered: the gradient is a difference of sums, which an offset must not drown.
     middle = [noises.mean(0), samples.mean(0)]
     own = [noises - middle[0], samples - middle[1]]
     total = samples.new_zeros((), dtype=torch.float64)

@@ -36,7 +36,7 @@ Tucker2Params as_core(const ConvolutionParams& p) {
   return core;
 }
 
-// A kernel row is one run of numbers where its taps are neighbours.
+// A kernel row is one run of numbers where its taps are neighbors.
 Window window_of(const ConvolutionParams& p) {
   const int64_t channels = p.channels / p.groups;
   const bool whole = p.dilation_w == 1 && p.groups == 1;

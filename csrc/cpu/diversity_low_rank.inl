@@ -1,4 +1,4 @@
-// sqeuclidean and cosine under squared noise distances: the closed form of rank nz + 2, on samples centred
+// sqeuclidean and cosine under squared noise distances: the closed form of rank nz + 2, on samples centered
 // twice.
 #pragma once
 
@@ -10,7 +10,7 @@ constexpr int kBlockColumns = 16;  // columns of one block of the low-rank table
 
 // Takes the mean off x, twice: what rounding left of an offset after the first time goes with the second.
 template <class T>
-inline void centre(T* x, int64_t batch) {
+inline void center(T* x, int64_t batch) {
   constexpr int N = lanes<T>;
   Vec<T> mean{};
   for (int pass = 0; pass < 3; ++pass) {
@@ -68,7 +68,7 @@ inline void low_rank_tiles(const DiversityParams& p, int64_t first, int64_t last
   T* g = x + block_tiles(B) * B * N;
   each_tile<T>(p, first, last, x, values, [&](const Tile<T>& loaded, Ahead ahead) {
     Tile<T> t = loaded;
-    centre(t.x, B);
+    center(t.x, B);
     t.low = t.high = Vec<T>{};
     const T* table = static_cast<const T*>(p.low_rank);
     const bool several = p.low_rank_blocks > 1;

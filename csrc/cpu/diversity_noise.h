@@ -31,7 +31,7 @@ class Aligned {
   T* data_;
 };
 
-// Centred and divided by `unit`, a power of two near the largest entry, so that no square overflows.
+// Centered and divided by `unit`, a power of two near the largest entry, so that no square overflows.
 struct Noises {
   int64_t batch, width;
   std::vector<double> z;  // [B, nz]

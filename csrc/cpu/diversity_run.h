@@ -63,7 +63,7 @@ class Diversity {
     const int64_t lanes = KEGFAST_SELECT(diversity_lanes)() / (wide_ ? 2 : 1);
     tiles_ = (p_.features + lanes - 1) / lanes;
     p_.gradient_scale = noises_.distance_unit(noise_metric_);
-    if (metric_ == Metric::cosine) normalise_rows();
+    if (metric_ == Metric::cosine) normalize_rows();
   }
 
   // S times `scale`, in the units of both metrics but without means; fills its gradient where p.gradient is given.
@@ -240,7 +240,7 @@ class Diversity {
     return value;
   }
 
-  // 1 - cos = |y_i - y_j|^2 / 2 on rows of norm 1, then the gradient goes back through the normalisation.
+  // 1 - cos = |y_i - y_j|^2 / 2 on rows of norm 1, then the gradient goes back through the normalization.
   double cosine(bool squared) {
     p_.gradient_scale /= 2;
     double value = squares(squared) / 2;
@@ -263,7 +263,7 @@ class Diversity {
     return 0.5 * ((row_scale_[i] == 0) + (row_scale_[j] == 0));
   }
 
-  void normalise_rows() {
+  void normalize_rows() {
     row_scale_.resize(p_.batch);
     in_parts(p_.batch, threads_for(p_.batch, p_.features), [&](int64_t, int64_t first, int64_t last) {
       KEGFAST_SELECT(diversity_square_norms)(p_, first, last, row_scale_.data());

@@ -2,7 +2,7 @@
 //
 // Story (one Zen 5 core): 1 MB of fresh 4 KB pages takes 0.3 ms, as long as its numbers take to compute; 12
 // MB 3.8 ms, in 2 MB pages 0.2 ms. Populating in one call instead of page by page saved a tenth. Memory that
-// malloc keeps is no way out: it gives the top of its heap back whenever a larger neighbour is freed, so that
+// malloc keeps is no way out: it gives the top of its heap back whenever a larger neighbor is freed, so that
 // the time of a call hung on what had run before it (7 or 15 ms for the same 26 MB).
 #pragma once
 

@@ -176,7 +176,7 @@ struct SumSorted {
   KEGFAST_DEVICE static double add(const Params& p, const uint64_t* keys, const Float4* prefix, float* g,
                                    int column) {
     const bool last_columns = column + kColumns >= p.columns;
-    const float centre = value(keys, p.batch / 2);
+    const float center = value(keys, p.batch / 2);
     const Float4 none{0, 0, 0, 0}, all = prefix[p.batch - 1];
     double sum = 0;
     for (int i = thread(); i < p.batch; i += kThreads) {
@@ -189,7 +189,7 @@ struct SumSorted {
       const Float4 left = left_factor(load_float4(p.table + int64_t(row) * p.columns + column), column == 0);
       const float mine = (column == 0 ? 0 : g[row]) + dot(left, balance);
       g[row] = mine;
-      if (last_columns) sum += finite(x) ? double(x - centre) * mine : double(quiet_nan());
+      if (last_columns) sum += finite(x) ? double(x - center) * mine : double(quiet_nan());
     }
     return sum;
   }

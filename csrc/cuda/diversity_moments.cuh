@@ -1,7 +1,7 @@
 // diversity on CUDA, metrics sqeuclidean and cosine with sqeuclidean noises: no pairs, by the noise table's
 // low rank.
 //
-// Per feature, x centred over the batch, A = sum a_i, m_k = sum_i z_ik x_i:
+// Per feature, x centered over the batch, A = sum a_i, m_k = sum_i z_ik x_i:
 //   S = 2 B sum a_i x_i^2 + 2 A sum x_i^2 + 4 sum_k m_k^2    (all terms >= 0: nothing cancels)
 //   dS/dx_i = 4 (x_i (B a_i + A) - sum_j a_j x_j + 2 z_i . m)
 // A block takes 32 features (lanes); its 8 warps share the rows. Up to some 1700 rows of float32 its samples
@@ -9,7 +9,7 @@
 // readings come from L2.
 //
 // cosine is half of this on rows of norm 1. A row's norm needs the whole row before any column's moment can
-// be summed, and a row's gradient (the normalisation's own derivative) the moments of all columns, so three
+// be summed, and a row's gradient (the normalization's own derivative) the moments of all columns, so three
 // kernels read the samples once each, the latter two from L2 up to its 50 MB: RowNorms, DiversityMoments, and
 // RowGradients, which takes the gradient from the moments.
 //

@@ -1,6 +1,6 @@
 // diversity on CUDA: what is computed from the noises alone, and the gradient to them.
 //
-// With sqeuclidean noises w has rank nz + 2: centre z, divide by sqrt(nz), a_i = |z_i|^2, then w_ij = a_i +
+// With sqeuclidean noises w has rank nz + 2: center z, divide by sqrt(nz), a_i = |z_i|^2, then w_ij = a_i +
 // a_j - 2 z_i.z_j. NoiseTable writes one row [1, a_i, z_i0, z_i1, ..., 0] per noise, padded to whole groups
 // of four columns (one 16-byte load). w_ij = sum_c left(c)_i table_jc with left = [a_i, 1, -2 z_i0, -2 z_i1,
 // ...], read off the same row.

@@ -65,14 +65,14 @@ struct DiversityPairs {
         for (int r = 0; r < kRows; ++r) g[r] += slope(x[r] - xj, weights[(warp() * kRows + r) * kTile + j]);
       }
     }
-    const float centre = inside ? sample_at(p.samples, p.inverse, 0, feature, p.features)
+    const float center = inside ? sample_at(p.samples, p.inverse, 0, feature, p.features)
                                 : 0;  // sum_i G_i = 0: any shift will do
     double sum = all_finite ? 0 : quiet_nan();
     KEGFAST_UNROLL
     for (int r = 0; r < kRows; ++r) {
       const int row = first_row + r;
       if (!inside || row >= p.batch) continue;
-      sum += double(x[r] - centre) * g[r];
+      sum += double(x[r] - center) * g[r];
       if (p.gradient != nullptr) p.gradient[int64_t(row) * p.features + feature] = g[r] * p.gradient_scale;
     }
     barrier();

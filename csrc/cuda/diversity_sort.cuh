@@ -267,7 +267,7 @@ struct DiversitySort {
     float x[kKeys], g[kKeys] = {};
     uint32_t row[kKeys], ties[kKeys];
     Column::sort(p.batch, s, column, t, x, row);
-    const float centre = s.sorted[p.batch / 2];  // sum_i G_i = 0, so any shift of x leaves S as it is
+    const float center = s.sorted[p.batch / 2];  // sum_i G_i = 0, so any shift of x leaves S as it is
     if (any_ties(s, x, t)) {
       find_ties(s, x, t, p.batch, ties);
       KEGFAST_ROLLED
@@ -281,7 +281,7 @@ struct DiversitySort {
     KEGFAST_UNROLL
     for (int q = 0; q < kKeys; ++q) {
       if (t * kKeys + q < p.batch) {
-        sum = fmaf(s.sorted[t * kKeys + q] - centre, g[q], sum);
+        sum = fmaf(s.sorted[t * kKeys + q] - center, g[q], sum);
         column[row[q]] = g[q];
       }
     }

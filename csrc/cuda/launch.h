@@ -50,7 +50,7 @@ void allow_shared(int device, size_t bytes) {
   });
 }
 
-// The device and current stream of a tensor, for the length of one operator call. Nothing here synchronises,
+// The device and current stream of a tensor, for the length of one operator call. Nothing here synchronizes,
 // so that calls can be captured in a graph; the workspace comes from torch's caching allocator and is freed
 // in stream order.
 class Launcher {

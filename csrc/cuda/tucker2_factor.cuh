@@ -126,7 +126,7 @@ class FactorLoad {
   }
 
  private:
-  // Neighbouring threads go along what lies together in memory.
+  // Neighboring threads go along what lies together in memory.
   KEGFAST_DEVICE void elements(char* stage, int chunk) const {
     const bool down = factor_.row == 1;
     const int rows = (live_ + kPieceRows - 1) / kPieceRows * kPieceRows;

@@ -97,7 +97,7 @@ class PixelLoad {
             y * window_.dilation_h * x_.row + x * window_.dilation_w * x_.pixel + channel * x_.channel};
   }
 
-  // One by one; neighbouring threads go along what lies together in memory: pixels of a plane.
+  // One by one; neighboring threads go along what lies together in memory: pixels of a plane.
   KEGFAST_DEVICE void elements(char* stage, int chunk) const {
     KEGFAST_ROLLED
     for (int i = thread(); i < kRows * kPieces; i += kTuckerThreads) {
@@ -154,7 +154,7 @@ KEGFAST_DEVICE void store_rows(const Image<T>& y, const char* rows, int pitch, i
   }
 }
 
-// Two neighbouring columns of a row, the first an even one.
+// Two neighboring columns of a row, the first an even one.
 template <class T>
 KEGFAST_DEVICE void put_pair(char* row, int column, float first, float second) {
   if constexpr (sizeof(T) == 4) {

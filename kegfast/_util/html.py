@@ -17,8 +17,8 @@ with extra("report"):  # said before a run, not at its end
     from matplotlib.figure import Figure
     from PIL import Image
 
-# Okabe and Ito's palette: told apart by every kind of colour vision.
-COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#999999", "#222222")
+# Okabe and Ito's palette: told apart by every kind of color vision.
+COLORS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#999999", "#222222")
 
 _STYLE = """
 :root { color-scheme: light dark; --line: #d8dce2; --soft: #f4f6f8; --text: #1c2430; --dim: #5c6672;
@@ -89,7 +89,7 @@ class Page:
         """
         figure = Figure(figsize=size, layout="constrained")
         axes = figure.subplots()
-        axes.set_prop_cycle(color=COLOURS)
+        axes.set_prop_cycle(color=COLORS)
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.25)
         draw(axes)

@@ -1,4 +1,4 @@
-"""Teach a compressed student by its teacher, with artificial or unlabelled data."""
+"""Teach a compressed student by its teacher, with artificial or unlabeled data."""
 
 import argparse
 from pathlib import Path

@@ -74,14 +74,14 @@ def add_data(parser: argparse.ArgumentParser, what: str, *, required: bool = Fal
 def add_samples(parser: argparse.ArgumentParser) -> None:
     """--data or what one must know of it: --sample-shape, --num-classes, --mean, --std."""
     add_data(
-        parser, "data set whose shape, classes and normalisation the model expects; or give the next four"
+        parser, "data set whose shape, classes and normalization the model expects; or give the next four"
     )
     parser.add_argument("--sample-shape", type=int, nargs="+", metavar="N", help="such as 3 32 32")
     parser.add_argument("--num-classes", type=int, metavar="N", help="number of logits")
     for name in ("--mean", "--std"):
         parser.add_argument(
             name, type=number, nargs="+", default=[], metavar="X",
-            help="of the images' normalisation, per channel, for pixels in [0, 1]",
+            help="of the images' normalization, per channel, for pixels in [0, 1]",
         )  # fmt: skip
 
 

@@ -40,7 +40,7 @@ def _make(name: str, info: "DataInfo", args: argparse.Namespace, device: "torch.
     if name == "leaves":
         if not info.mean:
             raise ValueError(
-                "source leaves needs images and their normalisation: --data, or --mean and --std"
+                "source leaves needs images and their normalization: --data, or --mean and --std"
             )
         return DeadLeaves(shape, info.mean, info.std, device=device)
     if name == "real":

@@ -1,4 +1,4 @@
-"""Train a classifier on labelled data."""
+"""Train a classifier on labeled data."""
 
 import argparse
 
@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--weight-decay", type=options.number, default=5e-4, metavar="X",
-        help="not of biases and normalisation (default 5e-4)",
+        help="not of biases and normalization (default 5e-4)",
     )  # fmt: skip
     parser.add_argument(
         "--label-smoothing", type=options.number, default=0.0, metavar="X",

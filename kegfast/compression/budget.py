@@ -14,7 +14,7 @@ from kegfast.decomposition.factors import Side
 
 Rank = tuple[Side, Side]
 Cost = Callable[[np.ndarray, np.ndarray], np.ndarray]
-"""Cost of ranks (in, out), vectorised; a side without a factor is given as 0."""
+"""Cost of ranks (in, out), vectorized; a side without a factor is given as 0."""
 
 
 class Option(NamedTuple):

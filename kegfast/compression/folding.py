@@ -39,7 +39,7 @@ def fuse(model: nn.Module, example_input: Any = None, *, final: bool = False) ->
     convolution before a max pooling (a residual network's stem) becomes one operator with it.
 
     All only where nothing else reads the value between, and where the layer's weights are plain parameters
-    of its own: none that are shared, pruned, parametrised or read elsewhere, no hooks, no BatchNorm without
+    of its own: none that are shared, pruned, parametrized or read elsewhere, no hooks, no BatchNorm without
     running statistics. A BatchNorm1d is folded where its input is known to be a matrix, by what comes before
     or by the example. What stays, and why, is logged (level INFO of "kegfast"). In a model that cannot be
     traced by torch.fx nothing is folded: whether its next input takes a way past a BatchNorm, or reads a
@@ -145,7 +145,7 @@ def _fold_norms(model: fx.GraphModule, inputs: Inputs | None) -> None:
         if calls[id(layer)] > 1 or calls[id(norm)] > 1:
             reason = "it or the layer before it runs several times"
         elif only_user(before) is not node or len(before.args) + len(before.kwargs) > 1:
-            reason = "something else reads or adds to what it normalises"
+            reason = "something else reads or adds to what it normalizes"
         elif read & {id(tensor) for tensor in (*_tail(layer).parameters(False), *_tensors(norm))}:
             reason = "its weights, or the layer's, are read elsewhere"
         elif isinstance(layer, nn.Linear | TuckerLinear) and not (
@@ -214,7 +214,7 @@ def _why_not(
         return "the layer before it has an activation"
     linear = isinstance(layer, nn.Linear | TuckerLinear)
     if linear != (parts.dimensions == 1) or norm.num_features != len(_tail(layer).weight):
-        return "it normalises something else than the layer's outputs"
+        return "it normalizes something else than the layer's outputs"
     return None
 
 

@@ -27,7 +27,7 @@ RATE = 0.1
 SPREAD = 0.1
 """Weight of the cross-entropy that spreads the samples over all classes, where the outputs are logits."""
 NUMBERS = 1 << 18
-"""At most so many numbers (256 images of 32 x 32) are optimised, but at least LEAST samples."""
+"""At most so many numbers (256 images of 32 x 32) are optimized, but at least LEAST samples."""
 LEAST = 16
 
 
@@ -59,8 +59,8 @@ def match_statistics(model: nn.Module, samples: Inputs) -> Inputs:
     starts = [x[:most].float() for x in values]
     bounds = [(float(x.amin()), float(x.amax())) for x in starts]
     moved = [x.clone().requires_grad_(True) for x in starts]
-    optimiser = torch.optim.Adam(moved, lr=RATE)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, STEPS)
+    optimizer = torch.optim.Adam(moved, lr=RATE)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
     with torch.enable_grad():
         for step in range(STEPS):
             output, seen = teacher(tuple(moved))
@@ -68,7 +68,7 @@ def match_statistics(model: nn.Module, samples: Inputs) -> Inputs:
             gradients = torch.autograd.grad(distance + SPREAD * _spread(output), moved, allow_unused=True)
             for x, gradient in zip(moved, gradients, strict=True):
                 x.grad = gradient
-            optimiser.step()
+            optimizer.step()
             schedule.step()
             with torch.no_grad():
                 for x, (low, high) in zip(moved, bounds, strict=True):

@@ -61,7 +61,7 @@ class _Parts(fx.Tracer):
 def normalizer(norm: _BatchNorm) -> Normalizer | None:
     """A BatchNorm in eval mode taken apart; None where its class does other things than that and a rest.
 
-    A class with a forward of its own is traced: it must normalise its only input by its own statistics and
+    A class with a forward of its own is traced: it must normalize its only input by its own statistics and
     weights, once, and may do anything with the result.
     """
     dimensions = 1 if isinstance(norm, nn.BatchNorm1d) else 2
@@ -105,7 +105,7 @@ def _any_shape(norm: nn.Module) -> Iterator[None]:
 
 
 def _is_own(norm: _BatchNorm, x: fx.Node, call: fx.Node) -> bool:
-    """Whether a call of batch_norm normalises x by the module's statistics and weights, in eval mode."""
+    """Whether a call of batch_norm normalizes x by the module's statistics and weights, in eval mode."""
     given = inspect.signature(F.batch_norm).bind(*call.args, **call.kwargs)
     given.apply_defaults()
 

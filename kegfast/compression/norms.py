@@ -31,7 +31,7 @@ def batch_statistics(model: nn.Module) -> Iterator[dict[str, tuple[Tensor, Tenso
         seen[name] = running_statistics(norm)
 
     def fresh(norm: _BatchNorm, args: Arguments, kwargs: Mapping[str, Any]) -> None:
-        # With momentum 1 torch leaves the batch's own moments, at the cost of normalising alone.
+        # With momentum 1 torch leaves the batch's own moments, at the cost of normalizing alone.
         x, known = only_input(args, kwargs), norm.running_mean
         dtype = torch.promote_types(x.dtype, torch.float32) if known is None else known.dtype
         norm.running_mean, norm.running_var = torch.zeros(2, x.shape[1], dtype=dtype, device=x.device)

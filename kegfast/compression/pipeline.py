@@ -61,7 +61,7 @@ def compress(
     """Replaces the convolutions and Linears of a model by low-rank ones.
 
     Args:
-        model: any module. Layers that cannot be factored (grouped, parametrised, pruned, tied
+        model: any module. Layers that cannot be factored (grouped, parametrized, pruned, tied
             weights, ...) stay as they are, with the reason in the report.
         rank: the rule for the ranks: "evbmf" (Nakajima et al. 2013; the default without a budget),
             "energy=0.9", a float (the share of channels each side keeps), an explicit (in_rank,
@@ -81,7 +81,7 @@ def compress(
             and a budget weights errors by the outputs' sensitivity (on noise, with the teacher's BatchNorm
             statistics, unless `calibration` is given). Without either, errors are relative to each
             weight's norm.
-        calibration: unlabelled inputs in the same forms, a Dataset or a DataLoader of them (labels are left
+        calibration: unlabeled inputs in the same forms, a Dataset or a DataLoader of them (labels are left
             out), or anything with `.sample(n)` such as Generators. Errors are weighted by them, factors and
             biases solved anew, BatchNorm statistics re-estimated. Samples that are visibly not what the
             model was trained on are first changed until BatchNorm finds them familiar (`match_statistics`, at
@@ -339,7 +339,7 @@ def round_rank(rank: Rank, shape: Sequence[int], step: int) -> Rank:
         step: what the kernels compute at once.
 
     Returns:
-        Of both neighbours of each rank, the pair with the most channels that has fewer parameters than
+        Of both neighbors of each rank, the pair with the most channels that has fewer parameters than
         the dense layer; the lowest pair where none has.
     """
     in_rank, out_rank = rank

@@ -137,11 +137,11 @@ def _solve(
     mean, goal = inputs.mean(0), targets.mean(0)
     if tail.bias is None:
         mean, goal = torch.zeros_like(mean), torch.zeros_like(goal)
-    centred = inputs - mean
-    gram = centred.T @ centred
+    centered = inputs - mean
+    gram = centered.T @ centered
     pull = ridge * gram.diagonal().mean()
     gram.diagonal().add_(pull)
-    solution, info = torch.linalg.solve_ex(gram, centred.T @ (targets - goal) + pull * prior.T)
+    solution, info = torch.linalg.solve_ex(gram, centered.T @ (targets - goal) + pull * prior.T)
     if int(info) or not bool(solution.isfinite().all()):  # a layer that sees constant input
         return
     weights = [solution.T]

@@ -38,7 +38,7 @@ CHUNK = 256
 
 
 def gather(calibration: Any, n: int, model: nn.Module) -> Inputs:
-    """n unlabelled samples: of given inputs, a Dataset, a DataLoader or anything with `.sample(n)`.
+    """n unlabeled samples: of given inputs, a Dataset, a DataLoader or anything with `.sample(n)`.
 
     They come on the model's device and in its dtype; it has been seen to take them.
     """

@@ -24,7 +24,7 @@ def metrics(
 ) -> dict[str, Metric]:
     """What an error of each layer's weight does to the model's output (a Kronecker-factored Hessian).
 
-    The squared change of the outputs, to first order and with neighbouring pixels taken as
+    The squared change of the outputs, to first order and with neighboring pixels taken as
     independent (cf. Martens and Grosse 2015), is tr(G dW A dW^T): A the covariance of the layer's
     input channels, G the second moments of the gradients of random projections of the output. The
     mean is left out of A, since BatchNorm or the bias can take up a constant.

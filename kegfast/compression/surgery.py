@@ -1,4 +1,4 @@
-"""Finding the layers of a model that can be factorised, and replacing them."""
+"""Finding the layers of a model that can be factorized, and replacing them."""
 
 import operator
 from collections import OrderedDict
@@ -129,15 +129,15 @@ def _opaque(module: nn.Module) -> str | None:
 def _refusal(name: str, module: nn.Module, owners: dict[int, set[str]]) -> str | None:
     kind = type(module).__name__
     if parametrize.is_parametrized(module):
-        return "parametrised (torch.nn.utils.parametrize); remove the parametrisation first"
+        return "parametrized (torch.nn.utils.parametrize); remove the parametrization first"
     if hasattr(module, "weight_orig") or hasattr(module, "weight_mask"):
-        return "pruned or spectrally normalised; make it permanent first"
+        return "pruned or spectrally normalized; make it permanent first"
     if hasattr(module, "weight_g"):
-        return "weight-normalised; remove the normalisation first"
+        return "weight-normalized; remove the normalization first"
     if isinstance(module, nn.modules.lazy.LazyModuleMixin) and module.has_uninitialized_params():
-        return "not initialised yet; run the model once first"
+        return "not initialized yet; run the model once first"
     if type(module) not in KINDS:
-        return f"{kind} is not factorised, only Conv2d and Linear are"
+        return f"{kind} is not factorized, only Conv2d and Linear are"
     if isinstance(module, nn.Conv2d) and module.groups > 1:
         depthwise = module.groups == module.in_channels
         return "depthwise convolution" if depthwise else f"grouped convolution ({module.groups})"

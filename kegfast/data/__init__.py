@@ -16,11 +16,11 @@ NAMES = ("digits", *ENTRIES)
 
 
 def load(name: str | Path, root: str | Path | None = None) -> Splits:
-    """Load a data set, normalised and split, always in the same way.
+    """Load a data set, normalized and split, always in the same way.
 
     Args:
         name: one of `NAMES`, or the path of an `.npz` or `.safetensors` file of your own with `samples`
-            (N, ...) floating and normalised, `labels` (N,) integers from 0, and possibly `test_samples` and
+            (N, ...) floating and normalized, `labels` (N,) integers from 0, and possibly `test_samples` and
             `test_labels`. Without a test set, data is shuffled and split 7:1:2.
         root: the folder of the published files (its layout: `kegfast.data.catalog`). Without it OpenML is
             asked, by way of scikit-learn, which keeps a copy; `digits` comes with scikit-learn.
@@ -40,7 +40,7 @@ def load(name: str | Path, root: str | Path | None = None) -> Splits:
 
 
 def describe(name: str | Path) -> DataInfo:
-    """Classes, shape and normalisation of a data set, without reading it (but for a file of your own).
+    """Classes, shape and normalization of a data set, without reading it (but for a file of your own).
 
     Raises:
         ValueError: `name` is unknown.
@@ -75,7 +75,7 @@ def _own_part(arrays: dict[str, np.ndarray], prefix: str) -> tuple[np.ndarray, n
             raise ValueError(expected(key, "one of the arrays", sorted(arrays)))
     samples, labels = arrays[f"{prefix}samples"], arrays[f"{prefix}labels"]
     if samples.dtype.kind != "f":
-        raise ValueError(expected(f"{prefix}samples", "floating and normalised", samples.dtype))
+        raise ValueError(expected(f"{prefix}samples", "floating and normalized", samples.dtype))
     if labels.dtype.kind not in "iu":
         raise ValueError(expected(f"{prefix}labels", "integers", labels.dtype))
     if samples.ndim < 2 or labels.ndim != 1:

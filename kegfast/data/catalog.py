@@ -151,7 +151,7 @@ def _advice(entry: Entry) -> str:
 
 
 def _prepare(samples: np.ndarray, info: DataInfo) -> np.ndarray:
-    """Resize images (N, C, H, W) uint8 to their `info` and normalise them; tables come normalised."""
+    """Resize images (N, C, H, W) uint8 to their `info` and normalize them; tables come normalized."""
     if not info.mean:
         return samples
     images = torch.tensor(samples)

@@ -21,7 +21,7 @@ class DataInfo:
         name: the name that `load` takes.
         num_classes: labels are 0 ... num_classes - 1.
         sample_shape: (C, H, W) of an image, (F,) of a table's row.
-        mean: per channel, subtracted from images in [0, 1]; empty where samples come normalised.
+        mean: per channel, subtracted from images in [0, 1]; empty where samples come normalized.
         std: per channel, divided by.
     """
 
@@ -33,7 +33,7 @@ class DataInfo:
 
     @property
     def input_range(self) -> tuple[list[float], list[float]] | None:
-        """The smallest and the largest normalised pixel per channel; None for tables."""
+        """The smallest and the largest normalized pixel per channel; None for tables."""
         if not self.mean:
             return None
         pairs = list(zip(self.mean, self.std, strict=True))
@@ -68,7 +68,7 @@ def make_splits(
     *,
     val: int | None = None,
 ) -> Splits:
-    """Split arrays that are normalised already, always in the same way.
+    """Split arrays that are normalized already, always in the same way.
 
     Args:
         info: the data set.

@@ -51,7 +51,7 @@ def factorize(
     Args:
         weight: any float dtype and device; small weights are decomposed in float64.
         rank: (in_rank, out_rank), None for a side without a factor.
-        metric: what to minimise instead of the squared error of the weight.
+        metric: what to minimize instead of the squared error of the weight.
 
     Returns:
         Factors in the weight's dtype and on its device.

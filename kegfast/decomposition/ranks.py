@@ -23,7 +23,7 @@ Spectra = tuple[np.ndarray, np.ndarray]
 
 
 class EVBMF(NamedTuple):
-    """The global solution of empirical variational Bayesian matrix factorisation."""
+    """The global solution of empirical variational Bayesian matrix factorization."""
 
     rank: int
     noise_variance: float
@@ -36,7 +36,7 @@ def evbmf(singular_values: np.ndarray, rows: int, columns: int, *, exact: bool =
     Nakajima, Sugiyama, Babacan and Tomioka, "Global Analytic Solution of Fully-observed Variational
     Bayesian Matrix Factorization", JMLR 14 (2013): a component survives if its singular value
     exceeds `sigma sqrt(M (1 + tau)(1 + alpha / tau))`, `alpha = L / M`, `tau` the root of
-    `Phi(tau) + Phi(tau / alpha)`, and the noise variance `sigma^2` minimises the free energy,
+    `Phi(tau) + Phi(tau / alpha)`, and the noise variance `sigma^2` minimizes the free energy,
     which is a function of that one number.
 
     Args:
@@ -94,8 +94,8 @@ def _variance_bounds(values: np.ndarray, small: int, large: int, x_detect: float
 def _free_energy(scaled: np.ndarray, alpha: float, x_detect: float, variance: float) -> float:
     x = np.maximum(scaled / variance, 1e-300)
     seen = x[x > x_detect]
-    centre = seen - (1 + alpha)
-    tau = (centre + np.sqrt(centre**2 - 4 * alpha)) / 2
+    center = seen - (1 + alpha)
+    tau = (center + np.sqrt(center**2 - 4 * alpha)) / 2
     gain = np.log1p(tau) + alpha * np.log1p(tau / alpha) - tau
     return float(np.sum(x - np.log(x)) + np.sum(gain))
 

@@ -137,8 +137,8 @@ def own_weights(modules: Mapping[str, Part], memory: LayerMemory) -> Weights | N
     """The tensors of a layer's parts where these are what the operator stands for, else None.
 
     That is: three of torch's own `nn.Conv2d`, the outer ones of 1x1, no bias but the last one's, padding by
-    zeros; no hooks, neither theirs nor for all modules, no parametrisation, nothing put over a method; plain
-    parameters. Whatever else hangs there (a pruned or a quantised convolution, an adapter, one of another
+    zeros; no hooks, neither theirs nor for all modules, no parametrization, nothing put over a method; plain
+    parameters. Whatever else hangs there (a pruned or a quantized convolution, an adapter, one of another
     stride) is called as the module that it is.
     """
     sees = _native._C is not None and not is_compiling()

@@ -16,7 +16,7 @@ from kegfast._util import check
 from kegfast._util.check import expected
 from kegfast._util.logits import two_classes
 from kegfast.distillation.batch import Batch
-from kegfast.distillation.logit import UNLABELLED, check_labels, soft_target
+from kegfast.distillation.logit import UNLABELED, check_labels, soft_target
 
 TEMPERATURE = 3.0
 """The paper's, for its distillation terms."""
@@ -161,8 +161,8 @@ def perturbations(
         logits = two_classes(model(samples))
     for name, classes in (("labels", labels), ("targets", targets)):
         check_labels(classes, logits, name)
-        if (classes == UNLABELLED).any():
-            raise ValueError(expected(name, "the class of each sample", UNLABELLED))
+        if (classes == UNLABELED).any():
+            raise ValueError(expected(name, "the class of each sample", UNLABELED))
     moved, accepted = _search("model", model, samples, labels, targets, steps, eta, epsilon, None)
     return moved - samples, accepted
 
@@ -204,7 +204,7 @@ def _known(labels: Tensor | None, teacher_logits: Tensor) -> Tensor:
     own = teacher_logits.argmax(dim=1)
     if labels is not None:
         check_labels(labels, teacher_logits)
-    return own if labels is None else torch.where(labels == UNLABELLED, own, labels)
+    return own if labels is None else torch.where(labels == UNLABELED, own, labels)
 
 
 def _base_samples(

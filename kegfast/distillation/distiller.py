@@ -74,7 +74,7 @@ def distill(
             share of the run that is done, in [0, 1), to a factor.
         temperature: For losses that soften logits.
         alpha: Weight of `soft_target`'s soft part; `1 - alpha` goes to the source's labels.
-        student_batchnorm: "eval" keeps the student's running statistics, and normalises with them:
+        student_batchnorm: "eval" keeps the student's running statistics, and normalizes with them:
             right for samples whose statistics are not the data's, such as noise. Layers whose parameters
             ask for no gradient keep theirs in any case.
         seed: Seed of all draws.
@@ -100,7 +100,7 @@ def distill(
     Example:
         >>> from kegfast.distillation import Mixture, Pool
         >>> generators = kegfast.Generators.load("generators.safetensors")
-        >>> source = Pool(Mixture([generators, unlabelled_images], weights=[3, 1]), 50_000)
+        >>> source = Pool(Mixture([generators, unlabeled_images], weights=[3, 1]), 50_000)
         >>> kegfast.distill(student, teacher, source, loss="soft_target+rkd_distance:25", steps=5_000)
     """
     check.counts(steps=steps, batch_size=batch_size, log_every=log_every)
@@ -122,12 +122,12 @@ def distill(
         check_apart(student, teacher)
         draw = _drawer(source, ask_teacher, objective, device, autocast, steps * batch_size)
         trainable = check.trained("student", student, objective)
-        optimiser = make_optimizer(optimizer, trainable, lr=lr, weight_decay=weight_decay, fused=True)
-        rates = [group["lr"] for group in optimiser.param_groups]
+        optimizer = make_optimizer(optimizer, trainable, lr=lr, weight_decay=weight_decay, fused=True)
+        rates = [group["lr"] for group in optimizer.param_groups]
         factor, aside = _factor(schedule), ask_student.aside()
 
         def step(i: int) -> dict[str, Tensor]:
-            for group, rate in zip(optimiser.param_groups, rates, strict=True):
+            for group, rate in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate * factor(i / steps)
             samples, labels, answers = draw(batch_size)
             given.note("source", *tensors_in(samples))
@@ -138,15 +138,15 @@ def distill(
             values = objective(batch, i / steps)
             check.depends("student", logits)
             check.depends("loss", values["loss"])
-            optimiser.zero_grad()
+            optimizer.zero_grad()
             values["loss"].backward()
-            optimiser.step()
+            optimizer.step()
             return {name: value.detach() for name, value in values.items()}
 
         return run_steps(
             step,
             steps,
-            state={"student": student, "objective": objective, "optimizer": optimiser},
+            state={"student": student, "objective": objective, "optimizer": optimizer},
             given=given,
             seed=_own_seed(seed),
             checkpoint=None if checkpoint is None else Path(checkpoint),
@@ -216,7 +216,7 @@ def _fit_regressors(
         teacher.on(samples)
         objective.fit(ours.taken(), theirs.taken())
     if isinstance(student.model, DistributedDataParallel):
-        objective.parallelise()
+        objective.parallelize()
 
 
 def _own_seed(seed: int) -> int:

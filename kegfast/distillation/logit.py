@@ -14,7 +14,7 @@ from kegfast._util.check import expected
 from kegfast._util.logits import two_classes
 from kegfast.distillation.precision import wide
 
-UNLABELLED = -100
+UNLABELED = -100
 """The label of a sample without one: `torch.nn.functional.cross_entropy`'s `ignore_index`."""
 
 
@@ -35,7 +35,7 @@ def soft_target(
     Args:
         student: Logits, (B, C). They alone receive gradients.
         teacher: Logits, (B, C).
-        labels: Classes, (B,) int64, needed when `alpha < 1`; samples labelled -100 have none and
+        labels: Classes, (B,) int64, needed when `alpha < 1`; samples labeled -100 have none and
             count in the first term only.
         temperature: `T > 0`. 4 suits about ten classes; the paper used 2.5 to 20.
         alpha: Weight of the soft term, in [0, 1]. The paper gives the hard term the "considerably
@@ -80,8 +80,8 @@ def hard_label(
     if labels is None:
         raise ValueError(expected("labels", "the class of each sample", None))
     check_labels(labels, student)
-    total = F.cross_entropy(student, labels, ignore_index=UNLABELLED, reduction="sum")
-    return total / (labels != UNLABELLED).sum().clamp(min=1)
+    total = F.cross_entropy(student, labels, ignore_index=UNLABELED, reduction="sum")
+    return total / (labels != UNLABELED).sum().clamp(min=1)
 
 
 def logit_regression(
@@ -106,7 +106,7 @@ def noisy_logits(
     """Regress a teacher that is disturbed now and then (Sau and Balasubramanian 2016).
 
     A random `share` of the batch has its teacher's logits `z` replaced by `(1 + xi) * z`, where
-    every entry of `xi` is drawn from N(0, std^2); `logit_regression` follows. The noise regularises
+    every entry of `xi` is drawn from N(0, std^2); `logit_regression` follows. The noise regularizes
     the student as several teachers would. It is drawn from torch's global generator.
 
     Args:
@@ -159,7 +159,7 @@ def decoupled(
     target = teacher.argmax(dim=1)
     if labels is not None:
         check_labels(labels, student)
-        target = torch.where(labels == UNLABELLED, target, labels)
+        target = torch.where(labels == UNLABELED, target, labels)
     student_two, student_rest = _split(student / temperature, target)
     teacher_two, teacher_rest = _split(teacher / temperature, target)
     tckd = _divergence(student_two, teacher_two)
@@ -207,6 +207,6 @@ def check_labels(labels: Tensor, student: Tensor, name: str = "labels") -> None:
     if labels.shape != (batch,):
         raise ValueError(expected(name, f"of shape ({batch},)", labels))
     if labels.is_cpu and not torch.compiler.is_compiling():
-        wrong = labels[((labels < 0) & (labels != UNLABELLED)) | (labels >= classes)]
+        wrong = labels[((labels < 0) & (labels != UNLABELED)) | (labels >= classes)]
         if len(wrong):
             raise ValueError(expected(name, f"0 to {classes - 1}, as the logits", int(wrong[0])))

@@ -92,7 +92,7 @@ class Objective(nn.Module):
                     regressor = feature_losses.make_regressor(student[ours], teacher[theirs])
                     self.regressors[_key(ours, theirs)] = regressor
 
-    def parallelise(self) -> None:
+    def parallelize(self) -> None:
         """Let the regressors average their gradients over the processes, as the student does."""
         for key, regressor in self.regressors.items():
             self.regressors[key] = DistributedDataParallel(regressor)

@@ -80,7 +80,7 @@ def _relative_distances(x: Tensor) -> Tensor:  # (B, D) -> (B * (B - 1),)
 
 
 def _gram(points: Tensor) -> Tensor:  # (B, D) -> (B, B)
-    """Inner products of the centred points, in float64: a short edge is a difference of large products."""
+    """Inner products of the centered points, in float64: a short edge is a difference of large products."""
     points = points.double()
     points = points - points.mean(dim=0)
     return points @ points.T

@@ -30,7 +30,7 @@ from kegfast._util.inputs import (
 )
 from kegfast._util.inputs import count as count_of
 from kegfast.distillation.datasets import DatasetSource, LoaderSource, as_labels, unpacked
-from kegfast.distillation.logit import UNLABELLED
+from kegfast.distillation.logit import UNLABELED
 
 
 @runtime_checkable
@@ -59,7 +59,7 @@ class UniformNoise:
 
     Args:
         sample_shape: The shape of one sample.
-        low, high: Finite; the defaults cover much of what normalised images take. Variance 1 needs -sqrt(3)
+        low, high: Finite; the defaults cover much of what normalized images take. Variance 1 needs -sqrt(3)
             and sqrt(3).
         device: Where samples are made; torch's default device when None.
     """
@@ -87,7 +87,7 @@ class GaussianNoise:
 
     Args:
         sample_shape: The shape of one sample.
-        mean, std: Finite, `std` above 0; the defaults are those of normalised data.
+        mean, std: Finite, `std` above 0; the defaults are those of normalized data.
         device: Where samples are made; torch's default device when None.
     """
 
@@ -233,28 +233,28 @@ class Augmented:
 
 
 class Munge:
-    """Unlabelled samples near given ones (MUNGE: Bucila, Caruana and Niculescu-Mizil 2006).
+    """Unlabeled samples near given ones (MUNGE: Bucila, Caruana and Niculescu-Mizil 2006).
 
-    A sample and its nearest neighbour are drawn; with probability `swap` each value `x` becomes a draw
-    from N(neighbour's value, (|x - neighbour's value| / sharpness)^2). The teacher labels
+    A sample and its nearest neighbor are drawn; with probability `swap` each value `x` becomes a draw
+    from N(neighbor's value, (|x - neighbor's value| / sharpness)^2). The teacher labels
     the result. It multiplies a small data set; nothing is drawn far from it.
 
     Args:
         samples: (N, *sample_shape), at least two; distances are Euclidean, so scale features alike.
         swap: Probability per value, in [0, 1] (the paper's p).
-        sharpness: Above 0; the larger, the closer to the neighbour's value (the paper's s).
+        sharpness: Above 0; the larger, the closer to the neighbor's value (the paper's s).
     """
 
     def __init__(self, samples: Tensor, swap: float = 0.5, sharpness: float = 1.0):
         _check_samples(samples, least=2)
         self.samples, self.swap = samples, check.number("swap", swap, least=0, most=1)
         self.sharpness = check.number("sharpness", sharpness, above=0)
-        self.neighbours = _nearest(samples.flatten(1))
+        self.neighbors = _nearest(samples.flatten(1))
 
     def sample(self, n: int) -> tuple[Tensor, None]:
         index = torch.randint(len(self.samples), (check.count("n", n),), device=self.samples.device)
-        base, neighbour = self.samples[index], self.samples[self.neighbours[index]]
-        moved = neighbour + torch.randn_like(base) * (base - neighbour).abs() / self.sharpness
+        base, neighbor = self.samples[index], self.samples[self.neighbors[index]]
+        moved = neighbor + torch.randn_like(base) * (base - neighbor).abs() / self.sharpness
         return torch.where(torch.rand_like(base) < self.swap, moved, base), None
 
 
@@ -298,7 +298,7 @@ def as_source(source: Any) -> Source:
     """Make a source of a source, of tensors, a data set or a DataLoader.
 
     Args:
-        source: An object with `sample`; a tensor (N, *sample_shape) of unlabelled samples, or a tuple or a
+        source: An object with `sample`; a tensor (N, *sample_shape) of unlabeled samples, or a tuple or a
             dict of such for a model of several inputs; a map-style data set or a DataLoader whose items are
             samples or (sample, label, ...), a sample being a tensor, a tuple or a dict. What dicts keep under
             "labels" or "label" is that.
@@ -338,7 +338,7 @@ def _check_samples(samples: Tensor, least: int) -> None:
 def _labels_or_none_known(samples: Inputs, labels: Tensor | None) -> Tensor:
     if labels is not None:
         return labels
-    return torch.full((count_of(samples),), UNLABELLED, device=tensors_in(samples)[0].device)
+    return torch.full((count_of(samples),), UNLABELED, device=tensors_in(samples)[0].device)
 
 
 def _nearest(x: Tensor, rows: int = 1024) -> Tensor:  # (N, D) -> (N,)

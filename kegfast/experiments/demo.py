@@ -1,7 +1,7 @@
 """The main job from end to end on data that ships with scikit-learn: minutes on two cores.
 
 A teacher is trained, knowledge is extracted from it, three students are cut from it, and each is taught with
-samples from every source: none, noise, generators, and, as the bound, real unlabelled data. All of these get
+samples from every source: none, noise, generators, and, as the bound, real unlabeled data. All of these get
 the same schedule and the same number of samples. `kegfast.shrink` makes students of the same sizes its own
 way, without data.
 """
@@ -36,7 +36,7 @@ from kegfast.training import evaluate, train
 from kegfast.training.loop import MetricsLog, mix, seeded
 
 SOURCES = ("tucker", "uniform", "gaussian", "kegnet", "shrink", "real")
-"""What a student is taught with: nothing, noise, generated samples, `shrink`'s, real unlabelled ones."""
+"""What a student is taught with: nothing, noise, generated samples, `shrink`'s, real unlabeled ones."""
 TITLES = {
     "tucker": "Tucker only",
     "uniform": "+ uniform noise",

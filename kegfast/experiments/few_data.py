@@ -18,7 +18,7 @@ LOSSES: dict[str, Loss] = {
     "hint": "hard_label+soft_target",  # after a stage on conv2's features
     "boundary": PAPER,
 }
-"""What each student minimises; all of them see the labels."""
+"""What each student minimizes; all of them see the labels."""
 
 HINT_LAYERS = "conv2"
 

@@ -49,7 +49,7 @@ class Run(Learning[Config]):
         """Errors of a student that never saw some classes, before and after moving their biases.
 
         The paper shifts the biases of what was shown too often or never by what serves the test set
-        best; here the shift makes these classes as frequent among the unlabelled validation images as
+        best; here the shift makes these classes as frequent among the unlabeled validation images as
         the teacher finds them.
         """
         beginner, steps = self.beginning(self.config.units), self.steps(self.config.epochs)

@@ -18,7 +18,7 @@ from kegfast.models import MLP, CifarResNet, LeNet5, ResNet14
 from kegfast.training.classifier import train
 
 CIFAR = DataInfo("cifar10", 10, (3, 32, 32), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-"""CIFAR-10, by the normalisation that the published ResNets expect."""
+"""CIFAR-10, by the normalization that the published ResNets expect."""
 
 
 @dataclass(frozen=True)

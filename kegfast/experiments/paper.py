@@ -17,7 +17,7 @@ Ranks = Mapping[str, tuple[int, int]]
 
 METHODS = ("tucker-only", "uniform", "gaussian", "procedural", "kegnet", "kegfast", "oracle")
 """What a compressed student is taught with: nothing, noise, dead leaves, the published generators, the
-default recipe, real unlabelled training samples. The default recipe teaches with artificial images of several
+default recipe, real unlabeled training samples. The default recipe teaches with artificial images of several
 kinds, for tables with sums of Gaussian rows of one class, and by budget solves the factors on them first."""
 PUBLISHED = ("tucker-only", "uniform", "gaussian", "kegnet")
 """Those of the paper."""

@@ -37,7 +37,7 @@ class Sources:
 
     Args:
         paper: the data set's experiment.
-        info: its samples' shape and normalisation.
+        info: its samples' shape and normalization.
         teacher: in eval mode.
         train: real samples for the oracle, or None where there are none.
         output: folder for the generators.
@@ -132,7 +132,7 @@ class Sources:
         return method != "oracle" or self.train is not None
 
     def source(self, method: str) -> Source:
-        """The source of a method; noise has the mean 0 and the variance 1 of normalised data."""
+        """The source of a method; noise has the mean 0 and the variance 1 of normalized data."""
         shape = self.info.sample_shape
         if method == "uniform":
             return UniformNoise(shape, -(3**0.5), 3**0.5)

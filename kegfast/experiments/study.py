@@ -63,7 +63,7 @@ class Study:
 
     Args:
         paper: the experiment.
-        info: the samples' shape and normalisation.
+        info: the samples' shape and normalization.
         splits: the data, or None: then there is no oracle, and no accuracy but agreement.
         teacher: in eval mode.
         output: folder for results, generators and unfinished students.

@@ -24,7 +24,7 @@ class ClassSums:
     """A source of rows (x_1 + ... + x_K) / sqrt(K), the x of one class, as many of every class.
 
     Dividing by sqrt(K) keeps the variance within the class and multiplies the mean by sqrt(K). What is given
-    out is scaled to the variance 1 that normalised data have. Classes that the teacher sees in no row are
+    out is scaled to the variance 1 that normalized data have. Classes that the teacher sees in no row are
     left out.
 
     Args:

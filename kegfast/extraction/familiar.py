@@ -14,7 +14,7 @@ from kegfast._util.check import expected
 from kegfast.extraction.teacher import FrozenTeacher
 
 STEPS, RATE = 15, 0.1
-"""Of Adam, on pixels of normalised images."""
+"""Of Adam, on pixels of normalized images."""
 CHUNK = 256
 """Images that are moved at a time."""
 
@@ -50,12 +50,12 @@ class Familiar:
         low, high = samples.aminmax()
         labels = torch.arange(len(samples), device=samples.device) % self.num_classes
         moved = samples.clone().requires_grad_(True)
-        optimiser = torch.optim.Adam([moved], RATE)
+        optimizer = torch.optim.Adam([moved], RATE)
         with torch.enable_grad():
             for _ in range(self.steps):
                 loss = F.cross_entropy(self.teacher(moved)[0], labels, reduction="sum")
                 (moved.grad,) = torch.autograd.grad(loss, moved)
-                optimiser.step()
+                optimizer.step()
                 with torch.no_grad():
                     moved.clamp_(low, high)
         return moved.detach()

@@ -1,4 +1,4 @@
-"""Trained generators: a source of labelled artificial samples that can be saved and loaded."""
+"""Trained generators: a source of labeled artificial samples that can be saved and loaded."""
 
 import json
 import math

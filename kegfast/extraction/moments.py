@@ -1,4 +1,4 @@
-"""A frozen batch normalisation that also says what it was given: mean and variance, with a gradient."""
+"""A frozen batch normalization that also says what it was given: mean and variance, with a gradient."""
 
 from typing import Any, NamedTuple
 
@@ -24,7 +24,7 @@ class NormMoments(NamedTuple):
 class _WatchedNorm(torch.autograd.Function):
     """y = scale x + shift per channel, and the moments of x per copy.
 
-    All passes are torch's own batch normalisation, which is fast in every dtype and layout; `var_mean`
+    All passes are torch's own batch normalization, which is fast in every dtype and layout; `var_mean`
     and its chain of elementwise gradients cost six times as much in bfloat16 on a CPU. One node instead
     of one per output: the gradients of y and of all moments meet in one buffer.
     """

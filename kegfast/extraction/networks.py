@@ -97,7 +97,7 @@ class ImageGenerator(nn.Module):
 
 
 class TableGenerator(nn.Module):
-    """Labels and noise to standardised rows: a perceptron whose output has mean 0 and deviation 1.
+    """Labels and noise to standardized rows: a perceptron whose output has mean 0 and deviation 1.
 
     Args:
         copies: The number of independent generators.

@@ -47,7 +47,7 @@ def extract(
     progress: bool = False,
     label: str = "extract",
 ) -> Generators:
-    """Trains generators whose samples a classifier recognises as the classes asked for.
+    """Trains generators whose samples a classifier recognizes as the classes asked for.
 
     Each step draws labels uniformly and noise from N(0, I) for every generator and lowers
     cross-entropy + alpha * decoder error + beta * diversity (KegNet, Algorithm 1) and the terms that the
@@ -66,7 +66,7 @@ def extract(
         batch_size: Overrides the recipe's, per generator.
         lr: Overrides the recipe's.
         noise_size: The size of the noise vectors.
-        input_range: The smallest and largest value of the teacher's input images after normalisation,
+        input_range: The smallest and largest value of the teacher's input images after normalization,
             each a number or one per channel.
         labels: Overrides the recipe's: "one-hot" or "soft".
         faithful: Keep the teacher's copy in train mode as the authors' experiments do, for comparison:

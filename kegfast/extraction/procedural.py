@@ -1,6 +1,6 @@
 """Images that no data made: dead leaves, shapes that fall onto one another; blobs; either of them bent.
 
-Shapes of random place, size and grey that cover each other give edges, corners and flat regions much as
+Shapes of random place, size and gray that cover each other give edges, corners and flat regions much as
 photographs have them (the dead-leaves model: Lee, Mumford and Huang 2001). Baradad et al., Learning to See
 by Looking at Noise, NeurIPS 2021, train representations on such images alone.
 """
@@ -22,9 +22,9 @@ MOST = 8
 HALF = (0.03, 0.5)
 """Half a leaf's side or axis, as a share of the image's: log-uniform, alike at every scale."""
 FLAT = 0.05
-"""Images whose pixels deviate by less, normalised, are drawn anew: they show nothing."""
+"""Images whose pixels deviate by less, normalized, are drawn anew: they show nothing."""
 REDRAWS = 16
-"""How often; greys close to black or white alone leave flat images in the end."""
+"""How often; grays close to black or white alone leave flat images in the end."""
 CHUNK = 64
 """Images made at a time: they stay in the cache while leaves fall onto them."""
 CELLS = (3, 4, 6, 8, 12)
@@ -36,17 +36,17 @@ REACH, BENDS = 0.25, 4
 
 
 class Painted(ABC):
-    """A source of images of few greys, half of them blurred.
+    """A source of images of few grays, half of them blurred.
 
     The images come as a classifier wants them: pixels in [0, 1], less `mean`, over `std`. With `levels`
-    "matched" greys are drawn from the Beta distribution that has this very mean and deviation:
-    what a normalisation tells about images whose pixels nobody may see. Images of one grey are drawn anew.
+    "matched" grays are drawn from the Beta distribution that has this very mean and deviation:
+    what a normalization tells about images whose pixels nobody may see. Images of one gray are drawn anew.
 
     Args:
         sample_shape: (channels, height, width).
-        mean: Of each channel, or of all, in (0, 1): the normalisation that the teacher expects.
+        mean: Of each channel, or of all, in (0, 1): the normalization that the teacher expects.
         std: The same for the deviation, above 0.
-        levels: How greys are drawn: "matched", or "uniform" in [0, 1].
+        levels: How grays are drawn: "matched", or "uniform" in [0, 1].
         device: Where the images are made.
 
     Raises:
@@ -95,7 +95,7 @@ class Painted(ABC):
     def _paint(self, n: int, channels: int, height: int, width: int) -> Tensor:
         """`n` sharp images of pixels in [0, 1]."""
 
-    def _greys(self, n: int, count: int) -> Tensor:  # (n, count, C, 1, 1)
+    def _grays(self, n: int, count: int) -> Tensor:  # (n, count, C, 1, 1)
         return self.levels.sample((n, count))[..., None, None]
 
 
@@ -113,17 +113,17 @@ class DeadLeaves(Painted):
     def _paint(self, n: int, channels: int, height: int, width: int) -> Tensor:
         """Leaf k falls onto all images that have more than k leaves."""
         device = self.mean.device
-        grey = self._greys(n, self.most + 1)
+        gray = self._grays(n, self.most + 1)
         covered = _leaves(n, height, width, device, self.most)  # (n, most, 1, H, W)
         count = torch.randint(1, self.most + 1, (n, 1, 1, 1), device=device)
-        images = grey[:, 0].expand(n, channels, height, width)
+        images = gray[:, 0].expand(n, channels, height, width)
         for k in range(self.most):
-            images = torch.where(covered[:, k] & (count > k), grey[:, k + 1], images)
+            images = torch.where(covered[:, k] & (count > k), gray[:, k + 1], images)
         return images
 
 
 class Blobs(Painted):
-    """Images of two greys: the hills of smooth noise on a ground, whose grey is the more usual of the two."""
+    """Images of two grays: the hills of smooth noise on a ground, whose gray is the more usual of the two."""
 
     def _paint(self, n: int, channels: int, height: int, width: int) -> Tensor:
         device = self.mean.device
@@ -134,17 +134,17 @@ class Blobs(Painted):
         noise = torch.cat(parts)
         noise = noise / noise.std((1, 2, 3), keepdim=True).clamp_(min=1e-6)
         level = LEVEL[0] + LEVEL[1] * torch.randn(n, 1, 1, 1, device=device)
-        grey = self._greys(n, 2)
-        unusual = (grey - self.mean[:, None, None]).abs().mean(2)  # (n, 2, 1, 1)
+        gray = self._grays(n, 2)
+        unusual = (gray - self.mean[:, None, None]).abs().mean(2)  # (n, 2, 1, 1)
         first = (unusual[:, 0] <= unusual[:, 1])[:, None]
-        ground, hill = torch.where(first, grey[:, 0], grey[:, 1]), torch.where(first, grey[:, 1], grey[:, 0])
+        ground, hill = torch.where(first, gray[:, 0], gray[:, 1]), torch.where(first, gray[:, 1], gray[:, 0])
         return torch.where(noise > level, hill, ground)
 
 
 def bent(
     images: Tensor,  # (N, C, H, W)
 ) -> Tensor:
-    """Images whose pixels come from somewhere near them, neighbours from neighbours: straight lines bend.
+    """Images whose pixels come from somewhere near them, neighbors from neighbors: straight lines bend.
 
     Each image has a field of offsets, bicubic between 4 x 4 normal draws, and its own strength, from none
     to a deviation of a quarter of the image's side. Borders are repeated.
@@ -174,7 +174,7 @@ def _leaves(
 
 
 def _blur(images: Tensor) -> Tensor:  # (n, C, H, W)
-    """Each pixel's mean with its neighbours, weights 1 2 1 both ways; borders are repeated."""
+    """Each pixel's mean with its neighbors, weights 1 2 1 both ways; borders are repeated."""
     for dim in (-2, -1):
         size = images.shape[dim]
         before = torch.arange(-1, size - 1, device=images.device).clamp_(min=0)
@@ -185,7 +185,7 @@ def _blur(images: Tensor) -> Tensor:  # (n, C, H, W)
 
 
 def _levels(mean: Tensor, std: Tensor, kind: str) -> tuple[Tensor, Tensor]:
-    """Alpha and beta of the Beta distribution that greys follow; (1, 1) is the uniform one."""
+    """Alpha and beta of the Beta distribution that grays follow; (1, 1) is the uniform one."""
     if kind == "uniform":
         return torch.ones_like(mean), torch.ones_like(mean)
     variance = mean * (1 - mean)

@@ -1,7 +1,7 @@
 """Several networks of one shape in one module: each layer holds the parameters of all of them.
 
 `copies` networks share every kernel launch and nothing else. Dense layers are one batched matrix
-product on (copies, N, features); convolutions and normalisations fold the copies into the channels,
+product on (copies, N, features); convolutions and normalizations fold the copies into the channels,
 (N, copies * channels, H, W), and keep them apart by groups and by per-channel statistics. Network i of
 a stack therefore computes what it would compute alone.
 """
@@ -25,7 +25,7 @@ def unfold(x: Tensor, copies: int) -> Tensor:  # (N, G * C, ...) -> (G, N, C, ..
 
 
 class StackedLinear(nn.Module):
-    """`copies` independent linear layers: (G, N, in) -> (G, N, out), initialised as `nn.Linear` is."""
+    """`copies` independent linear layers: (G, N, in) -> (G, N, out), initialized as `nn.Linear` is."""
 
     def __init__(self, copies: int, in_features: int, out_features: int):
         super().__init__()
@@ -42,7 +42,7 @@ class StackedLinear(nn.Module):
 class StackedStart(nn.Module):
     """`copies` transposed convolutions of a map of one pixel: (G, N, in) -> (N, G * out, *size).
 
-    One batched matrix product, which torch's grouped transposed convolution is not; initialised as that is.
+    One batched matrix product, which torch's grouped transposed convolution is not; initialized as that is.
     """
 
     def __init__(self, copies: int, in_channels: int, out_channels: int, size: Sequence[int]):
@@ -59,7 +59,7 @@ class StackedStart(nn.Module):
 
 
 class StackedNorm(nn.Module):
-    """Batch normalisation per copy and feature: (G, N, C) -> the same shape."""
+    """Batch normalization per copy and feature: (G, N, C) -> the same shape."""
 
     def __init__(self, copies: int, features: int, affine: bool = True):
         super().__init__()
@@ -71,7 +71,7 @@ class StackedNorm(nn.Module):
 
 
 def stacked_mlp(copies: int, sizes: list[int], activation: type[nn.Module]) -> nn.Sequential:
-    """`copies` perceptrons: linear, normalisation, activation per hidden size, a linear layer last."""
+    """`copies` perceptrons: linear, normalization, activation per hidden size, a linear layer last."""
     layers: list[nn.Module] = []
     for n_in, n_out in pairwise(sizes[:-1]):
         layers += [StackedLinear(copies, n_in, n_out), StackedNorm(copies, n_out), activation()]

@@ -32,7 +32,7 @@ class FrozenTeacher:
         teacher: The classifier, to logits or probabilities, whose logarithms are taken then.
         watch: Whether to collect the moments of what the BatchNorm layers are given.
         faithful: Whether it stays in train mode, as in the authors' experiments: BatchNorm layers
-            normalise by the batch at hand, dropout drops. Each generator's samples are then a batch of
+            normalize by the batch at hand, dropout drops. Each generator's samples are then a batch of
             their own, so that generators stay independent. Otherwise the copy is in eval mode.
 
     Raises:

@@ -101,7 +101,7 @@ def _norm(x: Tensor) -> Tensor:  # (G, C) -> (G,), with a finite gradient at 0
 
 @dataclass
 class TotalVariation:
-    """Mean absolute difference of neighbouring pixels: a prior for smooth images.
+    """Mean absolute difference of neighboring pixels: a prior for smooth images.
 
     Rudin, Osher, Fatemi, Physica D 1992, in the anisotropic form; on samples that are no images, 0.
     """

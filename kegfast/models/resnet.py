@@ -7,7 +7,7 @@ from kegfast._util import check
 
 
 class BasicBlock(nn.Module):
-    """Two 3x3 convolutions with batch normalisation around a shortcut without parameters (option A).
+    """Two 3x3 convolutions with batch normalization around a shortcut without parameters (option A).
 
     Args:
         in_channels: channels that come in.

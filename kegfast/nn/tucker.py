@@ -160,7 +160,7 @@ class TuckerConv2d(FactoredConv2d, nn.Module):
         return self
 
     def to_sequential(self) -> nn.Sequential:
-        """The three convolutions (sharing these parameters), for quantisation or other tools."""
+        """The three convolutions (sharing these parameters), for quantization or other tools."""
         layers: list[nn.Module] = [self.first, self.core, self.last]
         return nn.Sequential(*layers, nn.ReLU()) if self.activation else nn.Sequential(*layers)
 

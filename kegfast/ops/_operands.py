@@ -31,7 +31,7 @@ class Geometry(NamedTuple):
 
 
 def is_dense_float(x: object) -> TypeGuard[Tensor]:
-    """Whether the operators compute with it: no tensor that is sparse, quantised or of 8 bits."""
+    """Whether the operators compute with it: no tensor that is sparse, quantized or of 8 bits."""
     return isinstance(x, Tensor) and x.dtype in _FLOATS and x.layout is torch.strided
 
 

@@ -1,4 +1,4 @@
-"""What the caller gives beside the network: unlabelled data, or a source of samples of their own."""
+"""What the caller gives beside the network: unlabeled data, or a source of samples of their own."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -30,7 +30,7 @@ LOOKED_AT = 16
 
 @dataclass(frozen=True)
 class Data:
-    """Unlabelled samples.
+    """Unlabeled samples.
 
     Attributes:
         taught: those that students are taught with.

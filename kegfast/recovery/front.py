@@ -65,7 +65,7 @@ def shrink(
             is taken; the report names it.
         input_range: in place of `mean` and `std`, (lowest, highest) value of an input image.
         num_classes: checked against the network's outputs where given.
-        data: unlabelled samples, as many or few as there are: a tensor, a Dataset or a DataLoader. They are
+        data: unlabeled samples, as many or few as there are: a tensor, a Dataset or a DataLoader. They are
             mixed in; a quarter of them, from 64 samples on, judges. Those that are unlike what BatchNorm
             remembers are left aside.
         source: in place of artificial samples, an object whose `sample(n)` gives such as the network takes.

@@ -60,7 +60,7 @@ def train(
         optimizer: "adamw", "adam" or "sgd" with Nesterov momentum 0.9, or a function from the list of
             parameters to a torch optimizer, which then brings its own lr and weight_decay.
         lr: the highest learning rate; by default 2e-3 for AdamW and Adam and 0.1 for SGD.
-        weight_decay: as the optimizer defines it; not applied to biases and normalisation (tensors of
+        weight_decay: as the optimizer defines it; not applied to biases and normalization (tensors of
             one dimension).
         label_smoothing: share of the target spread over all classes.
         shift: images are moved by up to this many pixels per axis at random; edges are repeated.

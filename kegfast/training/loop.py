@@ -62,7 +62,7 @@ class MetricsLog:
 
 
 def mix(seed: int, index: int) -> int:
-    """Hash two integers to 63 bits (the finaliser of SplitMix64 over each), as the seed of one step."""
+    """Hash two integers to 63 bits (the finalizer of SplitMix64 over each), as the seed of one step."""
     mask = (1 << 64) - 1
     state = 0
     for value in (seed, index):

@@ -29,7 +29,7 @@ def make_optimizer(
         parameters: what it trains.
         lr: the learning rate.
         weight_decay: as torch's optimizers define it.
-        decay_vectors: whether it holds for tensors of one dimension too, biases and normalisation.
+        decay_vectors: whether it holds for tensors of one dimension too, biases and normalization.
         fused: one kernel a step; torch's default on a CPU is a loop of small ones over the parameters.
 
     Raises:

@@ -34,7 +34,7 @@ def test_everything_that_can_be_is_folded():
 
 
 def test_a_norm_of_something_else_than_the_layers_features_stays():
-    """BatchNorm1d normalises the second dimension, which behind a Linear may be a sequence's."""
+    """BatchNorm1d normalizes the second dimension, which behind a Linear may be a sequence's."""
     model = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(5)).eval()
     model[1].running_mean.normal_()
     x = torch.randn(2, 5, 6)

@@ -16,7 +16,7 @@ from unfoldable import (
     ReadsWeight,
     Scaled,
     Skipping,
-    Standardised,
+    Standardized,
     Stubborn,
     block,
     factored,
@@ -35,10 +35,10 @@ STAYS = {
     "global pruning": pruned,
     "pruned": masked,
     "factored, weight_norm": factored(nn.utils.weight_norm),
-    "factored, parametrised": factored(parametrizations.weight_norm),
+    "factored, parametrized": factored(parametrizations.weight_norm),
     "factored, pruned": factored(lambda conv: prune.random_unstructured(conv, "weight", amount=0.5)),
     "weight_norm": normed(nn.utils.weight_norm),
-    "parametrised": normed(parametrizations.weight_norm),
+    "parametrized": normed(parametrizations.weight_norm),
     "spectral_norm": normed(nn.utils.spectral_norm),
     "orthogonal": normed(parametrizations.orthogonal),
     "hook of the convolution": hooked("0.0"),
@@ -47,7 +47,7 @@ STAYS = {
     "pre-hook of the norm": hooked("0.1", pre=True),
     "hook of the block": hooked("0"),
     "forward of a subclass": lambda: block(Doubled(3, 8, 3)),
-    "standardised weights": lambda: block(Standardised(3, 8, 3)),
+    "standardized weights": lambda: block(Standardized(3, 8, 3)),
     "forward of its own": patched,
     "scaled norm": lambda: block(norm=Scaled(8)),
     "norm and skip": lambda: block(norm=Skipping(8)),
@@ -71,7 +71,7 @@ def test_what_folding_would_change_stays(case, example, caplog):
     torch.testing.assert_close(folded(X), wanted, rtol=1e-4, atol=1e-5)
     assert norms(folded) == norms(model)
     assert not [record for record in caplog.records if record.levelno > logging.INFO]
-    if "subclass" not in case and "standardised" not in case and "block" not in case:  # no layer to torch.fx
+    if "subclass" not in case and "standardized" not in case and "block" not in case:  # no layer to torch.fx
         assert len([r for r in caplog.records if " stays: " in r.getMessage()]) == norms(model)
 
 
@@ -185,7 +185,7 @@ SUBCLASSES = {
     "prelu": lambda: Leaky(8),
     "named": lambda: Named(8),
     "own words": lambda: Again(8),
-    "synchronised": lambda: nn.SyncBatchNorm(8),
+    "synchronized": lambda: nn.SyncBatchNorm(8),
 }
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from folding import X, norms
 from torch import nn
-from unfoldable import Skipping, Standardised, Untraceable, block, hooked, masked
+from unfoldable import Skipping, Standardized, Untraceable, block, hooked, masked
 
 from kegfast import fuse
 
@@ -55,7 +55,7 @@ UNTRACEABLE = {
     "plain": lambda: Untraceable(*block()),
     "in part and whole": Both,
     "weight read": ReadsToo,
-    "standardised": lambda: Untraceable(*block(Standardised(3, 8, 3))),
+    "standardized": lambda: Untraceable(*block(Standardized(3, 8, 3))),
     "pruned": lambda: Untraceable(*masked()),
     "hook": lambda: Untraceable(*hooked("0.0")()[0]),
     "skipping norm": lambda: Untraceable(*block(norm=Skipping(8))),

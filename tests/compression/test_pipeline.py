@@ -63,7 +63,7 @@ def test_shared_layers_are_handled_once():
     assert isinstance(by_alias.shared, TuckerConv2d)
 
 
-def test_factors_are_not_factorised_again():
+def test_factors_are_not_factorized_again():
     torch.manual_seed(0)
     once, first = compress(odd(), 0.5)
     twice, second = compress(once, 0.5)
@@ -96,12 +96,12 @@ def test_reasons_of_layers_that_stay():
         "grouped": "grouped",
         "depthwise": "depthwise",
         "pruned": "pruned",
-        "normed": "parametrised",
+        "normed": "parametrized",
         "transposed": "ConvTranspose2d",
         "hooked": "hooks",
         "tied": "tied_too",
         "attention.out_proj": "MultiheadAttention",
-        "lazy": "initialised",
+        "lazy": "initialized",
     }
     for name, words in reasons.items():
         assert words in report[name].reason, name

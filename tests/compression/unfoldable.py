@@ -84,7 +84,7 @@ class Doubled(nn.Conv2d):
         return 2 * super().forward(x)
 
 
-class Standardised(nn.Conv2d):
+class Standardized(nn.Conv2d):
     """Its weight is not what its forward multiplies by."""
 
     def forward(self, x):

@@ -13,15 +13,15 @@ pytestmark = pytest.mark.skipif(not available(), reason="the emulator needs g++"
 # The emulator itself: a mistake must show in at least one order.
 
 
-def neighbour(device, barrier, order):
+def neighbor(device, barrier, order):
     out = torch.empty(64)
-    device.call("emulate_neighbour", "broken_error", pointer(out), barrier, ORDERS.index(order))
+    device.call("emulate_neighbor", "broken_error", pointer(out), barrier, ORDERS.index(order))
     return torch.equal(out, torch.arange(1.0, 65) % 64)
 
 
 def test_emulator_catches_a_missing_barrier(device):
-    assert all(neighbour(device, True, order) for order in ORDERS)
-    assert not all(neighbour(device, False, order) for order in ORDERS)
+    assert all(neighbor(device, True, order) for order in ORDERS)
+    assert not all(neighbor(device, False, order) for order in ORDERS)
 
 
 @pytest.mark.parametrize("order", ORDERS)

@@ -100,7 +100,7 @@ def test_letter_is_split_as_in_the_paper(data_root):
 
 
 @pytest.mark.parametrize("compressed", [True, False])
-def test_idx_images_are_resized_as_pillow_does_and_normalised(tmp_path, compressed):
+def test_idx_images_are_resized_as_pillow_does_and_normalized(tmp_path, compressed):
     arrays = write_idx(tmp_path / "mnist")
     if not compressed:
         for path in (tmp_path / "mnist").iterdir():
@@ -153,7 +153,7 @@ def test_openml_images_equal_the_files(tmp_path, monkeypatch):
     assert asked == ["mnist_784"]
 
 
-def test_openml_tables_are_standardised_by_part(monkeypatch):
+def test_openml_tables_are_standardized_by_part(monkeypatch):
     data = rng.normal(3.0, 5.0, (10_992, 16))
     target = rng.integers(0, 10, 10_992).astype(str).astype(object)
     fake_openml(monkeypatch, data, target)
@@ -260,7 +260,7 @@ def test_own_test_set_is_kept(tmp_path):
         ({"labels": np.zeros(40, int)}, "num_classes must be 2 or more, got 1"),
         ({"samples": np.zeros((0, 2), "f4"), "labels": np.zeros(0, int)}, "samples must be"),
         ({"samples": np.full((40, 2), np.nan, "f4")}, "samples must be finite"),
-        ({"samples": np.zeros((40, 2), np.uint8)}, "floating and normalised"),
+        ({"samples": np.zeros((40, 2), np.uint8)}, "floating and normalized"),
         ({"labels": np.zeros(40)}, "labels must be integers"),
         ({"labels": np.arange(40) - 1}, "got -1"),
         ({"labels": np.full(40, 2**64 - 1, np.uint64)}, "labels must be below 40"),

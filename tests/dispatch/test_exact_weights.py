@@ -68,13 +68,13 @@ def scale_half(layer: TuckerConv2d) -> None:
     layer.first.weight.data[:, :3] *= 0.5
 
 
-def keep_centre_taps(layer: TuckerConv2d) -> None:
-    centre = layer.core.weight.data[:, :, 1, 1].clone()
+def keep_center_taps(layer: TuckerConv2d) -> None:
+    center = layer.core.weight.data[:, :, 1, 1].clone()
     layer.core.weight.data.zero_()
-    layer.core.weight.data[:, :, 1, 1] = centre
+    layer.core.weight.data[:, :, 1, 1] = center
 
 
-def quantise(layer: TuckerConv2d) -> None:
+def quantize(layer: TuckerConv2d) -> None:
     for name in FACTORS:
         weight = getattr(layer, name).weight
         weight.data = (weight.data * 16).round() / 16
@@ -92,7 +92,7 @@ def negate_the_view(layer: TuckerConv2d) -> None:
 
 @pytest.mark.parametrize(
     "change",
-    [prune_channels, scale_half, keep_centre_taps, quantise, merge_an_adapter, negate_the_view],
+    [prune_channels, scale_half, keep_center_taps, quantize, merge_an_adapter, negate_the_view],
 )
 def test_what_compression_code_writes(change) -> None:
     layer, x = settled()

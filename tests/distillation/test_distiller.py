@@ -111,9 +111,9 @@ def test_schedules_scale_the_rate(student, teacher, noise):
         seen = []
 
         def make(parameters):
-            optimiser = torch.optim.SGD(parameters, lr=0.5)
-            optimiser.register_step_pre_hook(lambda o, *_: seen.append(o.param_groups[0]["lr"]))
-            return optimiser
+            optimizer = torch.optim.SGD(parameters, lr=0.5)
+            optimizer.register_step_pre_hook(lambda o, *_: seen.append(o.param_groups[0]["lr"]))
+            return optimizer
 
         kegfast.distill(student, teacher, noise, steps=4, optimizer=make, schedule=schedule)
         return seen

@@ -28,7 +28,7 @@ def test_hooks_are_gone_afterwards():
     assert not net[0]._forward_hooks
 
 
-def test_an_unknown_path_names_its_neighbours():
+def test_an_unknown_path_names_its_neighbors():
     with pytest.raises(ValueError, match=r"^layer must be .*near: .*1\.0"):
         Features(model(), ["1.O"])
 

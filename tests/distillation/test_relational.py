@@ -94,7 +94,7 @@ def test_coinciding_points_give_finite_gradients(loss):
     assert same.grad.isfinite().all()
 
 
-def test_small_triangles_far_from_the_centre_keep_their_angles():
+def test_small_triangles_far_from_the_center_keep_their_angles():
     torch.manual_seed(0)
     student = torch.cat([1e-3 * torch.randn(6, 4), 10 + torch.randn(6, 4)]).requires_grad_()
     teacher = torch.randn(12, 4)
@@ -104,7 +104,7 @@ def test_small_triangles_far_from_the_centre_keep_their_angles():
     exact = rkd_angle(wide, teacher.double())
     assert loss.item() == pytest.approx(exact.item(), rel=1e-5)
     (exact_gradient,) = torch.autograd.grad(exact, wide)
-    # The centre, 5, is taken off in float32: positions within the triangles lose 3e-7 of 1e-3.
+    # The center, 5, is taken off in float32: positions within the triangles lose 3e-7 of 1e-3.
     torch.testing.assert_close(
         gradient.double(), exact_gradient, rtol=5e-3, atol=1e-3 * exact_gradient.abs().max().item()
     )

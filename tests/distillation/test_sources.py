@@ -28,7 +28,7 @@ class Squares(Dataset):
         return torch.full((2,), float(i)), i
 
 
-class Unlabelled(Squares):
+class Unlabeled(Squares):
     def __getitem__(self, i: int) -> torch.Tensor:
         return super().__getitem__(i)[0]
 
@@ -79,9 +79,9 @@ def test_data_keep_their_labels(data):
 
 
 @pytest.mark.parametrize(
-    "data", [Unlabelled(), DataLoader(Unlabelled(), batch_size=3), TensorDataset(torch.ones(4, 2))]
+    "data", [Unlabeled(), DataLoader(Unlabeled(), batch_size=3), TensorDataset(torch.ones(4, 2))]
 )
-def test_unlabelled_data_have_none(data):
+def test_unlabeled_data_have_none(data):
     samples, labels = as_source(data).sample(5)
     assert samples.shape == (5, 2)
     assert labels is None
@@ -135,11 +135,11 @@ def test_augmented_changes_samples_and_keeps_labels():
         Augmented(Squares(), 2)
 
 
-def test_munge_moves_values_towards_the_nearest_neighbour_only():
+def test_munge_moves_values_towards_the_nearest_neighbor_only():
     torch.manual_seed(0)
     data = torch.tensor([[0.0, 0.0], [1.0, 0.0], [50.0, 50.0], [50.0, 52.0]])
     munge = Munge(data, swap=0.5)
-    assert munge.neighbours.tolist() == [1, 0, 3, 2]
+    assert munge.neighbors.tolist() == [1, 0, 3, 2]
     samples, labels = munge.sample(4000)
     assert labels is None
     near = samples[samples[:, 0] < 25]
@@ -151,7 +151,7 @@ def test_munge_moves_values_towards_the_nearest_neighbour_only():
     torch.testing.assert_close(sharp, sharp.round(), rtol=0, atol=1e-3)
 
 
-def test_nearest_neighbours_span_blocks_of_rows():
+def test_nearest_neighbors_span_blocks_of_rows():
     from kegfast.distillation.sources import _nearest
 
     torch.manual_seed(0)
@@ -160,7 +160,7 @@ def test_nearest_neighbours_span_blocks_of_rows():
     assert torch.equal(_nearest(x, rows=7), distance.argmin(dim=1))
 
 
-def test_a_mixture_takes_shares_and_marks_unlabelled_samples():
+def test_a_mixture_takes_shares_and_marks_unlabeled_samples():
     mixture = Mixture([Squares(), UniformNoise((2,), -9, -8)], weights=[3, 1])
     assert mixture.counts(128) == [96, 32]
     assert all(sum(mixture.counts(n)) == n for n in range(1, 50))

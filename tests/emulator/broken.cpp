@@ -7,9 +7,9 @@ namespace {
 
 using namespace kegfast;
 
-// Every thread writes a word and reads its neighbour's: right only with a barrier between.
+// Every thread writes a word and reads its neighbor's: right only with a barrier between.
 template <bool kBarrier>
-struct Neighbour {
+struct Neighbor {
   static constexpr int kThreads = 64;
   struct Params {
     float* out;  // [64]
@@ -81,7 +81,7 @@ struct First {
   }
 };
 
-// A block reads what its neighbour has written.
+// A block reads what its neighbor has written.
 struct InTurn {
   static constexpr int kThreads = 32;
   struct Params {
@@ -225,9 +225,9 @@ int emulate(const typename Kernel::Params& params, size_t shared_bytes, int orde
 extern "C" const char* broken_error() {
   return error.c_str();
 }
-extern "C" int emulate_neighbour(float* out, int with_barrier, int order) {
-  return with_barrier ? emulate<Neighbour<true>>({out}, 256, order)
-                      : emulate<Neighbour<false>>({out}, 256, order);
+extern "C" int emulate_neighbor(float* out, int with_barrier, int order) {
+  return with_barrier ? emulate<Neighbor<true>>({out}, 256, order)
+                      : emulate<Neighbor<false>>({out}, 256, order);
 }
 extern "C" int emulate_copied(const float* in, float* out, int with_wait, int order) {
   return with_wait ? emulate<Copied<true>>({in, out}, 512, order)

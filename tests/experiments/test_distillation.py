@@ -86,7 +86,7 @@ def test_images_are_moved_turned_and_scaled_within_their_limits():
     image[0, 0, 14, 20] = 1.0
     images = image.expand(500, -1, -1, -1)
 
-    def centres(**limits):
+    def centers(**limits):
         torch.manual_seed(0)
         still = {"jitter": 0.0, "turn": 0.0, "zoom": 0.0}
         moved = hinton._mover(replace(STUDENTS, **(still | limits)))(images)[:, 0]
@@ -94,14 +94,14 @@ def test_images_are_moved_turned_and_scaled_within_their_limits():
         mass = moved.sum(dim=(1, 2))
         return (moved.sum(dim=1) @ position) / mass, (moved.sum(dim=2) @ position) / mass
 
-    x, y = centres()
+    x, y = centers()
     torch.testing.assert_close(torch.stack([x, y]), torch.tensor([[6.5], [0.5]]).expand(2, 500))
-    for offset in [x - 6.5 for x in centres(jitter=2)[:1]] + [centres(jitter=2)[1] - 0.5]:
+    for offset in [x - 6.5 for x in centers(jitter=2)[:1]] + [centers(jitter=2)[1] - 0.5]:
         assert 1.8 < offset.abs().max() < 2.01
-    x, y = centres(turn=10)
+    x, y = centers(turn=10)
     angle = torch.rad2deg(torch.atan2(y, x) - torch.atan2(torch.tensor(0.5), torch.tensor(6.5)))
     assert 8 < angle.max() < 12
-    x, _ = centres(zoom=0.1)
+    x, _ = centers(zoom=0.1)
     assert 5.6 < x.min() < 6.1
     assert 6.9 < x.max() < 7.4
 

@@ -30,7 +30,7 @@ def folder(tmp_path_factory):
 
 
 def outputs(generators: Generators) -> torch.Tensor:
-    """In train mode, where biases before a normalisation cancel: their gradients are rounding alone."""
+    """In train mode, where biases before a normalization cancel: their gradients are rounding alone."""
     torch.manual_seed(0)
     labels = one_hot(torch.randint(4, (generators.copies, 32)), 4)
     with torch.no_grad():

@@ -12,7 +12,7 @@ def draw(n, *args, seed=0, **options):
 
 
 @pytest.mark.parametrize("mean", [(0.1307,), (0.2856,), (0.4378, 0.4439, 0.4729)])
-def test_pixels_have_the_moments_that_the_normalisation_tells(mean):
+def test_pixels_have_the_moments_that_the_normalization_tells(mean):
     std = {0.1307: (0.3081,), 0.2856: (0.3385,)}.get(mean[0], (0.1980, 0.2011, 0.1971))
     images = draw(1500, (len(mean), 32, 32), mean, std)
     assert images.shape == (1500, len(mean), 32, 32)
@@ -24,11 +24,11 @@ def test_pixels_have_the_moments_that_the_normalisation_tells(mean):
     assert images.flatten(1).std(1).min() > procedural.FLAT
 
 
-def test_greys_follow_the_normalisation_exactly():
+def test_grays_follow_the_normalization_exactly():
     torch.manual_seed(0)
-    greys = DeadLeaves((1, 4, 4), 0.1307, 0.3081).levels.sample((200_000,))
-    assert greys.mean() == pytest.approx(0.1307, abs=0.003)
-    assert greys.std() == pytest.approx(0.3081, abs=0.003)
+    grays = DeadLeaves((1, 4, 4), 0.1307, 0.3081).levels.sample((200_000,))
+    assert grays.mean() == pytest.approx(0.1307, abs=0.003)
+    assert grays.std() == pytest.approx(0.3081, abs=0.003)
 
 
 def test_flat_images_stay_where_there_are_no_others():
@@ -44,9 +44,9 @@ def test_pixels_stay_in_the_range_of_images():
 
 def test_uniform_greys_are_uniform():
     torch.manual_seed(0)
-    greys = DeadLeaves((1, 4, 4), 0.1307, 0.3081, levels="uniform").levels.sample((50_000,))
-    assert greys.mean() == pytest.approx(0.5, abs=0.005)
-    assert greys.var() == pytest.approx(1 / 12, rel=0.02)
+    grays = DeadLeaves((1, 4, 4), 0.1307, 0.3081, levels="uniform").levels.sample((50_000,))
+    assert grays.mean() == pytest.approx(0.5, abs=0.005)
+    assert grays.var() == pytest.approx(1 / 12, rel=0.02)
 
 
 def test_half_of_the_images_are_sharp_and_none_has_more_than_eight_leaves(monkeypatch):
@@ -55,10 +55,10 @@ def test_half_of_the_images_are_sharp_and_none_has_more_than_eight_leaves(monkey
     images = draw(400, (1, 24, 24), 0.5, 0.25)
     soft = images.flatten(1).amin(1) > 10
     assert 150 < soft.sum() < 250
-    greys = [len(image.unique()) for image in images]
-    assert max(greys) <= MOST + 1
-    assert min(greys) == 2
-    assert len(set(greys)) >= MOST - 1
+    grays = [len(image.unique()) for image in images]
+    assert max(grays) <= MOST + 1
+    assert min(grays) == 2
+    assert len(set(grays)) >= MOST - 1
 
 
 def test_leaves_are_rectangles_and_ellipses_at_any_angle():
@@ -80,7 +80,7 @@ def test_blur_keeps_flat_regions_and_borders():
     torch.testing.assert_close(procedural._blur(flat), flat)
 
 
-def test_colours_differ_between_channels():
+def test_colors_differ_between_channels():
     images = draw(50, (3, 16, 16), 0.5, 0.25)
     assert not torch.allclose(images[:, 0], images[:, 1])
 
@@ -152,7 +152,7 @@ def test_bent_images_stay_what_they_are_up_to_smooth_offsets():
     assert change.min() < 0.05
     assert 0.05 < change.mean() < 0.3
     steps = (moved[..., 1:] - moved[..., :-1]).abs()
-    assert steps.mean() < 0.1  # neighbours come from neighbours
+    assert steps.mean() < 0.1  # neighbors come from neighbors
 
 
 def test_familiar_images_are_taken_for_every_class_in_turn():

@@ -41,7 +41,7 @@ class Doubled(nn.Conv2d):
         return 2 * super().forward(x) + 1
 
 
-class Standardised(nn.Conv2d):
+class Standardized(nn.Conv2d):
     """A convolution by other weights than its own."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -52,7 +52,7 @@ class Standardised(nn.Conv2d):
 def conv(draw: random.Random) -> nn.Module:
     size = draw.choice((1, 3))
     options = {"padding": size // 2, "bias": draw.random() < 0.5}
-    kind = draw.choice((nn.Conv2d, nn.Conv2d, nn.Conv2d, TuckerConv2d, Doubled, Standardised))
+    kind = draw.choice((nn.Conv2d, nn.Conv2d, nn.Conv2d, TuckerConv2d, Doubled, Standardized))
     if kind is TuckerConv2d:
         return kind(CHANNELS, CHANNELS, 3, (3, 4), padding=1, bias=options["bias"])
     groups = draw.choice((1, 1, 2, CHANNELS))
@@ -122,7 +122,7 @@ class Network(nn.Module):
         self.layers = nn.ModuleList()
         self.plan: list[tuple[str, int, int]] = []
         for step in range(steps):
-            # Mostly the latest value: only neighbours are folded.
+            # Mostly the latest value: only neighbors are folded.
             source = step if draw.random() < 0.8 else draw.randrange(step + 1)
             kinds, weights = zip(*STEPS, strict=True)
             what = draw.choices(kinds, weights)[0]
@@ -174,7 +174,7 @@ def tied(model: nn.Module, draw: random.Random) -> None:
             return
 
 
-def parametrised(model: nn.Module, draw: random.Random) -> None:
+def parametrized(model: nn.Module, draw: random.Random) -> None:
     convs = [m for m in model.modules() if isinstance(m, nn.Conv2d) and "weight" in m._parameters]
     if convs:
         one = draw.choice(convs)
@@ -204,7 +204,7 @@ def network(seed: int) -> nn.Module:
     draw = random.Random(seed)
     torch.manual_seed(seed)
     model = Network(draw, draw.randrange(2, 10), draw.random() < 0.25)
-    for change in (hooked, tied, parametrised, twice, frozen):
+    for change in (hooked, tied, parametrized, twice, frozen):
         if draw.random() < 0.15:
             change(model, draw)
     return model.double().eval()

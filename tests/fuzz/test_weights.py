@@ -40,7 +40,7 @@ def compare(layer: nn.Module, three: nn.Module, mode: str, seed: int) -> None:
         assert len(found) == len(wanted)
         for ours, theirs in zip(found, wanted, strict=True):
             if not theirs.isfinite().all():
-                return  # a filter of zeros has no direction that weight normalisation could keep
+                return  # a filter of zeros has no direction that weight normalization could keep
             scale = float(theirs.abs().max()) if theirs.numel() else 0.0
             torch.testing.assert_close(ours, theirs, rtol=loose, atol=loose * max(scale, 1e-3))
 

@@ -49,7 +49,7 @@ def part_of(module: nn.Module, draw: random.Random) -> nn.Module:
 
 
 def weight_of(module: nn.Module, draw: random.Random) -> nn.Parameter:
-    """A parameter of a part: its weight, or what hooks and parametrisations make that of."""
+    """A parameter of a part: its weight, or what hooks and parametrizations make that of."""
     return draw.choice([p for p in part_of(module, draw).parameters() if p.dim() == 4])
 
 
@@ -68,7 +68,7 @@ def index_of(draw: random.Random, weight: Tensor) -> tuple[Any, ...]:
 
 
 def is_plain(part: nn.Module) -> bool:
-    """Whether its weight is a parameter of its own, with neither hooks nor parametrisations."""
+    """Whether its weight is a parameter of its own, with neither hooks nor parametrizations."""
     return (
         "weight" in part._parameters and not part._forward_pre_hooks and not parametrize.is_parametrized(part)
     )

@@ -242,7 +242,7 @@ KINDS = {
     "subclass": lambda x: x.as_subclass(Tagged),
     "parameter": lambda x: nn.Parameter(x),
     "sparse": lambda x: x.to_sparse(),
-    "quantised": lambda x: torch.quantize_per_tensor(x, 0.1, 0, torch.qint8),
+    "quantized": lambda x: torch.quantize_per_tensor(x, 0.1, 0, torch.qint8),
     "mkldnn": lambda x: x.to_mkldnn(),
     "nested": lambda x: torch.nested.nested_tensor(list(x)),
     "complex": lambda x: torch.complex(x, x),

@@ -32,7 +32,7 @@ def part(request) -> str:
     return request.param
 
 
-# ---- reparametrisations
+# ---- reparametrizations
 
 
 def weight_norm(module: nn.Conv2d) -> nn.Parameter:
@@ -51,15 +51,15 @@ def pruning(module: nn.Conv2d) -> nn.Parameter:
     return module.weight_orig
 
 
-def parametrised(module: nn.Conv2d) -> nn.Parameter:
+def parametrized(module: nn.Conv2d) -> nn.Parameter:
     parametrizations.weight_norm(module)
     return module.parametrizations.weight.original0
 
 
-@pytest.mark.parametrize("reparametrise", [weight_norm, spectral_norm, pruning, parametrised])
-def test_reparametrised_weights_are_followed(part: str, reparametrise) -> None:
+@pytest.mark.parametrize("reparametrize", [weight_norm, spectral_norm, pruning, parametrized])
+def test_reparametrized_weights_are_followed(part: str, reparametrize) -> None:
     layer, x = settled()
-    source = reparametrise(getattr(layer, part))
+    source = reparametrize(getattr(layer, part))
     for change in (lambda t: t.mul_(3), lambda t: t.data.add_(0.5)):
         with torch.no_grad():
             before = layer(x)
@@ -67,7 +67,7 @@ def test_reparametrised_weights_are_followed(part: str, reparametrise) -> None:
             # In evaluation mode spectral_norm only divides; the others see another weight.
             y = layer(x)
         torch.testing.assert_close(y, one_by_one(layer, x).detach(), atol=1e-5, rtol=1e-5)
-        assert reparametrise is spectral_norm or not torch.allclose(y, before)
+        assert reparametrize is spectral_norm or not torch.allclose(y, before)
     state = {name: t + 0.25 for name, t in layer.state_dict().items()}
     layer.load_state_dict(state)
     agrees(layer, x)
@@ -301,7 +301,7 @@ def test_adapters_learn(part: str) -> None:
     agrees(layer, x)
 
 
-def test_fake_quantisation_is_heeded() -> None:
+def test_fake_quantization_is_heeded() -> None:
     from torch.ao.nn.qat import Conv2d
     from torch.ao.quantization import get_default_qat_qconfig
 

@@ -1,4 +1,4 @@
-"""nn.TuckerConv2d and nn.TuckerLinear: drop-in behaviour, prepacked weights, round trips."""
+"""nn.TuckerConv2d and nn.TuckerLinear: drop-in behavior, prepacked weights, round trips."""
 
 import copy
 import pickle
@@ -152,7 +152,7 @@ def test_weights_made_in_inference_mode() -> None:
         all_layouts(layer, x)
 
 
-def test_parametrised_weights() -> None:
+def test_parametrized_weights() -> None:
     layer, x = layer_and_input()
     all_layouts(layer, x)
     torch.nn.utils.parametrizations.weight_norm(layer.core)

@@ -103,7 +103,7 @@ def test_half_of_the_entries_zero(isa, seeded, l1_kernel):
     check(torch.randn(100, 10), torch.randn(100, 20).relu())
 
 
-def test_neighbouring_floats_are_not_ties(isa, seeded, l1_kernel):
+def test_neighboring_floats_are_not_ties(isa, seeded, l1_kernel):
     samples = torch.ones(100, 20) + torch.randint(40, (100, 20)) * 2.0**-23
     samples[0] = -1000  # one outlier squeezes all others into a few fixed-point numbers
     check(torch.randn(100, 10), samples)
