@@ -42,7 +42,7 @@ def layers(batches: list[int]) -> Iterator[tuple[TuckerConv2d, Tensor]]:
 
 def faster_form(layer: TuckerConv2d, x: Tensor, shape: cpu.Shape) -> tuple[Form, float] | None:
     """The form that beats the kernels' own choice, and how often it fits into that one's time."""
-    cpu.choose(shape, None)
+    cpu.prefer(shape, None)
     with torch.no_grad():
         layer(x)
     own = cpu.runs()
@@ -75,7 +75,7 @@ def main() -> None:
                 continue
             seen.add(shape)
             faster = faster_form(layer, x, shape)
-            cpu.choose(shape, None)
+            cpu.prefer(shape, None)
             if faster:
                 found[shape], gain = faster
                 print(f"{cpu.name_of(shape)}: {found[shape]}, {gain:.2f} x", flush=True)

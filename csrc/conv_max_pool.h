@@ -1,4 +1,5 @@
-// conv_max_pool: POD parameters and kernel signatures of a convolution and the max pooling behind it, free of torch.
+// conv_max_pool: POD parameters and kernel signatures of a convolution and the max pooling behind it, free of
+// torch.
 //
 //   z = weight * x + bias  (N, P, Q, K), of which no more than a band of rows exists at a time
 //   y = max over windows of z  (N, U, V, K), then ReLU if asked, which commutes with it

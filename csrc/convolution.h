@@ -1,5 +1,5 @@
-// convolution: POD parameters and kernel signatures of a dense, grouped or depthwise convolution, free of torch: a
-// Tucker-2 convolution without its first and last factor.
+// convolution: POD parameters and kernel signatures of a dense, grouped or depthwise convolution, free of
+// torch: a Tucker-2 convolution without its first and last factor.
 //
 //   y = weight * x + bias  (N, P, Q, K), then an addend and ReLU if asked
 #pragma once

@@ -74,8 +74,8 @@ void run(const Plan& plan, const float* const* inputs, float* const* outputs, do
   plan.run(inputs, outputs, kTorch, seconds);
 }
 
-// (address of a plan, addresses of the inputs, then of the outputs): whether it ran, on the instruction set that it was
-// made for. A plain C function: pybind11's own calls take as long as a small network.
+// (address of a plan, addresses of the inputs, then of the outputs): whether it ran, on the instruction set
+// that it was made for. A plain C function: pybind11's own calls take as long as a small network.
 PyObject* run_frozen(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   if (count < 3 || static_cast<size_t>(count) > kMostFast) {
     PyErr_SetString(PyExc_TypeError, "run_frozen takes a plan and its inputs' and outputs' addresses");

@@ -1,7 +1,7 @@
 // A frozen network as plain data: what it computes, for inputs of any size, on any machine; free of torch.
 //
-// Values are images (N, C, H, W), or vectors (N, C). The inputs come first, then each step adds one value. The file (and
-// what Python hands over) is the same bytes: see network.cpp.
+// Values are images (N, C, H, W), or vectors (N, C). The inputs come first, then each step adds one value.
+// The file (and what Python hands over) is the same bytes: see network.cpp.
 #pragma once
 
 #include <cstddef>

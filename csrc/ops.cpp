@@ -24,7 +24,8 @@ STABLE_TORCH_LIBRARY(kegfast, m) {
       "  -> (Tensor loss, Tensor gradient)");
 
   // A Tucker-2 convolution last(core(first(x))) + bias, then ReLU if asked. packed: tucker2_pack of these
-  // factors as they are now, which is the caller's to know, or none. Strides, paddings and dilations come as single ints: lists cost a microsecond a call.
+  // factors as they are now, which is the caller's to know, or none. Strides, paddings and dilations come as
+  // single ints: lists cost a microsecond a call.
   m.def(
       "tucker2(Tensor x, Tensor first, Tensor core, Tensor last, Tensor? bias, Tensor? packed, "
       "  int stride_h, int stride_w, int padding_h, int padding_w, int dilation_h, int dilation_w, "
@@ -40,8 +41,8 @@ STABLE_TORCH_LIBRARY(kegfast, m) {
       "tucker2_forward(Tensor x, Tensor first, Tensor core, Tensor last, Tensor? bias, int stride_h, "
       "  int stride_w, int padding_h, int padding_w, int dilation_h, int dilation_w, bool relu, "
       "  bool keep) -> (Tensor y, Tensor t1, Tensor t2)");
-  // On CPUs: gradients of x (in its type), first, core, last and bias (float32), empty where not needed. y: where
-  // it is not above 0 the gradient is nothing (ReLU), or none. t1, t2: kept, of R1 and R2 channels.
+  // On CPUs: gradients of x (in its type), first, core, last and bias (float32), empty where not needed. y:
+  // where it is not above 0 the gradient is nothing (ReLU), or none. t1, t2: kept, of R1 and R2 channels.
   m.def(
       "tucker2_gradients(Tensor gradient, Tensor? y, Tensor x, Tensor t1, Tensor t2, Tensor first, "
       "  Tensor core, Tensor last, int stride_h, int stride_w, int padding_h, int padding_w, "
@@ -57,7 +58,8 @@ STABLE_TORCH_LIBRARY(kegfast, m) {
       "tucker2_pack(Tensor first, Tensor core, Tensor last, int stride_h, int stride_w, "
       "  int dilation_h, int dilation_w, bool channels_last) -> Tensor");
 
-  // On CPUs: the maximum of weight * x + bias (float32) over windows, then ReLU if asked. channels_last: y's layout.
+  // On CPUs: the maximum of weight * x + bias (float32) over windows, then ReLU if asked. channels_last: y's
+  // layout.
   m.def(
       "conv_max_pool(Tensor x, Tensor weight, Tensor? bias, int stride_h, int stride_w, int padding_h, "
       "  int padding_w, int pool_h, int pool_w, int pool_stride_h, int pool_stride_w, "

@@ -95,9 +95,9 @@ bool words_agree(const std::vector<Keys>& quiet, const std::vector<Keys>& words)
   return true;
 }
 
-// Where tensors have their dispatch keys. The stable ABI does not tell, and asking Python takes a quarter of a
-// microsecond a tensor; so it is looked for: the one place where tensors of several kinds each have the keys that torch
-// says they have.
+// Where tensors have their dispatch keys. The stable ABI does not tell, and asking Python takes a quarter of
+// a microsecond a tensor; so it is looked for: the one place where tensors of several kinds each have the
+// keys that torch says they have.
 size_t find_keys(const std::vector<std::pair<py::object, uint64_t>>& kinds) {
   constexpr size_t kLargest = 208;  // bytes of a c10::TensorImpl, which torch asserts
   size_t found = 0;

@@ -1,4 +1,5 @@
-// Whether a call may pass by the dispatcher: plain tensors, plain modules, and nobody who wants to see operators.
+// Whether a call may pass by the dispatcher: plain tensors, plain modules, and nobody who wants to see
+// operators.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -21,8 +22,8 @@ inline void* implementation_or_null(py::handle tensor) {
 // Of this thread: a mode, a transform, a tracer, a profiler, autocast, or forward-mode differentiation.
 bool watched();
 
-// Whether an implementation has the dispatch keys of dense numbers on the CPU and no others: it is not negated, wrapped,
-// of zeros, sparse, quantized, nested.
+// Whether an implementation has the dispatch keys of dense numbers on the CPU and no others: it is not
+// negated, wrapped, of zeros, sparse, quantized, nested.
 bool has_plain_keys(const void* implementation);
 // That of a tensor with such keys and of torch's own class, nobody's subclass; else null.
 void* plain_implementation(py::handle x);
@@ -30,8 +31,8 @@ void* plain_implementation(py::handle x);
 // Whether nn.Conv2d is as torch made it, and no hook is set for all modules.
 bool convolutions_are_torchs();
 
-// A module as it was: its class, its attributes one by one, and how much is in those that are dicts (parameters,
-// hooks, children).
+// A module as it was: its class, its attributes one by one, and how much is in those that are dicts
+// (parameters, hooks, children).
 class SeenModule {
  public:
   explicit SeenModule(py::handle module);

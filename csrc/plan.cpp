@@ -132,8 +132,8 @@ struct Plan::Layout {
   }
 };
 
-// All images together, or, as long as a step's images outweigh its weights and L2 would not hold those of all, few of
-// them through several steps at a time.
+// All images together, or, as long as a step's images outweigh its weights and L2 would not hold those of
+// all, few of them through several steps at a time.
 void Plan::choose_segments(const Network& network, const std::vector<Shape>& shapes) {
   by_image_ = threads_ > 1 && images_ >= threads_ && (images_ % threads_ == 0 || images_ >= 4 * threads_);
   const int64_t images = by_image_ ? (images_ + threads_ - 1) / threads_ : images_;

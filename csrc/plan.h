@@ -1,5 +1,6 @@
-// A network planned for inputs of one size, one instruction set and so many threads: a flat list of tasks over one arena
-// whose buffers share memory where their lifetimes allow. Between the first task and the last nothing is allocated.
+// A network planned for inputs of one size, one instruction set and so many threads: a flat list of tasks
+// over one arena whose buffers share memory where their lifetimes allow. Between the first task and the last
+// nothing is allocated.
 #pragma once
 
 #include <atomic>
@@ -78,7 +79,8 @@ struct Input {
 
 class Plan {
  public:
-  // Throws std::invalid_argument for inputs that the network does not take. The network and its weights must live on.
+  // Throws std::invalid_argument for inputs that the network does not take. The network and its weights must
+  // live on.
   Plan(const Network& network, PackedWeights& weights, const std::vector<Input>& inputs, int64_t threads);
   ~Plan();
 
@@ -87,7 +89,8 @@ class Plan {
   Isa isa() const { return isa_; }
   int64_t threads() const { return threads_; }
 
-  // Outputs are pixels of contiguous channels. `seconds`, one per step of the network, or null: what each took.
+  // Outputs are pixels of contiguous channels. `seconds`, one per step of the network, or null: what each
+  // took.
   void run(const float* const* inputs, float* const* outputs, const Pool& pool,
            double* seconds = nullptr) const;
 

@@ -1,5 +1,5 @@
-// What the steps of a plan that are no convolutions run: POD parameters and kernel signatures, free of torch. Images
-// are pixels of contiguous channels.
+// What the steps of a plan that are no convolutions run: POD parameters and kernel signatures, free of torch.
+// Images are pixels of contiguous channels.
 #pragma once
 
 #include <cstdint>

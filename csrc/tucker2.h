@@ -23,14 +23,16 @@ namespace kegfast {
 enum class Tucker2Form : int { automatic, direct, winograd };
 enum class Tucker2Type : int { float32, bfloat16, float16 };
 
-// The core of a strided convolution run backwards: output pixel u takes tap i of input pixel (u + padding - i) /
-// stride where that divides. Phases of the output are convolutions of their own, by every stride-th tap of the core.
+// The core of a strided convolution run backwards: output pixel u takes tap i of input pixel (u + padding -
+// i) / stride where that divides. Phases of the output are convolutions of their own, by every stride-th tap
+// of the core.
 struct Tucker2Upsampling {
   bool on;
   int64_t stride_h, stride_w, padding_h, padding_w;  // of the forward pass
 };
 
-// To prefetch, as it is read once a band is done: where the first image's is, or null, and the next so many bytes on.
+// To prefetch, as it is read once a band is done: where the first image's is, or null, and the next so many
+// bytes on.
 struct Tucker2Prefetch {
   const char* at;
   int64_t bytes;
@@ -80,8 +82,8 @@ struct Tucker2Plan {
   int64_t t1_at, t2_at, planes_at, tiles_at, x_at, y_at, scratch_floats;  // within a thread's scratch
 };
 
-// A call, in float32 or in pairs of bfloat16, that is settled but for where x lies. Whoever holds one also holds the
-// memory of its factors, of their copies and of their packed form.
+// A call, in float32 or in pairs of bfloat16, that is settled but for where x lies. Whoever holds one also
+// holds the memory of its factors, of their copies and of their packed form.
 struct Tucker2Prepared;
 // Every tensor by the address of its implementation, alive, or null where there is none.
 struct Tucker2Tensors {
@@ -93,9 +95,9 @@ struct Tucker2Tensors {
 Tucker2Prepared* prepare_tucker2(const Tucker2Tensors& tensors, const std::array<int64_t, 6>& geometry,
                                  bool relu);
 // y of x and the addend, null where there is none: by the addresses of their implementations, but y is an
-// AtenTensorHandle, the caller's to delete. The factors must be alive. Null, with nothing done, where the call no
-// longer holds: another kind of x or addend, other factors than then or other bytes in them, other threads, another
-// instruction set.
+// AtenTensorHandle, the caller's to delete. The factors must be alive. Null, with nothing done, where the
+// call no longer holds: another kind of x or addend, other factors than then or other bytes in them, other
+// threads, another instruction set.
 void* run_prepared(const Tucker2Prepared& call, void* x, void* addend);
 void unsettle();                                     // No call that is prepared by now holds any longer.
 bool grad_mode();                                    // of this thread

@@ -1,6 +1,6 @@
 // Repeated calls of nn.TuckerConv2d from Python, past the dispatcher, which costs more than a small layer
-// computes. All that decides a call is compared here and not in Python: 6->16@14, ranks 2/4, 5.3 -> 4.3 us; 64@8,
-// rank 32, batch 8, after other work, when each line of code comes from memory, 61 -> 55.
+// computes. All that decides a call is compared here and not in Python: 6->16@14, ranks 2/4, 5.3 -> 4.3 us;
+// 64@8, rank 32, batch 8, after other work, when each line of code comes from memory, 61 -> 55.
 #include "tucker2_repeat.h"
 
 #include <pybind11/pybind11.h>

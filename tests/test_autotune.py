@@ -27,7 +27,7 @@ def own_table(tmp_path, monkeypatch):
     monkeypatch.setattr(cpu, "_table", None)
     yield
     for shape in cpu.table():
-        cpu.choose(shape, None)
+        cpu.prefer(shape, None)
 
 
 def network() -> nn.Sequential:
@@ -41,7 +41,7 @@ def choose_everywhere(model: nn.Module, x: torch.Tensor, form: Form) -> None:
     for call in layer_calls(model, x):
         shape = cpu.shape_of(call.x, call.core, call.last.shape[0], call.geometry)
         cpu.table()[shape] = form
-        cpu.choose(shape, form)
+        cpu.prefer(shape, form)
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])

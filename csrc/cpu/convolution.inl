@@ -1,5 +1,5 @@
-// Convolutions by tucker2's tiles, band by band: directly, as one GEMM over pixels where the kernel is 1x1, by
-// Winograd, or, where each channel is a group of its own, channel by channel.
+// Convolutions by tucker2's tiles, band by band: directly, as one GEMM over pixels where the kernel is 1x1,
+// by Winograd, or, where each channel is a group of its own, channel by channel.
 #pragma once
 
 #include "convolution.h"

@@ -20,8 +20,8 @@ enum class Metric : int64_t { l1, sqeuclidean, euclidean, cosine };
 //            pairs         48   59   69  111  144  225
 //   AVX2     sort          92  106  116  169  198  251
 //            pairs         89  107  133  220  285  462
-// and wider noises, AVX-512, sort / pairs: width 20 at B = 96 159 / 162; 50 at 192 638 / 540, at 256 835 / 884;
-// 100 at 384 2645 / 2366, at 512 3504 / 5321.
+// and wider noises, AVX-512, sort / pairs: width 20 at B = 96 159 / 162; 50 at 192 638 / 540, at 256 835 /
+// 884; 100 at 384 2645 / 2366, at 512 3504 / 5321.
 inline int64_t smallest_sorted_batch(int chunks) {
   return 56 * chunks;
 }
@@ -66,7 +66,8 @@ class Diversity {
     if (metric_ == Metric::cosine) normalize_rows();
   }
 
-  // S times `scale`, in the units of both metrics but without means; fills its gradient where p.gradient is given.
+  // S times `scale`, in the units of both metrics but without means; fills its gradient where p.gradient is
+  // given.
   double run(double scale) {
     p_.gradient_scale *= scale;
     return dispatch() * scale * noises_.distance_unit(noise_metric_) * value_unit_;
@@ -211,8 +212,8 @@ class Diversity {
   }
 
   // sum w d with d = |x_i - x_j|: as sum c |x_i - x_j|^2 with c = w / d, held fixed (d/dx of w d is c (x_i -
-  // x_j)). c is in units near 1 / d, and ends where a pair is so much closer than the furthest that its own c would
-  // leave the range: its direction then counts for less.
+  // x_j)). c is in units near 1 / d, and ends where a pair is so much closer than the furthest that its own c
+  // would leave the range: its direction then counts for less.
   double euclidean() {
     const Distances scaled = scaled_distances();
     const std::vector<double>& d = scaled.d;

@@ -4,8 +4,9 @@
 // Story (float32, one Zen 5 core, forward and backward, busy machine): tiles one by one visited every row
 // once a cache line, with rows of 4 KB times n in the same few sets of the caches. Blocks of tiles, the
 // gradient's memory kept between calls and sorts finished in the first cache, together: 1024 x 3072 from 9.2
-// to 7.2 ms, 256 x 3072 from 2.3 to 1.9 ms with cold caches. Asking for the next block and the gradient's place
-// row by row during the scan, instead of waiting for them: kernel with cold caches 391 to 320 us at 256 x 1024,
+// to 7.2 ms, 256 x 3072 from 2.3 to 1.9 ms with cold caches. Asking for the next block and the gradient's
+// place row by row during the scan, instead of waiting for them: kernel with cold caches 391 to 320 us at 256
+// x 1024,
 // 1.20 to 0.94 ms at 256 x 3072, 5.6 to 4.9 ms at 1024 x 3072. Half as large a block, or twice, is slower.
 #pragma once
 
@@ -145,8 +146,8 @@ inline double finish_tile(const DiversityParams& p, const Tile<T>& t, double sca
   return value * scale * t.unit;
 }
 
-// What a tile's kernel asks for while it computes, a row at each call: the samples of the tile that is as far on
-// as a block, and the place of its own gradient. A tile apart, no hardware prefetcher finds them.
+// What a tile's kernel asks for while it computes, a row at each call: the samples of the tile that is as far
+// on as a block, and the place of its own gradient. A tile apart, no hardware prefetcher finds them.
 class Ahead {
  public:
   template <class T>
@@ -172,8 +173,8 @@ class Ahead {
   int64_t x_step_, g_step_;
 };
 
-// values[tile] = kernel(t, ahead) for every tile, which leaves the gradient in the place of x; NaN where a tile
-// holds anything that is not finite. `x` has room for block_tiles() tiles.
+// values[tile] = kernel(t, ahead) for every tile, which leaves the gradient in the place of x; NaN where a
+// tile holds anything that is not finite. `x` has room for block_tiles() tiles.
 template <class T, class Kernel>
 inline void each_tile(const DiversityParams& p, int64_t first, int64_t last, T* x, double* values,
                       Kernel kernel) {

@@ -6,8 +6,8 @@
 
 namespace kegfast {
 
-// Rising; the names are those of cmake/Isa.cmake, where aarch64's baseline is called neon. avx512_bf16 and amx hold only
-// what multiplies bfloat16; everything else runs its avx512 copy there.
+// Rising; the names are those of cmake/Isa.cmake, where aarch64's baseline is called neon. avx512_bf16 and
+// amx hold only what multiplies bfloat16; everything else runs its avx512 copy there.
 enum class Isa : int { baseline, avx2, avx512, avx512_bf16, amx };
 
 Isa detected_isa();                    // the widest that is compiled and that this CPU and its system support
@@ -19,8 +19,8 @@ std::string isas_left_out();  // which of this processor's family the compiler d
 
 }  // namespace kegfast
 
-// KEGFAST_SELECT(f): the copy of kernel f for the active instruction set. KEGFAST_SELECT_BF16(f): the same of a
-// kernel that multiplies bfloat16, from Isa::avx512_bf16 up.
+// KEGFAST_SELECT(f): the copy of kernel f for the active instruction set. KEGFAST_SELECT_BF16(f): the same of
+// a kernel that multiplies bfloat16, from Isa::avx512_bf16 up.
 #if defined(KEGFAST_HAS_AVX512)
 #define KEGFAST_EACH_ISA(X) X(baseline) X(avx2) X(avx512)
 #define KEGFAST_SELECT(f)                                                    \

@@ -1,5 +1,6 @@
 // issue_vectors: runs 12 * rounds independent vector additions and returns their number; issue_multiply_adds:
-// as many vector multiply-adds, the number of their float32 lanes. issue_pair_multiply_adds: those of bfloat16.
+// as many vector multiply-adds, the number of their float32 lanes. issue_pair_multiply_adds: those of
+// bfloat16.
 #pragma once
 
 #include <cstdint>

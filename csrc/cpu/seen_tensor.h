@@ -11,8 +11,8 @@
 
 namespace kegfast {
 
-// Python names tensors by the address of their implementation (`_cdata`), which is all that an at::Tensor holds: a
-// cell with it is one that counts no reference.
+// Python names tensors by the address of their implementation (`_cdata`), which is all that an at::Tensor
+// holds: a cell with it is one that counts no reference.
 inline AtenTensorHandle handle_of(void** implementation) {
   return reinterpret_cast<AtenTensorHandle>(implementation);
 }
@@ -49,7 +49,8 @@ class SeenTensor {
   // The tensor itself, alive: it may look at other memory, or otherwise.
   bool unchanged() const { return looks_like(implementation_) && numbers(implementation_) == data_; }
 
-  // Another tensor, alive: on the CPU, of this one's type, sizes and strides, with all of its numbers in memory.
+  // Another tensor, alive: on the CPU, of this one's type, sizes and strides, with all of its numbers in
+  // memory.
   bool looks_like(void* implementation) const {
     const AtenTensorHandle t = handle_of(&implementation);
     int64_t dim = 0, *sizes = nullptr, *strides = nullptr, kept = 0, offset = 0;

@@ -1,6 +1,6 @@
-// Tiles of AMX under tucker2's pairs: up to 32 pixels x 32 outputs in four registers of 16 x 16 sums, 16 words of
-// k a step. The registers are reached through five calls alone: intrinsics or, with KEGFAST_AMX_EMULATED, plain
-// C++, so that the tests of any machine run every other line.
+// Tiles of AMX under tucker2's pairs: up to 32 pixels x 32 outputs in four registers of 16 x 16 sums, 16
+// words of k a step. The registers are reached through five calls alone: intrinsics or, with
+// KEGFAST_AMX_EMULATED, plain C++, so that the tests of any machine run every other line.
 #pragma once
 
 #include "cpu/tucker2_tile.inl"

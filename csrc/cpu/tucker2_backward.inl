@@ -3,10 +3,10 @@
 //   dy --mask of ReLU--> g --last^T--> dz2 --core^T--> dz1 --first^T--> dx      (Forward with transposed factors)
 //   d last += g (x) t2      d core += dz2 (x) t1      d first += dz1 (x) x      d bias += g
 //
-// dy is read from memory once; dz2, dz1 and masked or widened numbers stay in caches and in memory that the thread
-// keeps. Sums of outer products follow each band, over data that it prefetched. Bound by memory: x, t1 and t2 come for
-// these sums alone, which at 45 GB/s allows 0.33 of the multiply-add peak at rank 2, 0.93 over all shapes.
-// Versions, what each bought and what did not: docs/kernels/log.md.
+// dy is read from memory once; dz2, dz1 and masked or widened numbers stay in caches and in memory that the
+// thread keeps. Sums of outer products follow each band, over data that it prefetched. Bound by memory: x, t1
+// and t2 come for these sums alone, which at 45 GB/s allows 0.33 of the multiply-add peak at rank 2, 0.93
+// over all shapes. Versions, what each bought and what did not: docs/kernels/log.md.
 #pragma once
 
 #include "cpu/tucker2_forward.inl"
@@ -54,8 +54,8 @@ class Backward {
   }
 
  private:
-  // dz2, dz1 and dx of `count` images, the operator with transposed factors; the sums follow it band by band, while
-  // caches hold what they are made of.
+  // dz2, dz1 and dx of `count` images, the operator with transposed factors; the sums follow it band by band,
+  // while caches hold what they are made of.
   void images(int64_t n, int64_t count, int64_t end) {
     grad_ = gradient(n, count);
     if (g_.first) x_ = floats(p_.type, p_.x, n, count, x_image_, g_.x_at);
@@ -186,7 +186,8 @@ int64_t border_of(int64_t stride, int64_t size, const F& phase) {
   return border;
 }
 
-// Images at a time: those of a band, or so many that large sums, which caches do not keep, are touched seldom.
+// Images at a time: those of a band, or so many that large sums, which caches do not keep, are touched
+// seldom.
 int64_t images_together(const Tucker2GradParams& g, int64_t threads) {
   constexpr int64_t kLargeSums = 256 << 10, kPixels = 512;  // bytes
   const Tucker2Params& p = g.forward;

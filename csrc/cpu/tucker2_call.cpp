@@ -119,8 +119,8 @@ Tensor empty(int64_t n, int64_t c, int64_t h, int64_t w, bool channels_last, Sca
 }
 
 AtenTensorHandle new_output(const Tucker2Params& p) {
-  // Below it malloc's pages last from call to call, and torch's code for kept memory, out of cache, takes longer
-  // than they do: 64@8, rank 32, batch 8, after another layer 61 us instead of 85.
+  // Below it malloc's pages last from call to call, and torch's code for kept memory, out of cache, takes
+  // longer than they do: 64@8, rank 32, batch 8, after another layer 61 us instead of 85.
   constexpr int64_t kLeastWorth = (1 << 20) + 1;
   const ScalarType type = p.type == Tucker2Type::float32 ? ScalarType::Float : ScalarType::BFloat16;
   return new_images(p.images, p.features, p.out_height, p.out_width, p.channels_last, type, kLeastWorth);
@@ -256,8 +256,8 @@ int64_t work_of(const Tucker2Params& p) {
   return multiply_adds(p) + kPixel * p.images * (p.height * p.width + p.out_height * p.out_width);
 }
 
-// Below this a second thread costs more than it brings (about 15 us of one core). It costs 4 to 5 us where the
-// pool is awake: layers of 47, 64 and 71 us took 28, 36 and 42 on two idle Zen 5 cores.
+// Below this a second thread costs more than it brings (about 15 us of one core). It costs 4 to 5 us where
+// the pool is awake: layers of 47, 64 and 71 us took 28, 36 and 42 on two idle Zen 5 cores.
 constexpr int64_t kSerialWork = 1'500'000;
 
 int64_t threads_for(int64_t work, int64_t parts) {

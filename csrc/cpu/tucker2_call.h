@@ -1,5 +1,5 @@
-// What the forward and the backward pass of tucker2 on the CPU share: tensors as the kernels see them, and the
-// threads.
+// What the forward and the backward pass of tucker2 on the CPU share: tensors as the kernels see them, and
+// the threads.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>

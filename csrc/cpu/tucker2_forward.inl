@@ -3,10 +3,10 @@
 //   x --first 1x1--> t1 rows --core k x k--> t2 band --last 1x1 + bias (+ addend, ReLU)--> y
 //     channels-last    zero-bordered, in L2    in L1
 //
-// t1 grows by the rows that the next band adds, so no row is computed twice; the core reads it as kh segments of
-// kw * R1 contiguous floats: a plain GEMM, no im2col. Rows of x, of y and panels of the factors that L2 does not hold
-// are prefetched from inside the core, whose products outweigh its loads.
-// Bound by multiply-adds from rank 64 up (0.93 of the peak), by one broadcast a product in the 1x1 factors below (0.85
+// t1 grows by the rows that the next band adds, so no row is computed twice; the core reads it as kh segments
+// of kw * R1 contiguous floats: a plain GEMM, no im2col. Rows of x, of y and panels of the factors that L2
+// does not hold are prefetched from inside the core, whose products outweigh its loads. Bound by
+// multiply-adds from rank 64 up (0.93 of the peak), by one broadcast a product in the 1x1 factors below (0.85
 // at rank 16). Versions, what each bought and what did not: docs/kernels/log.md.
 #pragma once
 

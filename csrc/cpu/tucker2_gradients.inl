@@ -62,8 +62,8 @@ KEGFAST_INLINE Floats fold_pixels(Floats v) {
 
 constexpr int64_t kLanesChunk = 4096;  // floats of either tensor: in L1
 
-// Ranks of 2, 4 and 8, alike: a vector holds kLanes / R pixels of t1, and each of dz2's channels is spread over
-// theirs. c (R, 3 R) += the three taps of a window's row.
+// Ranks of 2, 4 and 8, alike: a vector holds kLanes / R pixels of t1, and each of dz2's channels is spread
+// over theirs. c (R, 3 R) += the three taps of a window's row.
 template <int R>
 void three_taps(const float* dz2, const float* t1, const RowPairs& rows, Prefetcher* prefetcher, float* c) {
   constexpr int kPixels = kLanes / R, kTaps = 3,
@@ -181,8 +181,8 @@ void core_gradient(const Tucker2Params& p, const Rows& t1, const Rows& dz2, int6
   }
 }
 
-// A sum of vectors by blocks of blocks: an addend meets no more than a few dozen others in float32, and the blocks'
-// sums meet in double.
+// A sum of vectors by blocks of blocks: an addend meets no more than a few dozen others in float32, and the
+// blocks' sums meet in double.
 template <int Vectors>
 struct BlockedSum {
   static constexpr int64_t kBlock = 16, kBlocks = 16;

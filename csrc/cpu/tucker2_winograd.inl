@@ -1,12 +1,14 @@
 // The core by Winograd's minimal filtering (Lavin and Gray 2016, section 4.1): F(2x2, 3x3) takes 4 x 4 input
-// tiles to 2 x 2 output tiles by 16 products instead of 36, F(4x4, 3x3) 6 x 6 to 4 x 4 by 36 instead of 144, as one
-// GEMM over tiles for each product ("point"). A core of stride 2 takes 5 x 5 to 2 x 2 by 25 instead of 36: along an
-// axis the even inputs meet two taps, which is F(2, 2) by 3 products, the odd ones the third, by 2.
+// tiles to 2 x 2 output tiles by 16 products instead of 36, F(4x4, 3x3) 6 x 6 to 4 x 4 by 36 instead of 144,
+// as one GEMM over tiles for each product ("point"). A core of stride 2 takes 5 x 5 to 2 x 2 by 25 instead of
+// 36: along an axis the even inputs meet two taps, which is F(2, 2) by 3 products, the odd ones the third, by
+// 2.
 //
 // Rounding: the products' errors grow by a = mean over outputs o of sum_i (A_oi |B_i| |G_i|)^2 / 3 along each axis,
-// for data and filters of independent elements. F(2x2): a = 1.7, that of the direct sum in practice, whose sums are
-// longer; F(4x4) from the points 0, s/2, -s/2, s, -s, s = sqrt(2): 5.0 (10.8 from the paper's), so it is only run where
-// asked for. 64 outputs at a time, so that a band's inputs and products stay in L2. Log: docs/kernels/log.md.
+// for data and filters of independent elements. F(2x2): a = 1.7, that of the direct sum in practice, whose
+// sums are longer; F(4x4) from the points 0, s/2, -s/2, s, -s, s = sqrt(2): 5.0 (10.8 from the paper's), so
+// it is only run where asked for. 64 outputs at a time, so that a band's inputs and products stay in L2. Log:
+// docs/kernels/log.md.
 #pragma once
 
 #include "cpu/tucker2_factor.inl"
@@ -84,8 +86,8 @@ KEGFAST_INLINE void transform_input(const float* const (&d)[kSide * kSide], int6
   }
 }
 
-// What a sum meets on its way to memory, where the transform is an operator's last stage: a bias, or null; numbers
-// from the outputs to an addend, where there is one; ReLU.
+// What a sum meets on its way to memory, where the transform is an operator's last stage: a bias, or null;
+// numbers from the outputs to an addend, where there is one; ReLU.
 struct LastStore {
   const float* bias;
   bool add;
@@ -150,8 +152,8 @@ void pack_winograd(const Tucker2Params& p, const Tucker2Factor& core, float* out
     }
 }
 
-// `rows` output rows of each of `images` images. t1 is its first row and pixel in memory, `above` and `left` of zeros
-// around which the first window starts.
+// `rows` output rows of each of `images` images. t1 is its first row and pixel in memory, `above` and `left`
+// of zeros around which the first window starts.
 struct WinogradBand {
   int64_t images, rows;
   const float* t1;

@@ -36,8 +36,8 @@ bool winograd_fits(const Tucker2Params& p) {
          (winograd_edge(p) == 4 || p.channels_last || larger(p.rank_in, p.rank_out) <= 192);
 }
 
-// Whether it should: enough pixels for the GEMMs, whose weights are 16 / 9 or more of the direct ones, and at stride
-// 2, which gains least at 25 / 9, tiles that are mostly whole and twice the pixels.
+// Whether it should: enough pixels for the GEMMs, whose weights are 16 / 9 or more of the direct ones, and at
+// stride 2, which gains least at 25 / 9, tiles that are mostly whole and twice the pixels.
 bool winograd_wins(const Tucker2Params& p, int64_t threads) {
   if (!winograd_fits(p)) return false;
   if (p.form != Tucker2Form::automatic) return p.form == Tucker2Form::winograd;

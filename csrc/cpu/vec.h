@@ -1,6 +1,6 @@
-// Vectors of the instruction set that this object is compiled for, on the vector extensions of GCC and clang, and all
-// in which the two differ. Included by .inl files only: everything lives in `namespace kegfast::KEGFAST_ISA` (see
-// cmake/Isa.cmake).
+// Vectors of the instruction set that this object is compiled for, on the vector extensions of GCC and clang,
+// and all in which the two differ. Included by .inl files only: everything lives in `namespace
+// kegfast::KEGFAST_ISA` (see cmake/Isa.cmake).
 #pragma once
 
 #include <cstdint>

@@ -14,8 +14,8 @@ struct Nothing {
   __device__ static void run(const Params&) {}
 };
 
-// Empty where the device (-1: the current one) runs this library's code, else why it does not: no machine code
-// for its architecture and no PTX that its driver translates, or a driver that is too old.
+// Empty where the device (-1: the current one) runs this library's code, else why it does not: no machine
+// code for its architecture and no PTX that its driver translates, or a driver that is too old.
 std::string why_not(int64_t device) {
   int before = 0;
   cudaFuncAttributes found;

@@ -23,7 +23,8 @@ inline void check(cudaError_t error) {
   STD_TORCH_CHECK(error == cudaSuccess, "kegfast: CUDA: ", cudaGetErrorString(error));
 }
 
-// The driver's function by its address: the library is not linked with the driver, which a machine that builds lacks.
+// The driver's function by its address: the library is not linked with the driver, which a machine that
+// builds lacks.
 inline decltype(&cuTensorMapEncodeTiled) tensor_map_encoder() {
   void* function = nullptr;
   cudaDriverEntryPointQueryResult found;

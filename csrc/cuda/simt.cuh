@@ -41,8 +41,8 @@ struct alignas(16) Float4 {
   float x, y, z, w;
 };
 
-// A tensor of 16-bit elements of which bulk copies move boxes: sizes from the innermost dimension outward, strides in
-// elements of the outer three. A box's rows are 64 elements.
+// A tensor of 16-bit elements of which bulk copies move boxes: sizes from the innermost dimension outward,
+// strides in elements of the outer three. A box's rows are 64 elements.
 struct TensorView {
   const void* data;
   int sizes[4];
@@ -51,8 +51,8 @@ struct TensorView {
 };
 constexpr int kBoxRow = 128;  // bytes
 
-// Where a byte of a box's row lies in shared memory, from the box's beginning (at a multiple of 1024): the same piece of
-// eight rows is in eight different banks.
+// Where a byte of a box's row lies in shared memory, from the box's beginning (at a multiple of 1024): the
+// same piece of eight rows is in eight different banks.
 KEGFAST_ANYWHERE int in_box(int row, int byte) {
   return row * kBoxRow + (byte ^ (row % 8 * 16));
 }

@@ -1,7 +1,8 @@
 // tucker2 on CUDA: factors in any strides, and how chunks of their rows come to shared memory.
 //
-// A chunk is 128 bytes of K of each row, in 8 pieces of 16 bytes. A thread copies one piece of every 16th row, the same
-// piece of each: where in a row it stands is computed once a chunk, where the rows stand once a product.
+// A chunk is 128 bytes of K of each row, in 8 pieces of 16 bytes. A thread copies one piece of every 16th
+// row, the same piece of each: where in a row it stands is computed once a chunk, where the rows stand once a
+// product.
 #pragma once
 
 #include "simt.cuh"
@@ -93,8 +94,8 @@ KEGFAST_DEVICE void load_piece(const Factor<T>& factor, int row, int tap, int in
   }
 }
 
-// Rows first .. first + kRowCount of a factor, a chunk at a time; zeros past the end of K. Of the rows that the factor has
-// not, those in whole groups of 16 stay as they are: no warp multiplies them.
+// Rows first .. first + kRowCount of a factor, a chunk at a time; zeros past the end of K. Of the rows that
+// the factor has not, those in whole groups of 16 stay as they are: no warp multiplies them.
 template <int kRowCount, class T>
 class FactorLoad {
  public:

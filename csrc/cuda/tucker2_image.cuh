@@ -50,8 +50,9 @@ Image<T> make_image(T* data, const int64_t (&strides)[4], int channels, int heig
   return {data, strides[0], strides[1], strides[2], strides[3], channels, height, width, vectors};
 }
 
-// Chunks of the windows of kRows pixels: K goes tap by tap, `per_tap` bytes each, or with kTaps false over the one tap.
-// find(row) gives a row's window by its first pixel: asked once for each of a thread's rows, every 16th.
+// Chunks of the windows of kRows pixels: K goes tap by tap, `per_tap` bytes each, or with kTaps false over
+// the one tap. find(row) gives a row's window by its first pixel: asked once for each of a thread's rows,
+// every 16th.
 template <class T, bool kTaps, class Find>
 class PixelLoad {
  public:
@@ -164,8 +165,8 @@ KEGFAST_DEVICE void put_pair(char* row, int column, float first, float second) {
   }
 }
 
-// Accumulators -> shared memory -> bias, ReLU -> y. places[row]: where channel 0 of the row's pixel lies in y, or -1; in
-// shared memory, as rows that 8 threads store together are looked up by each.
+// Accumulators -> shared memory -> bias, ReLU -> y. places[row]: where channel 0 of the row's pixel lies in
+// y, or -1; in shared memory, as rows that 8 threads store together are looked up by each.
 template <class T, int kTiles>
 KEGFAST_DEVICE void store_tile(const Image<T>& y, const float (&acc)[2][kTiles][4], char* scratch,
                                int first_column, const Epilogue<T>& epilogue, const int64_t* places) {
@@ -209,8 +210,8 @@ KEGFAST_DEVICE void store_tile(const Image<T>& y, const float (&acc)[2][kTiles][
   }
 }
 
-// Accumulators -> rows of shared memory, as the next stage's A: `live` columns, then zeros up to `columns`. What is
-// accumulated past the factor's rows is 0 only while all of x is finite.
+// Accumulators -> rows of shared memory, as the next stage's A: `live` columns, then zeros up to `columns`.
+// What is accumulated past the factor's rows is 0 only while all of x is finite.
 template <class T, int kTiles>
 KEGFAST_DEVICE void keep_tile(char* rows, int pitch, int row_count, const float (&acc)[2][kTiles][4],
                               int first_row, int first_column, int live, int columns) {

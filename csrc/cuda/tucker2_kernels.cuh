@@ -15,10 +15,11 @@
 // Stage: one of the three as an implicit product over all output pixels, for the shapes that the fused form
 // does not fit (shared memory) or does not fill (few images): 64 pixels x 64 or 128 columns a block.
 //
-// Where bandwidth decides, fused over unfused is 1 + 2R/C: 2.0, 1.5, 1.25 at C/2, C/4, C/8. Counted in sm_90's code
-// (benchmarks/cuda_counts.py), bf16, batch 128, C / 4: 18.2 thousand warp instructions a block of 64 pixels at 64@56, 26.0 at
-// 128@28, 41.8 at 256@14, issued by an H200 in 123, 50 and 23 us where bandwidth takes 21, 11 and 5: instructions bound it. A
-// chunk of K is 351 (first), 271 (core) or 279 (last) of a warp's. Not yet measured on a device.
+// Where bandwidth decides, fused over unfused is 1 + 2R/C: 2.0, 1.5, 1.25 at C/2, C/4, C/8. Counted in
+// sm_90's code (benchmarks/cuda_counts.py), bf16, batch 128, C / 4: 18.2 thousand warp instructions a block
+// of 64 pixels at 64@56, 26.0 at 128@28, 41.8 at 256@14, issued by an H200 in 123, 50 and 23 us where
+// bandwidth takes 21, 11 and 5: instructions bound it. A chunk of K is 351 (first), 271 (core) or 279 (last)
+// of a warp's. Not yet measured on a device.
 #pragma once
 
 #include "tucker2_image.cuh"

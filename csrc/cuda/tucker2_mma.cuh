@@ -7,8 +7,8 @@
 // padded by 16 bytes, an odd number of 16-byte units: the 8 rows of an ldmatrix lie in different banks.
 //
 // float32: TF32 rounds once (10 bits); the split form adds the two products of the rounding errors (3 mma),
-// float32's own accuracy. Tensor cores truncate what they add to an accumulator: over a long K that loses bits,
-// so each step's three products start from 0 and are added by the ordinary units, which round.
+// float32's own accuracy. Tensor cores truncate what they add to an accumulator: over a long K that loses
+// bits, so each step's three products start from 0 and are added by the ordinary units, which round.
 #pragma once
 
 #include <type_traits>
@@ -78,7 +78,8 @@ KEGFAST_DEVICE void multiply_chunk(float (&acc)[2][kTiles][4], const char* const
             float step_sum[4] = {};
             mma(step_sum, low_a[m], high, float{});
             mma(step_sum, fa[m], low, float{});
-            // Of an infinite number there is no rest, and infinity times a rest of 0 is no part of the product.
+            // Of an infinite number there is no rest, and infinity times a rest of 0 is no part of the
+            // product.
             KEGFAST_UNROLL
             for (int i = 0; i < 4; ++i) step_sum[i] = fabsf(step_sum[i]) < INFINITY ? step_sum[i] : 0;
             mma(step_sum, fa[m], high, float{});

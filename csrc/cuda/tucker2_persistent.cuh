@@ -1,20 +1,23 @@
-// tucker2 on CUDA, 16-bit numbers in channels_last on sm_90: all three stages in one kernel whose blocks stay.
+// tucker2 on CUDA, 16-bit numbers in channels_last on sm_90: all three stages in one kernel whose blocks
+// stay.
 //
-// As many blocks as the multiprocessors hold take tiles of up to 128 output pixels one after another. The three factors
-// come to shared memory once a block. A tile's halo comes by bulk copies, one a chunk of 64 channels, into two slots in
-// turn, zeros outside of the image: one thread asks, so that no other computes an address, and the next chunk or tile is
-// under way while one is multiplied. (1) first: the halo's pixels in groups of 16, three groups a warp, accumulators in
-// registers over all chunks; t1 goes to shared memory. (2) core: 32 output pixels a warp, a tap is the same rows of t1
-// shifted. (3) last: t2 is turned from accumulators to operands inside of the warp's registers; y goes 64 channels at a
-// time through shared memory and back by a bulk copy, which leaves out what is outside of the image. t1's place serves y.
+// As many blocks as the multiprocessors hold take tiles of up to 128 output pixels one after another. The
+// three factors come to shared memory once a block. A tile's halo comes by bulk copies, one a chunk of 64
+// channels, into two slots in turn, zeros outside of the image: one thread asks, so that no other computes an
+// address, and the next chunk or tile is under way while one is multiplied. (1) first: the halo's pixels in
+// groups of 16, three groups a warp, accumulators in registers over all chunks; t1 goes to shared memory. (2)
+// core: 32 output pixels a warp, a tap is the same rows of t1 shifted. (3) last: t2 is turned from
+// accumulators to operands inside of the warp's registers; y goes 64 channels at a time through shared memory
+// and back by a bulk copy, which leaves out what is outside of the image. t1's place serves y.
 //
-// Prediction for an H200, bf16, batch 128, C / 4, before it was written: 26 us at 64@56, 14 at 128@28. Counted in sm_90's code
-// since (benchmarks/cuda_counts.py): 3.3 thousand warp instructions a tile at 64@56, 6.3 at 128@28, 14.3 at 256@14, issued in
-// 13, 6 and 4 us where bandwidth takes 21, 11 and 5. At 256@14 a block is alone on its multiprocessor, one warp a scheduler:
-// latency bounds it. Not yet measured on a device.
+// Prediction for an H200, bf16, batch 128, C / 4, before it was written: 26 us at 64@56, 14 at 128@28.
+// Counted in sm_90's code since (benchmarks/cuda_counts.py): 3.3 thousand warp instructions a tile at 64@56,
+// 6.3 at 128@28, 14.3 at 256@14, issued in 13, 6 and 4 us where bandwidth takes 21, 11 and 5. At 256@14 a
+// block is alone on its multiprocessor, one warp a scheduler: latency bounds it. Not yet measured on a
+// device.
 //
-// Rows of factors and of t1 are padded by 16 bytes, halo and y swizzled as the copy engine does it: the 8 rows of an
-// ldmatrix lie in different banks.
+// Rows of factors and of t1 are padded by 16 bytes, halo and y swizzled as the copy engine does it: the 8
+// rows of an ldmatrix lie in different banks.
 #pragma once
 
 #include "tucker2_image.cuh"

@@ -70,7 +70,7 @@ def tune(calls: Iterable[LayerCall]) -> dict[str, dict[str, float]]:
     known.update({shape: min(seconds, key=seconds.__getitem__) for shape, seconds in times.items()})
     for shape, seconds in times.items():
         _log.info("%s: %s of %s", name_of(shape), known[shape], seconds)
-        choose(shape, known[shape])
+        prefer(shape, known[shape])
     keep_choices(cache_path(), {" ".join(map(str, shape)): form for shape, form in known.items()}, FORMS)
     return {name_of(shape): {form.value: s for form, s in each.items()} for shape, each in times.items()}
 
@@ -82,7 +82,7 @@ def measure(layer: Callable[[Tensor], Tensor], x: Tensor, shape: Shape) -> dict[
     def call(form: Form) -> None:
         nonlocal chosen
         if form != chosen:
-            choose(shape, form)
+            prefer(shape, form)
             chosen = form
         layer(x)
 
@@ -154,11 +154,11 @@ def table() -> dict[Shape, Form]:
             except (ValueError, OSError, RuntimeError) as error:
                 _log.warning("measured forms are left aside: %s", error)
         for shape, form in _table.items():
-            choose(shape, form)
+            prefer(shape, form)
     return _table
 
 
-def choose(shape: Shape, form: Form | None) -> None:
+def prefer(shape: Shape, form: Form | None) -> None:
     """What later calls of this shape run; None for what the kernels choose by themselves."""
     if _native._C is None:
         return

@@ -1,4 +1,5 @@
-// tucker2's bfloat16 kernels with AMX's registers in plain C++ (csrc/cpu/tucker2_amx.inl), for tests/ops/test_tucker2_amx.py.
+// tucker2's bfloat16 kernels with AMX's registers in plain C++ (csrc/cpu/tucker2_amx.inl), for
+// tests/ops/test_tucker2_amx.py.
 #define KEGFAST_ISA amx
 #define KEGFAST_HAS_AVX512_BF16 1
 #define KEGFAST_HAS_AMX 1

@@ -125,7 +125,7 @@ def test_reordered_weights_of_onednn_too(write) -> None:
     x = x.contiguous(memory_format=torch.channels_last)
     geometry = layer.core.stride, layer.core.padding, layer.core.dilation
     shape = cpu.shape_of(x, layer.core.weight, 20, geometry)
-    cpu.choose(shape, "convolutions")
+    cpu.prefer(shape, "convolutions")
     try:
         with torch.no_grad():
             layer(x)
@@ -134,7 +134,7 @@ def test_reordered_weights_of_onednn_too(write) -> None:
                 write(layer.core.weight, index)
                 torch.testing.assert_close(layer(x), three_convolutions(layer, x), atol=1e-4, rtol=1e-5)
     finally:
-        cpu.choose(shape, None)
+        cpu.prefer(shape, None)
 
 
 @needs_native

@@ -1,9 +1,9 @@
 // Runs one block of a CUDA kernel on one CPU thread: every CUDA thread is a fiber.
 //
 // A fiber runs until it reaches a barrier or a warp collective; then the next one runs. A warp goes as far as
-// it can before another starts. Blocks, warps and lanes go upward, downward or at random, so code that lacks a
-// barrier reads what is not there yet in some order. Shared memory starts as NaN bits, or as random ones; an
-// asynchronous copy poisons its target until it is waited for.
+// it can before another starts. Blocks, warps and lanes go upward, downward or at random, so code that lacks
+// a barrier reads what is not there yet in some order. Shared memory starts as NaN bits, or as random ones;
+// an asynchronous copy poisons its target until it is waited for.
 #pragma once
 
 #include <cstddef>
@@ -22,8 +22,8 @@ struct Position {
 };
 
 // Runs `body` once per thread of every block of the grid. Throws std::runtime_error on a barrier or
-// collective that not all threads reach, on a misaligned access, on a grid that CUDA has not, and on what `body`
-// throws.
+// collective that not all threads reach, on a misaligned access, on a grid that CUDA has not, and on what
+// `body` throws.
 void run_grid(const int (&grid)[3], int threads, size_t shared_bytes, Order order,
               const std::function<void()>& body);
 
@@ -38,8 +38,8 @@ char* warp_exchange(const char* what, const void* in, size_t bytes, void (*combi
 void async_copy16(void* to, const void* from, bool valid);
 void async_commit();
 void async_wait(int pending);
-// Bulk copies come when somebody waits for them, `to` is poisoned until then; stores read when their thread waits or
-// ends, and see of shared memory what was there at the last bulk_fence.
+// Bulk copies come when somebody waits for them, `to` is poisoned until then; stores read when their thread
+// waits or ends, and see of shared memory what was there at the last bulk_fence.
 void arrival_init(const void* arrival);
 void arrival_wait(const void* arrival, int turn);
 void bulk_load(const void* arrival, char* to, size_t bytes, std::function<void(char* to)> copy);

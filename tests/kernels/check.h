@@ -1,5 +1,5 @@
-// The CPU kernels against double arithmetic in loops, without torch: for processors that only an emulator has. Built and
-// run by tests/ops/test_kernels.py.
+// The CPU kernels against double arithmetic in loops, without torch: for processors that only an emulator
+// has. Built and run by tests/ops/test_kernels.py.
 #pragma once
 
 #include <algorithm>

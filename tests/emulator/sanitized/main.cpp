@@ -1,6 +1,6 @@
-// Runs every kernel on buffers of exactly the length they need, for AddressSanitizer and for the alignment check
-// of UndefinedBehaviorSanitizer. An argument: a kernel that reads past the end, or one that stores 16 bytes
-// elsewhere than at a multiple of 16.
+// Runs every kernel on buffers of exactly the length they need, for AddressSanitizer and for the alignment
+// check of UndefinedBehaviorSanitizer. An argument: a kernel that reads past the end, or one that stores 16
+// bytes elsewhere than at a multiple of 16.
 #include <cstdio>
 #include <cstring>
 #include <vector>
