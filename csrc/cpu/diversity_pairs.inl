@@ -1,11 +1,8 @@
 // Any weights: pairs of rows i < j over tiles of features.
 //
-// Story (l1, one Zen 5 core): three vector instructions a pair, comparison and two masked integer sums. Whole
-// numbers make the sums exact, let ties be handled apart and issue faster than float sums. At 1024 x 1024
-// rows of weights a batch apart took 128 ms; stored by groups of 16 rows 19 ms; with exact ties (a sort finds
-// them, a few pairs are put right one by one) instead of both signs wherever a lane might hold some, 10.4 ms.
-// A loop of nothing but these instructions does 1.07 pairs a cycle, as comparisons issue two a cycle and sums
-// four; the kernel reaches 0.67 at B = 256 and 0.77 from 512 on.
+// Three vector instructions a pair, comparison and two masked integer sums. Whole numbers make the sums
+// exact, let ties be handled apart and issue faster than float sums. Weights are stored by groups of 16 rows.
+// Comparisons, two a cycle, and sums, four, bound it. Log: docs/kernels/log.md.
 #pragma once
 
 #include "cpu/diversity_sort.inl"

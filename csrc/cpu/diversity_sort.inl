@@ -6,10 +6,9 @@
 // fixed-point numbers cannot tell apart (a few pairs per thousand features at B = 256) is put in order
 // afterwards, by the values themselves.
 //
-// Story (256 x 1024 float32, one Zen 5 core, cycles per number): the network 1.84; its first 16 vectors as an
-// unrolled list of exchanges instead of loops, which had kept them in memory: 0.82, which is 2.7 of the 4
-// minima and maxima that this core issues in a cycle. Merges take 16 vectors at a time, so that a merge of
-// 256 reads and writes them twice.
+// The network's first 16 vectors are an unrolled list of exchanges, which stay in registers; merges take 16
+// vectors at a time, so that a merge of 256 reads and writes them twice.
+// Log: docs/kernels/log.md.
 #pragma once
 
 #include <utility>

@@ -1,13 +1,9 @@
 // Tiles: one vector of features, all rows of the batch. Loading widens, finishing stores the gradient and
 // sums the value.
 //
-// Story (float32, one Zen 5 core, forward and backward, busy machine): tiles one by one visited every row
-// once a cache line, with rows of 4 KB times n in the same few sets of the caches. Blocks of tiles, the
-// gradient's memory kept between calls and sorts finished in the first cache, together: 1024 x 3072 from 9.2
-// to 7.2 ms, 256 x 3072 from 2.3 to 1.9 ms with cold caches. Asking for the next block and the gradient's
-// place row by row during the scan, instead of waiting for them: kernel with cold caches 391 to 320 us at 256
-// x 1024,
-// 1.20 to 0.94 ms at 256 x 3072, 5.6 to 4.9 ms at 1024 x 3072. Half as large a block, or twice, is slower.
+// Rows of 4 KB times n lie in the same few sets of the caches, so tiles are read in blocks; the gradient's
+// memory is kept between calls, and the next block and the gradient's place are prefetched row by row during
+// the scan. Log: docs/kernels/log.md.
 #pragma once
 
 #include "cpu/vec.h"

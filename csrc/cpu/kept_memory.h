@@ -1,9 +1,8 @@
 // Memory of results that outlives them: fresh pages cost more than what is written to them.
 //
-// Story (one Zen 5 core): 1 MB of fresh 4 KB pages takes 0.3 ms, as long as its numbers take to compute; 12
-// MB 3.8 ms, in 2 MB pages 0.2 ms. Populating in one call instead of page by page saved a tenth. Memory that
-// malloc keeps is no way out: it gives the top of its heap back whenever a larger neighbor is freed, so that
-// the time of a call hung on what had run before it (7 or 15 ms for the same 26 MB).
+// A fresh 4 KB page costs 1.2 us. malloc is no way out: it gives the top of its heap back whenever a larger
+// neighbor is freed, so that the time of a call would hang on what had run before it. Log:
+// docs/kernels/log.md.
 #pragma once
 
 #include <cstdint>

@@ -1,8 +1,7 @@
 // Memory of packed factors: those of many layers side by side in huge pages.
 //
-// Story (one Zen 5 core): a factor is read once in a call, and after other work the address of each of its 4
-// KB pages is looked up in memory before its numbers are. Between rivals, batch 1: 256@14, rank 128, 375 ->
-// 305 us, 512@7, ranks 128, 230 -> 215; at batch 8 and in cache nothing.
+// A factor is read once in a call, and after other work the address of each of its 4 KB pages is looked up in
+// memory before its numbers are. Log: docs/kernels/log.md.
 #pragma once
 
 #include <cstdint>
