@@ -122,12 +122,12 @@ def distill(
         check_apart(student, teacher)
         draw = _drawer(source, ask_teacher, objective, device, autocast, steps * batch_size)
         trainable = check.trained("student", student, objective)
-        optimizer = make_optimizer(optimizer, trainable, lr=lr, weight_decay=weight_decay, fused=True)
-        rates = [group["lr"] for group in optimizer.param_groups]
+        updates = make_optimizer(optimizer, trainable, lr=lr, weight_decay=weight_decay, fused=True)
+        rates = [group["lr"] for group in updates.param_groups]
         factor, aside = _factor(schedule), ask_student.aside()
 
         def step(i: int) -> dict[str, Tensor]:
-            for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            for group, rate in zip(updates.param_groups, rates, strict=True):
                 group["lr"] = rate * factor(i / steps)
             samples, labels, answers = draw(batch_size)
             given.note("source", *tensors_in(samples))
@@ -138,15 +138,15 @@ def distill(
             values = objective(batch, i / steps)
             check.depends("student", logits)
             check.depends("loss", values["loss"])
-            optimizer.zero_grad()
+            updates.zero_grad()
             values["loss"].backward()
-            optimizer.step()
+            updates.step()
             return {name: value.detach() for name, value in values.items()}
 
         return run_steps(
             step,
             steps,
-            state={"student": student, "objective": objective, "optimizer": optimizer},
+            state={"student": student, "objective": objective, "optimizer": updates},
             given=given,
             seed=_own_seed(seed),
             checkpoint=None if checkpoint is None else Path(checkpoint),
