@@ -99,3 +99,11 @@ def test_examples_run(name):
     options = {"steps": 20} if "steps" in names["main"].__code__.co_varnames else {}
     result = names["main"](**options)
     assert all(value > 0 for value in (result if isinstance(result, tuple) else (result,)))
+
+
+def test_entries_of_several_arguments_are_split_for_the_tables():
+    pytest.importorskip("griffe")
+    split = runpy.run_path(str(ROOT / "docs/split_names.py"))["split"]
+    text = "X.\n\n    Args:\n        a, **b: of both\n            and more.\n        c: it, that: is.\n"
+    both = "of both\n            and more.\n"
+    assert split(text) == f"X.\n\n    Args:\n        a: {both}        **b: {both}        c: it, that: is.\n"
