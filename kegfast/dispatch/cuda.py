@@ -97,7 +97,7 @@ def _key(
     return f"{torch.cuda.get_device_name(x.device)} | {precision} {layouts} | {what}"
 
 
-def tune(calls: Iterable[LayerCall], training: bool = False) -> dict[str, Times]:
+def tune(calls: Iterable[LayerCall], training: bool = False) -> dict[str, dict[str, dict[str, float]]]:
     """Measures every form of layers on their device; later calls take the fastest.
 
     A form has to be at least as fast as torch's convolutions both eagerly and as a CUDA graph. The choice
@@ -118,7 +118,7 @@ def tune(calls: Iterable[LayerCall], training: bool = False) -> dict[str, Times]
         if key not in times:
             times[key] = _measure_forms(*arguments, training)
     _keep(times)
-    return times
+    return {key: {form.value: ms for form, ms in each.items()} for key, each in times.items()}
 
 
 def fastest(times: Times) -> Form:

@@ -19,7 +19,7 @@ from kegfast.extraction import RECIPES, Generators, extract
 from kegfast.extraction.parallel import own_path
 from kegfast.extraction.procedural import DeadLeaves
 from kegfast.recovery.pixels import Pixels
-from kegfast.recovery.samples import Made, amounts, drawing
+from kegfast.recovery.samples import MadeSamples, amounts, drawing
 from kegfast.recovery.subject import examine
 from kegfast.training.loop import mix
 from kegfast.training.processes import place
@@ -66,7 +66,7 @@ class Sources:
         pixels = Pixels(info.mean, info.std, f"of {info.name}") if info.mean else None
         usual = amounts(self.subject)
         counts = replace(usual, pool=config.pool, judged=min(usual.judged, config.probe))
-        self.artificial = Made(self.subject, pixels, seed, counts=counts)
+        self.artificial = MadeSamples(self.subject, pixels, seed, counts=counts)
         self._probes: dict[str, Tensor] = {}
         self._judge: Tensor | None = None
 

@@ -26,7 +26,7 @@ from kegfast.recovery.pace import Pace
 from kegfast.recovery.pixels import Pixels
 from kegfast.recovery.prediction import Prediction, predict
 from kegfast.recovery.report import Candidate, ShrinkReport, grid, latencies
-from kegfast.recovery.samples import Made, drawing, shifted
+from kegfast.recovery.samples import MadeSamples, drawing, shifted
 from kegfast.recovery.subject import Subject
 from kegfast.recovery.teaching import teach
 from kegfast.training.loop import MetricsLog, mix
@@ -117,7 +117,7 @@ class Recovery:
         self.pace = pace
         if pace.share < 1:
             self.report.decisions["time"] = f"{pace.share:.0%} of the usual samples and steps"
-        self.made = Made(subject, pixels, seed, source, self.pace.amounts)
+        self.made = MadeSamples(subject, pixels, seed, source, self.pace.amounts)
 
     def student(self) -> nn.Module:
         """The student, after every stage."""

@@ -127,7 +127,7 @@ def drawing(seed: int, name: str) -> Iterator[None]:
         yield
 
 
-class Made:
+class MadeSamples:
     """The samples made for one network; none that is not asked for.
 
     Args:
