@@ -111,15 +111,27 @@ class ConvMaxPool {
       for (int64_t i = 0; i < out_width_; ++i) y[(c * out_height_ + row) * out_width_ + i] = out[i * k + c];
   }
 
-  // Of `count` runs of numbers, `step` apart.
+  // Of `count` runs of numbers, `step` apart. The usual counts are compiled apart: a loop's end costs more than three.
   static void maximum(const float* from, int64_t step, int64_t count, int64_t numbers, bool rectify,
                       float* out) {
-    for (int64_t c = 0; c < numbers; c += kLanes) {
-      const int n = static_cast<int>(smaller(kLanes, numbers - c));
-      Maximum best{load_first(from + c, n), Floats{}};
-      for (int64_t i = 0; i < count; ++i) best.see(load_first(from + c + i * step, n));
-      store_first(out + c, rectify ? relu(best.value()) : best.value(), n);
-    }
+    if (count == 2) return maximum_of<2>(from, step, count, numbers, rectify, out);
+    if (count == 3) return maximum_of<3>(from, step, count, numbers, rectify, out);
+    maximum_of<0>(from, step, count, numbers, rectify, out);
+  }
+  template <int Count>
+  static void maximum_of(const float* from, int64_t step, int64_t any, int64_t numbers, bool rectify,
+                         float* out) {
+    const int64_t count = Count ? Count : any;
+    const auto largest = [&](const auto& load, int64_t c) __attribute__((always_inline)) {
+      Maximum best{splat(-__builtin_inff()), Ints{}};
+      for (int64_t i = 0; i < count; ++i) best.see(load(from + c + i * step));
+      return rectify ? relu(best.value()) : best.value();
+    };
+    int64_t c = 0;
+    for (; c + kLanes <= numbers; c += kLanes)
+      store_unaligned(out + c, largest([](const float* p) { return load_unaligned(p); }, c));
+    if (const int n = static_cast<int>(numbers - c))
+      store_first(out + c, largest([n](const float* p) { return load_first(p, n); }, c), n);
   }
 
   const ConvMaxPoolParams& p_;

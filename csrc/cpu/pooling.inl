@@ -8,15 +8,16 @@
 namespace kegfast::KEGFAST_ISA {
 namespace {
 
-// The maximum of what it has seen, or NaN if that was among it, as in torch; the two are apart because a single
-// select for both would wait for the one before it.
+// The maximum of what it has seen, or NaN if that was among it, as in torch: apart, as a maximum of the two would
+// forget a NaN or wait for a select.
 struct Maximum {
-  Floats largest, nan;
+  Floats largest;
+  Ints nan;  // all bits of the lanes that saw one
   KEGFAST_INLINE void see(Floats x) {
-    largest = x > largest ? x : largest;
-    nan = x != x ? x : nan;
+    largest = vmax(x, largest);
+    nan |= x != x;
   }
-  KEGFAST_INLINE Floats value() const { return nan != nan ? nan : largest; }
+  KEGFAST_INLINE Floats value() const { return (Floats)((Ints)largest | nan); }
 };
 
 // A window along an axis: its places inside the image, and how many it would count with the padding.
@@ -68,7 +69,7 @@ class Pool {
         f(load_first(x + (r * p_.width + i) * p_.channels, n));
   }
   Floats maximum(const float* x, Places down, Places across, int n) const {
-    Maximum best{splat(-__builtin_inff()), Floats{}};
+    Maximum best{splat(-__builtin_inff()), Ints{}};
     each(x, down, across, n, [&best](Floats v) { best.see(v); });
     return best.value();
   }

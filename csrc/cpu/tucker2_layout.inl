@@ -28,18 +28,21 @@ struct Part {
 // Steps of k below which folding the lanes of a tail costs more than it saves.
 constexpr int64_t kLeastFolded = 32;
 
-// What pays: a tail beside whole vectors; 8 and the rest where there is none, if segments end with both.
+// What pays: a tail beside whole vectors; half a vector and the rest where there is none, if segments end with both.
 constexpr Part part_from(int64_t first, int64_t outputs, Window window) {
+  constexpr int64_t kHalf = kLanes / 2;
   const int64_t left = outputs - first, vectors = left / kLanes * kLanes, rest = left - vectors;
 #if defined(KEGFAST_AMX)
-  const bool folds = outputs <= 8;
+  const bool folds = outputs <= kHalf;
 #else
-  const bool folds = outputs <= 8 || window.segments * window.length >= kLeastFolded;
+  const bool folds = outputs <= kHalf || window.segments * window.length >= kLeastFolded;
 #endif
-  const int64_t most = outputs < kLanes && window.length % 2 == 0 ? 12 : 8;
-  if (kLanes < 16 || rest == 0 || rest > most || !folds) return {first, left, 1};
+  const int64_t most = outputs < kLanes && window.length % 2 == 0 ? kHalf + kHalf / 2 : kHalf;
+  if (kLanes < 8 || rest == 0 || rest > most || !folds) return {first, left, 1};
   if (vectors > 0) return {first, vectors, 1};
-  return left > 8 ? Part{first, 8, 2} : Part{first, left, left > 4 ? 2 : left > 2 ? 4 : 8};
+  if (left > kHalf) return {first, kHalf, 2};
+  if (left > kHalf / 2) return {first, left, 2};
+  return {first, left, kLanes >= 16 && left <= kHalf / 4 ? 8 : 4};
 }
 
 // A packed factor: its parts one after the other, each [vectors of outputs][segments][length / group][kLanes].

@@ -41,6 +41,8 @@ constexpr int64_t kLatency = 8;  // half cycles of an FMA
 inline Tiling best_tiling(int64_t vectors, int64_t pixels, int64_t length, int max_vectors,
                           int64_t latency = kLatency) {
   constexpr int64_t kPixelCost = 7;
+  constexpr bool kShort = kRegisters == 16;
+  constexpr int64_t kFewProducts = 10, kTileCost = 50;
   const bool far = length * vectors > kNearVectors;
   Tiling best{1, 1};
   int64_t least = INT64_MAX;
@@ -48,11 +50,13 @@ inline Tiling best_tiling(int64_t vectors, int64_t pixels, int64_t length, int m
     const int tiles = static_cast<int>(ceil_div(pixels, max_pixels(v)));
     const int64_t narrow = pixels / tiles, wider = pixels % tiles;
     auto cycles = [&](int64_t width, int64_t n) {
-      const int64_t step = larger(larger(width * n, width + n), latency) + (far ? n : 0);
-      return length * step + kPixelCost * width;
+      const int64_t products = width * n, most = larger(larger(products, width + n), latency);
+      if (kShort) return length * (most + (products < kFewProducts)) + kPixelCost * width + kTileCost;
+      return length * (most + (far ? n : 0)) + kPixelCost * width;
     };
     auto row = [&](int64_t n) {
-      return n == 0 ? 0 : (tiles - wider) * cycles(narrow, n) + wider * cycles(narrow + 1, n);
+      const int64_t once = far && kShort ? 2 * n * length : 0;
+      return n == 0 ? 0 : (tiles - wider) * cycles(narrow, n) + wider * cycles(narrow + 1, n) + once;
     };
     const int64_t cost = vectors / v * row(v) + row(vectors % v);
     if (cost <= least) least = cost, best = {v, tiles};
@@ -66,10 +70,11 @@ inline constexpr TileTable<kA, Group, kBias> kTiles{};
 template <ALayout kA>
 inline const TileFunction (*tiles_of(int group)) [kMaxPixels + 1] {
   constexpr Bias kBias = Bias::per_lane;
-  if constexpr (kA == ALayout::row_major && kLanes == 16) {
+  if constexpr (kA == ALayout::row_major && kLanes >= 8) {
     if (group == 2) return kTiles<kA, kBias, 2>.f;
     if (group == 4) return kTiles<kA, kBias, 4>.f;
-    if (group == 8) return kTiles<kA, kBias, 8>.f;
+    if constexpr (kLanes >= 16)
+      if (group == 8) return kTiles<kA, kBias, 8>.f;
   }
   return kTiles<kA, kBias, 1>.f;
 }
@@ -138,7 +143,7 @@ inline constexpr TapTable<Taps, Group> kTaps{};
 
 template <int Taps>
 inline const TileFunction* taps_of(int group) {
-  if constexpr (kLanes == 16) {
+  if constexpr (kLanes >= 8) {
     if (group == 2) return kTaps<Taps, 2>.f;
     if (group == 4) return kTaps<Taps, 4>.f;
   }
@@ -182,8 +187,7 @@ void sweep_part(const Tile& whole, const Grid& grid, int64_t a_pixel, int64_t ou
         next_part.add(ends ? whole.b + (v + tiling.vectors) * vector_floats : tile.b + run, run * 4,
                       vector_floats * 4, width);
       next_part.spread_over(grid.images * grid.rows * tiling.tiles * steps_of(tile, group));
-      if (next_part.pending()) tile.prefetcher = &next_part;
-      Prefetcher next_row(tile.prefetcher);
+      Prefetcher next_row(&next_part);
       const bool asks_rows = prefetch.row.count > 0 && v == 0 && a_offset == 0;
       for (int64_t n = 0; n < grid.images; ++n)
         for (int64_t r = 0; r < grid.rows; ++r) {
@@ -194,8 +198,8 @@ void sweep_part(const Tile& whole, const Grid& grid, int64_t a_pixel, int64_t ou
             next_row.clear();
             if (r + 1 < grid.rows) next_row.add(moved(prefetch.row, (r + 1) * grid.a_row * 4));
             next_row.spread_over(tiling.tiles * steps_of(tile, group));
-            tile.prefetcher = &next_row;
           }
+          tile.prefetcher = next_row.pending();
           const int64_t start = run_wide<kA>(tile, width, grid.pixels, group), rest = grid.pixels - start;
           const int64_t count = start ? ceil_div(rest, max_pixels(tiling.vectors)) : tiling.tiles;
           int64_t done = start;
@@ -203,6 +207,7 @@ void sweep_part(const Tile& whole, const Grid& grid, int64_t a_pixel, int64_t ou
             const int64_t next = start + (i + 1) * rest / count;
             tile.a = a + done * a_pixel;
             tile.c = c + done * tile.c_step;
+            tile.prefetcher = next_row.pending();
             tiles[next - done](tile);
             done = next;
           }

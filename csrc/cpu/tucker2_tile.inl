@@ -9,64 +9,10 @@
 #pragma once
 
 #include "cpu/tucker2_number.inl"
+#include "cpu/tucker2_prefetch.inl"
 
 namespace kegfast::KEGFAST_ISA {
 namespace {
-
-// Steps of k between two prefetches: a burst of them would hold up the loads behind it.
-constexpr int64_t kPrefetchSteps = 8;
-constexpr int64_t kTapPrefetchSteps = 4;  // of several products each
-
-// `count` stretches of `bytes`, `step` bytes apart.
-struct PrefetchRange {
-  const void* at;
-  int64_t bytes, step, count;
-};
-inline PrefetchRange moved(PrefetchRange range, int64_t bytes) {
-  range.at = static_cast<const char*>(range.at) + bytes;
-  return range;
-}
-
-// Memory that is needed later, prefetched while tiles compute: a few cache lines every kPrefetchSteps of each.
-class Prefetcher {
- public:
-  Prefetcher() = default;
-  explicit Prefetcher(Prefetcher* then) : then_(then) {}
-  void clear() { count_ = current_ = 0, offset_ = lines_ = 0; }
-  void add(const void* at, int64_t run_bytes, int64_t stride_bytes, int64_t runs) {
-    if (runs <= 0 || run_bytes <= 0) return;
-    blocks_[count_++] = {static_cast<const char*>(at), run_bytes, stride_bytes, runs};
-    lines_ += runs * ((run_bytes + 63) / 64);
-  }
-  void add(const PrefetchRange& range) { add(range.at, range.bytes, range.step, range.count); }
-  bool pending() const { return count_ > 0; }
-  void spread_over(int64_t steps) { per_step_ = (lines_ + steps - 1) / (steps > 0 ? steps : 1); }
-  void step() {
-    for (Prefetcher* a = this; a; a = a->then_) a->prefetch_lines();
-  }
-
- private:
-  KEGFAST_INLINE void prefetch_lines() {
-    for (int64_t left = per_step_; left > 0 && current_ < count_;) {
-      Block& block = blocks_[current_];
-      const char* at = block.at + offset_;
-      for (; left > 0 && offset_ < block.run; --left, offset_ += 64, at += 64) __builtin_prefetch(at, 0, 2);
-      if (offset_ < block.run) return;
-      offset_ = 0;
-      block.at += block.stride;
-      if (--block.runs == 0) ++current_;
-    }
-  }
-
-  struct Block {
-    const char* at;
-    int64_t run, stride, runs;  // `runs` stretches of `run` bytes, `stride` apart
-  };
-  Block blocks_[6];
-  int count_ = 0, current_ = 0;
-  int64_t offset_ = 0, lines_ = 0, per_step_ = 0;
-  Prefetcher* then_ = nullptr;  // what else each step prefetches
-};
 
 struct Tile {
   const float* a;
@@ -108,6 +54,13 @@ KEGFAST_INLINE Floats splat_group(const float* p) {
   }
   if constexpr (Group == 4) return (Floats)_mm512_broadcast_f32x4(_mm_loadu_ps(p));
   if constexpr (Group == 8) return (Floats)_mm512_broadcast_f32x8(_mm256_loadu_ps(p));
+#elif defined(__AVX2__)
+  if constexpr (Group == 2) {
+    double pair;
+    memcpy(&pair, p, sizeof pair);
+    return (Floats)_mm256_set1_pd(pair);
+  }
+  if constexpr (Group == 4) return (Floats)_mm256_broadcast_ps(reinterpret_cast<const __m128*>(p));
 #endif
   return splat_word(p);
 }
@@ -120,6 +73,13 @@ KEGFAST_INLINE Floats splat_rest(const float* p, int n) {
   if constexpr (Group == 2) return (Floats)_mm512_broadcast_f32x2(_mm_maskz_loadu_ps(mask, p));
   if constexpr (Group == 4) return (Floats)_mm512_broadcast_f32x4(_mm_maskz_loadu_ps(mask, p));
   if constexpr (Group == 8) return (Floats)_mm512_broadcast_f32x8(_mm256_maskz_loadu_ps(mask, p));
+#elif defined(__AVX2__)
+  if constexpr (Group > 1) {
+    const __m128i mask = _mm_cmpgt_epi32(_mm_set1_epi32(n), _mm_setr_epi32(0, 1, 2, 3));
+    const __m128 values = _mm_maskload_ps(p, mask);
+    if constexpr (Group == 2) return (Floats)_mm256_broadcastsd_pd(_mm_castps_pd(values));
+    return (Floats)_mm256_set_m128(values, values);
+  }
 #endif
   (void)n;
   return splat_word(p);
@@ -221,40 +181,68 @@ KEGFAST_INLINE void finish(const Tile& t, Floats (&acc)[Pixels][Vectors]) {
   store_tile<Pixels, Vectors, Group, kBias>(t, acc);
 }
 
+// sum += x * w, in the register of the sum: of a loop that is unrolled, GCC would else move sums among all 16 and spill.
+KEGFAST_INLINE void add_product(Floats& sum, Floats x, Floats w) {
+#if defined(__AVX2__) && !defined(__AVX512F__) && !defined(KEGFAST_PAIRS)
+  asm("vfmadd231ps %2, %1, %0" : "+x"(sum) : "x"(x), "x"(w));
+#else
+  sum = multiply_add(x, w, sum);
+#endif
+}
+
+// Steps of k that the loop takes at once: with 12 products or less in each, its own instructions would be a fifth.
+constexpr int unrolled(ALayout a, int group) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  return a == ALayout::row_major && group == 1 ? 4 : 1;
+#else
+  (void)a, (void)group;
+  return 1;
+#endif
+}
+
 template <int Pixels, int Vectors, ALayout kA, int Group, Bias kBias>
 void run_tile(const Tile& t) {
   static_assert(Group == 1 || (Vectors == 1 && kA == ALayout::row_major));
   constexpr int kBases =
       kA == ALayout::row_major ? (Pixels + 2) / 3 : 1;  // x86 addresses base + {0, 1, 2} * step
+  constexpr int kUnrolled = unrolled(kA, Group);
   Floats acc[Pixels][Vectors] = {};
   const int64_t a_step = t.a_step, b_vector = t.b_vector;
   const float* b = t.b;
+  const float* base[kBases];
+  const auto take = [&](auto steps) __attribute__((always_inline)) {
+    constexpr int kSteps = decltype(steps)::value;
+    KEGFAST_UNROLL
+    for (int u = 0; u < kSteps; ++u) {
+      Floats w[Vectors];
+      KEGFAST_UNROLL
+      for (int v = 0; v < Vectors; ++v) w[v] = load_unaligned(b + v * b_vector + u * kLanes);
+      KEGFAST_UNROLL
+      for (int j = 0; j < Pixels; ++j) {
+        const float* const at = kA == ALayout::row_major ? base[j / 3] + (j % 3) * a_step : base[0] + j;
+        const Floats x = splat_group<Group>(at + u * (kA == ALayout::row_major ? Group : a_step));
+        KEGFAST_UNROLL
+        for (int v = 0; v < Vectors; ++v) add_product(acc[j][v], x, w[v]);
+      }
+    }
+    b += kSteps * kLanes;
+    KEGFAST_UNROLL
+    for (int i = 0; i < kBases; ++i) {
+      base[i] += kSteps * (kA == ALayout::row_major ? Group : a_step);
+      asm("" : "+r"(base[i]));  // keeps one pointer per three pixels instead of one each
+    }
+  };
   for (int64_t s = 0; s < t.segment_count; ++s) {
-    const float* base[kBases];
     KEGFAST_UNROLL
     for (int i = 0; i < kBases; ++i) base[i] = t.a + t.segments[s] + 3 * i * a_step;
     for (int64_t left = t.segment_length; left >= Group;) {
       const int64_t part = t.prefetcher && left > kPrefetchSteps * Group ? kPrefetchSteps * Group : left;
       if (t.prefetcher) t.prefetcher->step();
       left -= part;
-      for (int64_t k = part; k >= Group; k -= Group) {
-        Floats w[Vectors];
-        KEGFAST_UNROLL
-        for (int v = 0; v < Vectors; ++v) w[v] = load_unaligned(b + v * b_vector);
-        KEGFAST_UNROLL
-        for (int j = 0; j < Pixels; ++j) {
-          const Floats x =
-              splat_group<Group>(kA == ALayout::row_major ? base[j / 3] + (j % 3) * a_step : base[0] + j);
-          KEGFAST_UNROLL
-          for (int v = 0; v < Vectors; ++v) acc[j][v] = multiply_add(x, w[v], acc[j][v]);
-        }
-        b += kLanes;
-        KEGFAST_UNROLL
-        for (int i = 0; i < kBases; ++i) {
-          base[i] += kA == ALayout::row_major ? Group : a_step;
-          asm("" : "+r"(base[i]));  // keeps one pointer per three pixels instead of one each
-        }
-      }
+      int64_t k = part;
+      if constexpr (kUnrolled > 1)
+        for (; k >= kUnrolled * Group; k -= kUnrolled * Group) take(std::integral_constant<int, kUnrolled>{});
+      for (; k >= Group; k -= Group) take(std::integral_constant<int, 1>{});
     }
     const int rest = Group > 1 ? static_cast<int>(t.segment_length % Group) : 0;
     if (Group > 1 && rest) {

@@ -22,6 +22,7 @@ KEGFAST_INLINE Floats load_first(const float* p, int n) {
 #if defined(__AVX512F__)
   return (Floats)_mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << n) - 1), p);
 #elif defined(__AVX2__)
+  if (n == kLanes) return load_unaligned(p);
   const __m256i lanes = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
   return (Floats)_mm256_maskload_ps(p, _mm256_cmpgt_epi32(_mm256_set1_epi32(n), lanes));
 #elif defined(__ARM_NEON)
@@ -42,6 +43,12 @@ KEGFAST_INLINE void store_first(float* p, Floats v, int n) {
   if (n == 8) return _mm256_storeu_ps(p, _mm512_castps512_ps256((__m512)v));
   if (n == 4) return _mm_storeu_ps(p, _mm512_castps512_ps128((__m512)v));
   _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << n) - 1), (__m512)v);
+#elif defined(__AVX2__)
+  // A masked store is tens of operations on Zen.
+  __m128 part = _mm256_castps256_ps128((__m256)v);
+  if (n & 4) _mm_storeu_ps(p, part), part = _mm256_extractf128_ps((__m256)v, 1), p += 4;
+  if (n & 2) _mm_storel_pi(reinterpret_cast<__m64*>(p), part), part = _mm_movehl_ps(part, part), p += 2;
+  if (n & 1) _mm_store_ss(p, part);
 #elif defined(__ARM_NEON)
   p[0] = v[0];
   if (n > 1) p[1] = v[1];
