@@ -3,12 +3,12 @@
 `python -m benchmarks.bench_frozen` prints, for LeNet5, ResNet14, and ResNet-18 and ResNet-50 at 224 pixels
 with ranks C/4, the better runtime's time / ours in interleaved medians of one run, and whether that reaches
 the goal; for the dense networks too. It writes benchmarks/results/frozen_PROCESSOR_ISA.json.
-KEGFAST_CPU_ISA=avx2 measures kegfast on that instruction set; the runtimes keep to their own choice.
+KEGFAST_CPU_ISA=avx2 measures kegfast on that instruction set; the runtimes keep to their own choice, unless
+avx2_only.c hides the others from them too.
 Rows that the file has from this machine, and that a run does not measure again, stay.
 """
 
 import argparse
-import re
 import warnings
 from collections.abc import Callable
 
@@ -16,7 +16,7 @@ import torch
 
 import kegfast
 from benchmarks.bench_models import MODELS, networks
-from benchmarks.common import earlier_results, machine, multiply_add_rate, write_results
+from benchmarks.common import earlier_results, machine_name, multiply_add_rate, write_results
 from benchmarks.rivals import runtimes
 from kegfast._util.machine import measured
 from kegfast._util.timing import interleaved
@@ -107,9 +107,7 @@ def main() -> None:
     extra = overhead(options.seconds)
     verdict = "pass" if extra < MOST_OVERHEAD else "short"
     print(f"a call costs {1e6 * extra:.1f} us beyond its steps (goal below 3: {verdict})")
-    facts = machine()
-    processor = re.sub(r"[^a-z0-9]+", "-", str(facts["processor"]).lower()).strip("-")
-    name = f"frozen_{processor}_{facts['isa_active']}"
+    name = f"frozen_{machine_name()}"
     places = ("model", "kind", "threads", "batch")
     found = {tuple(row[p] for p in places): row for row in earlier_results(name).get("configurations", [])}
     found |= {tuple(row[p] for p in places): row for row in rows}

@@ -1,9 +1,11 @@
 """The fused Tucker-2 convolution against everything a user could run instead.
 
 `python -m benchmarks.bench_tucker2` prints the goals with pass or "fall short", and writes
-benchmarks/results/tucker2*.json; `make bench-tucker2` does so on one thread and two, for bfloat16 and for
-training. Every result is verified before it is timed; contenders take turns, and all figures are ratios of
-medians of the same rounds.
+benchmarks/results/tucker2*_PROCESSOR_ISA.json, where what a run does not measure again stays; `make
+bench-tucker2` does so on one thread and two, for bfloat16 and for training. In float32 ONNX Runtime and
+OpenVINO, where they are installed, are among the rivals, on the same factors as three convolutions. Every
+result is verified before it is timed; contenders take turns, and all figures are ratios of medians of the
+same rounds.
 """
 
 import argparse
@@ -17,7 +19,8 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from benchmarks.common import bandwidth, multiply_add_rate, write_results
+from benchmarks.common import bandwidth, earlier_results, machine_name, multiply_add_rate, write_results
+from benchmarks.rivals import runtimes
 from benchmarks.tucker2_shapes import Shape, bf16_shapes, shapes
 from kegfast._util import timing
 from kegfast.nn import TuckerConv2d
@@ -101,6 +104,18 @@ def contenders(
             calls[f"compiled {layout}"] = lambda x=x, model=frozen: model(x)
             calls[f"compiled {layout}"]()
     return calls
+
+
+def exported(shape: Shape, batch: int) -> dict[str, Callable[[], object]]:
+    """The runtimes that are installed, verified, on the layer as three convolutions."""
+    if not all(importlib.util.find_spec(name) for name in ("onnx", "onnxruntime", "openvino")):
+        return {}
+    torch.manual_seed(0)
+    layer = TuckerConv2d(
+        shape.channels, shape.features, shape.kernel, shape.ranks, shape.stride, shape.padding
+    )
+    x = torch.randn(batch, shape.channels, shape.size, shape.size)
+    return runtimes(layer.to_sequential().requires_grad_(False), x)
 
 
 def training_steps(shape: Shape, batch: int) -> dict[str, Callable[[], None]]:
@@ -211,10 +226,9 @@ def error_over_sequential(shape: Shape) -> float:
 def take_turns(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
     """Median seconds per call; short calls repeat inside a turn.
 
-    One thread is timed by its own CPU clock: what else runs on the machine then costs caches only.
+    By the wall clock: a runtime may compute on a thread of its own, which no CPU clock of the caller sees.
     """
-    clock = "cpu" if torch.get_num_threads() == 1 else "wall"
-    return timing.interleaved(calls, rounds, turn=TURN, clock=clock)
+    return timing.interleaved(calls, rounds, turn=TURN)
 
 
 def best(times: dict[str, float], prefix: str = "") -> float:
@@ -243,7 +257,8 @@ def measure(
                 extra["float32_error_over_sequential"] = error_over_sequential(shape)
                 calls = contenders(shape, batch, dtype, compiled)
                 verify(calls, dtype)
-                times = take_turns(calls, rounds)
+                rivals = exported(shape, batch) if dtype == torch.float32 else {}
+                times = take_turns(calls | rivals, rounds)
                 if threads > 1:
                     extra["speedup_by_threads"] = speedup_by_threads(shape, batch, dtype, rounds)
         ours = best(times, "kegfast")
@@ -342,28 +357,30 @@ def main() -> None:
     dtype = getattr(torch, options.dtype)
     grid = shapes() if dtype == torch.float32 else bf16_shapes()
     grid = [s for s in grid if options.family in (None, s.family)]
-    records, tables = [], {}
+    found = []
     for batch in options.batches:
-        found = []
         for record in measure(grid, batch, options.rounds, dtype, options.training, options.compiled):
             found.append(record)
             if options.verbose:
                 micro = {n: round(1e6 * t, 1) for n, t in record["seconds"].items()}
                 ratio, rate = record["best_rival"], record["gflops"]
                 print(f"{batch:3} {record['name']:28} {ratio:5.2f} {rate:6.1f} {micro}", flush=True)
-        tables[batch] = summary(found)
-        records += found
+    kind = "training" if options.training else options.dtype
+    kind += "_compiled" if options.compiled else ""
+    name = f"tucker2_{kind}_{options.threads}threads_{machine_name()}"
+    known = {(r["batch"], r["name"]): r for r in earlier_results(name).get("configurations", [])}
+    known |= {(r["batch"], r["name"]): r for r in found}
+    records = [known[key] for key in sorted(known, key=lambda key: key[0])]
+    by_batch = {batch: [r for r in records if r["batch"] == batch] for batch, _ in known}
+    whole = shapes() if dtype == torch.float32 else bf16_shapes()
+    tables = {b: summary(by_batch[b]) for b in sorted(by_batch) if len(by_batch[b]) == len(whole)}
     goals = TRAINING_GOALS if options.training else BF16_GOALS if dtype == torch.bfloat16 else GOALS
     print_table(tables, goals | (THREADS_GOALS if options.threads > 1 and not options.training else {}))
     for batch, table in tables.items():
         shares = ", ".join(f"{table[name]:.0%} {name}" for name in SHARES)
         print(f"batch {batch}: {shares}")
-    if options.family:
-        return  # the results are those of all families
-    kind = "training" if options.training else options.dtype
-    kind += "_compiled" if options.compiled else ""
     write_results(
-        f"tucker2_{kind}_{options.threads}threads",
+        name,
         {
             "threads": options.threads,
             "summary": {str(batch): table for batch, table in tables.items()},

@@ -47,7 +47,7 @@ def accuracies() -> list[tuple[str, float, bool]]:
 def speedups() -> list[tuple[str, float, bool]]:
     """(label, rival's time over ours, True)."""
     diversity = read("diversity")["cases"]["l1-1024x3072"]["ratios"]["cdist"]
-    layers = read("tucker2_float32_1threads")["summary"]["1"]["best rival"]
+    layers = read("tucker2_float32_1threads_amd-epyc_avx512_bf16")["summary"]["1"]["best rival"]
     networks = {(r["model"], r["threads"], r["batch"]): r for r in read("models")["configurations"]}
     network = networks["ResNet-18", 1, 1]["folded dense"]
     return [

@@ -1,6 +1,7 @@
 """What benchmarks share: the machine's facts and limits, results, the tables made of them."""
 
 import json
+import os
 import re
 import statistics
 import subprocess
@@ -25,11 +26,20 @@ def machine() -> dict[str, Any]:
     """What a result depends on: processor, versions, threads, date."""
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
     info = build_info()
+    hidden = os.environ.get("HIDDEN_FROM_ALL")  # by avx2_only.c
     return {
         **measured(),
         "commit": commit.stdout.strip(),
         **{key: info.get(key) for key in ("version", "python", "torch", "compiler")},
+        **({"hidden_from_all": hidden} if hidden else {}),
     }
+
+
+def machine_name() -> str:
+    """Of the processor and its instruction set, as results files are named that must not mix machines."""
+    facts = machine()
+    name = re.sub(r"[^a-z0-9]+", "-", str(facts["processor"]).lower()).strip("-")
+    return f"{name}_{facts['isa_active']}" + ("_for_all" if "hidden_from_all" in facts else "")
 
 
 def bandwidth(seconds: float = 0.3) -> float:
@@ -156,7 +166,7 @@ def caption(known: Mapping[str, Any]) -> str:
     parts = [
         date,
         known.get("processor"),
-        known.get("isa_active"),
+        f"{known.get('isa_active')} for all" if "hidden_from_all" in known else known.get("isa_active"),
         f"torch {torch_version}" if torch_version else None,
     ]
     return ", ".join(str(part) for part in parts if part)

@@ -320,10 +320,11 @@ def training(results: dict[str, Any]) -> str:
 TABLES: dict[str, tuple[str, str, Callable[[Any], str]]] = {
     "demo": ("demo", "runs", demo),
     "diversity": ("diversity", "cases", bench_diversity.table),
-    "tucker2": ("tucker2_float32_1threads", "summary", tucker2),
-    "tucker2-2-threads": ("tucker2_float32_2threads", "summary", tucker2),
-    "tucker2-training": ("tucker2_training_1threads", "summary", tucker2),
-    "tucker2-bfloat16": ("tucker2_bfloat16_1threads", "summary", tucker2),
+    "tucker2": ("tucker2_float32_1threads_*", "summary", tucker2),
+    "tucker2-2-threads": ("tucker2_float32_2threads_*", "summary", tucker2),
+    "tucker2-training": ("tucker2_training_1threads_*", "summary", tucker2),
+    "tucker2-bfloat16": ("tucker2_bfloat16_1threads_*", "summary", tucker2),
+    "frozen": ("frozen_*", "", frozen),
     "models": ("models", "", models),
     "models-training": ("models_training", "", models_training),
     "models-compiled": ("models_compiled", "", models_compiled),
@@ -349,7 +350,10 @@ TABLES: dict[str, tuple[str, str, Callable[[Any], str]]] = {
     "cuda counts of Tucker-2": ("cuda_counts", "tucker2", cuda_counts.tucker2_table),
     "cuda counts of diversity": ("cuda_counts", "diversity", cuda_counts.diversity_table),
 }
-"""Marker in a page -> results file, its key (empty for all of it), and what makes a table of it."""
+"""Marker in a page -> results files, their key (empty for all of it), and what makes a table of each.
+
+One table for each processor and instruction set: rows of two machines are never compared.
+"""
 
 
 def captioned(make: Callable[[Any], str], rows: Any, results: Any) -> str:
@@ -363,17 +367,18 @@ def captioned(make: Callable[[Any], str], rows: Any, results: Any) -> str:
 
 def main() -> None:
     for name, (file, key, make) in TABLES.items():
-        if not (RESULTS / f"{file}.json").exists():
+        paths = sorted(RESULTS.glob(f"{file}.json"))
+        if not paths:
             print(f"{file}.json is missing: the table '{name}' stays as it is")
             continue
-        results = json.loads((RESULTS / f"{file}.json").read_text(encoding="utf-8"))
-        if not update_tables(name, captioned(make, results[key] if key else results, results)):
+        found = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+        tables = [  # of a run in pieces, there is no table before all are there
+            captioned(make, results[key] if key else results, results)
+            for results in found
+            if not key or results[key]
+        ]
+        if not update_tables(name, "\n\n".join(tables)):
             raise ValueError(f"no page has a place '<!-- benchmark: {name} -->'")
-    # One table for each processor and instruction set: rows of two machines are never compared.
-    machines = [
-        json.loads(path.read_text(encoding="utf-8")) for path in sorted(RESULTS.glob("frozen_*.json"))
-    ]
-    update_tables("frozen", "\n\n".join(captioned(frozen, results, results) for results in machines))
 
 
 def _mean(cell: dict[str, float], digits: int) -> str:
