@@ -29,7 +29,7 @@ def as_inputs(argument: str, value: Any, *, alike: bool = True) -> Inputs:
     Args:
         argument: the name of the caller's argument, for errors.
         value: what the caller gave.
-        alike: whether all tensors must hold as many samples each, as to be cut and joined they must.
+        alike: whether all tensors must hold the same number of samples, which cutting and joining need.
 
     Raises:
         TypeError: it holds no tensor, or keys that are no names.
@@ -125,8 +125,8 @@ def unpack(argument: str, batch: Any, model: nn.Module | None = None) -> tuple[I
 
     A lone tensor is the inputs, and so is a mapping, less what it keeps under one of `LABELS`. The first
     entry of a tuple or list is the inputs, itself a tensor, tuple or mapping; the second is the labels. Where
-    a model is given, its forward tells more: a mapping keeps what it has parameters for, and as many tensors
-    at the start of a tuple as it requires are inputs.
+    a model is given, its forward decides: a mapping keeps the entries that its parameters name, and the
+    first tensors of a tuple, one for each parameter without a default, are the inputs.
 
     Raises:
         TypeError, ValueError: the batch is none of these.

@@ -230,7 +230,7 @@ def choose(
 
 @torch.no_grad()
 def outputs_of(model: nn.Module, samples: Samples) -> list[Tensor]:
-    """All outputs, in one tensor per place in what the model returns; on noise by its own statistics."""
+    """The model's outputs over all samples, one tensor each; on noise by the batch's statistics."""
     with evaluation(model):
         if samples.probes:
             with batch_statistics(model):

@@ -98,7 +98,7 @@ def _answers(model: nn.Module, inputs: Inputs) -> list[tuple[str, Tensor]]:
 
 
 def _difference(wanted: list[tuple[str, Tensor]], found: list[tuple[str, Tensor]]) -> str:
-    """What of the outputs differs, beyond the rounding of as many digits as half of those that they have."""
+    """Which output differs by more than half of its dtype's digits; empty where none does."""
     if not wanted:
         return "it returns no tensors to compare"
     if [name for name, _ in wanted] != [name for name, _ in found]:

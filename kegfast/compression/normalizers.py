@@ -59,7 +59,7 @@ class _Parts(fx.Tracer):
 
 
 def normalizer(norm: _BatchNorm) -> Normalizer | None:
-    """A BatchNorm in eval mode taken apart; None where its class does other things than that and a rest.
+    """A BatchNorm in eval mode taken apart into a scale and shift and what follows; None for other classes.
 
     A class with a forward of its own is traced: it must normalize its only input by its own statistics and
     weights, once, and may do anything with the result.

@@ -188,7 +188,7 @@ def _ranked(sites: Sequence[Site], plan: Plan) -> list[tuple[Site, Rank]]:
 
 
 def _keep(rank: RankRules | None, budget: Mapping[str, float] | None) -> Keep:
-    """What may not become dense again although it is slower: what was asked for by its ranks or its size."""
+    """Which layers stay factored even where that is slower: those whose ranks or size the user asked for."""
     if budget is not None:
         return "layers" if "latency" in budget else "size"
     return "layers" if isinstance(rank, Mapping | tuple | list) else "fastest"
@@ -266,7 +266,7 @@ def _settle(ruled: Plan, rank: RankRules | None) -> tuple[Plan, dict[str, Rank]]
 
 
 def _trial(model: nn.Module, decompose: _Decomposer, evidence: Evidence, plan: Plan) -> nn.Module:
-    """The student of a plan as far as it tells plans apart: all that `_adapt` will do, less the report."""
+    """A plan's student, adapted as `_adapt` will do it, to compare plans by; without a report."""
     student = clone(model)
     for site, rank in _ranked(survey(student), plan):
         student = replace(student, site, build(site.layer, decompose(site, rank)))
@@ -295,7 +295,7 @@ def _adapt(student: nn.Module, teacher: nn.Module, evidence: Evidence, report: C
 
 
 def _refit(student: nn.Module, teacher: nn.Module, samples: Samples, metrics: Mapping[str, Metric]) -> None:
-    """Two factors of a layer at once, but beside BatchNorm the last alone: two fit made samples too well."""
+    """Which factors are solved: two of a layer, or beside BatchNorm, where two overfit made samples, the last."""
     refit(student, teacher, samples.inputs, None if has_norms(teacher) else metrics)
 
 

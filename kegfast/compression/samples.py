@@ -80,7 +80,7 @@ def _drawn(source: Any, n: int, model: nn.Module) -> Inputs:
 
 
 def of_every_class(model: nn.Module, samples: Inputs, calibration: Any) -> Inputs:
-    """As many samples, chosen with others of a source so that a classifier puts them into all classes alike.
+    """As many samples of a source, chosen among more so that the model's predictions cover all classes.
 
     Noise and made images fall into few classes, and leave the others to chance. What the caller chose, in
     tensors or a data set, stays as it is, and so do samples that `BANK_NUMBERS` leaves no choice of. Each
@@ -103,9 +103,10 @@ def of_every_class(model: nn.Module, samples: Inputs, calibration: Any) -> Input
 
 @torch.no_grad()
 def balanced(model: nn.Module, samples: Inputs, n: int) -> Inputs:  # m samples -> min(n, m)
-    """n of the samples, of each class that the model sees in them as many as there are, in turn.
+    """At most n of the samples, balanced over the classes that the model predicts for them.
 
-    Outputs that are no table of logits have no classes: the first n stay.
+    Classes take turns until n samples are chosen; one that runs out is passed over. A model whose output is no
+    table of logits has no classes: the first n samples are taken.
     """
     with evaluation(model):
         chunks = split(samples, CHUNK)
