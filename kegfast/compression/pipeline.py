@@ -295,7 +295,7 @@ def _adapt(student: nn.Module, teacher: nn.Module, evidence: Evidence, report: C
 
 
 def _refit(student: nn.Module, teacher: nn.Module, samples: Samples, metrics: Mapping[str, Metric]) -> None:
-    """Which factors are solved: two of a layer, or beside BatchNorm, where two overfit made samples, the last."""
+    """Solves two factors of a layer, or the last alone beside BatchNorm, where two overfit made samples."""
     refit(student, teacher, samples.inputs, None if has_norms(teacher) else metrics)
 
 

@@ -105,8 +105,8 @@ def of_every_class(model: nn.Module, samples: Inputs, calibration: Any) -> Input
 def balanced(model: nn.Module, samples: Inputs, n: int) -> Inputs:  # m samples -> min(n, m)
     """At most n of the samples, balanced over the classes that the model predicts for them.
 
-    Classes take turns until n samples are chosen; one that runs out is passed over. A model whose output is no
-    table of logits has no classes: the first n samples are taken.
+    Classes take turns until n samples are chosen; one that runs out is passed over. A model whose output is
+    no table of logits has no classes: the first n samples are taken.
     """
     with evaluation(model):
         chunks = split(samples, CHUNK)
