@@ -54,12 +54,16 @@ OUT := build/device
 device-check:
 	$(PYTHON) tests/cuda/device_check.py --out $(OUT)
 
-# The CPU kernels on every instruction set of this machine: addresses and undefined behavior, then races of two threads.
-sanitize: $(STAMPS)/venv
+# The CPU kernels on every instruction set of this machine: addresses and undefined behavior, then races of two threads;
+# then the whole native part under torch, addresses and undefined behavior again.
+SANITIZED := tests/ops/test_tucker2*.py tests/ops/test_diversity*.py
+sanitize: $(STAMPS)/dev
 	set -e; export PATH="$(dir $(abspath $(PYTHON))):$$PATH"; for kind in Sanitize Races; do \
 	  cmake -S . -B build/$$kind -G Ninja -DCMAKE_BUILD_TYPE=$$kind -DPython_EXECUTABLE="$(abspath $(PYTHON))" \
 	    -DFORCE_CUDA=0; \
-	  cmake --build build/$$kind --target kegfast_kernels; build/$$kind/kegfast_kernels; done
+	  cmake --build build/$$kind --target kegfast_kernels; build/$$kind/kegfast_kernels; done; \
+	cmake --build build/Sanitize --target _C; \
+	bash tests/sanitized.sh build/Sanitize $(SANITIZED)
 
 test-cuda: $(STAMPS)/dev
 	$(PYTHON) -m pytest tests/cuda/test_cuda.py

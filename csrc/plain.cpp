@@ -96,19 +96,18 @@ bool words_agree(const std::vector<Keys>& quiet, const std::vector<Keys>& words)
 }
 
 // Where tensors have their dispatch keys. The stable ABI does not tell, and asking Python takes a quarter of
-// a microsecond a tensor; so it is looked for: the one place where tensors of several kinds each have the
-// keys that torch says they have.
+// a microsecond a tensor; so it is looked for: the place where tensors of several kinds each have the keys
+// that torch says they have. No further than a c10::TensorImpl of any known torch reaches: behind it lies
+// the memory of others.
 size_t find_keys(const std::vector<std::pair<py::object, uint64_t>>& kinds) {
-  constexpr size_t kLargest = 208;  // bytes of a c10::TensorImpl, which torch asserts
-  size_t found = 0;
-  for (size_t at = sizeof(uint64_t); at < kLargest; at += sizeof(uint64_t)) {
+  constexpr size_t kLeast = 176;  // bytes of one
+  for (size_t at = sizeof(uint64_t); at < kLeast; at += sizeof(uint64_t)) {
     const bool here = std::all_of(kinds.begin(), kinds.end(), [at](const auto& kind) {
       return keys_in(implementation(kind.first), at) == kind.second;
     });
-    if (here && found) return 0;
-    if (here) found = at;
+    if (here) return at;
   }
-  return found;
+  return 0;
 }
 
 PyObject* kept(py::handle object) {
