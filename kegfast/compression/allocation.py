@@ -14,7 +14,6 @@ from kegfast.compression import costs
 from kegfast.compression.budget import Cost, Option, Rank, Table, allocate, settled, tabulate
 from kegfast.compression.evidence import Evidence, Samples
 from kegfast.compression.norms import batch_statistics
-from kegfast.compression.report import CompressionReport
 from kegfast.compression.surgery import Site
 from kegfast.compression.traffic import tensors_of
 from kegfast.decomposition.decompose import Metric, whiten
@@ -63,20 +62,20 @@ def plans(
     selected: Sequence[Site],
     budget: Mapping[str, float],
     evidence: Evidence,
-    report: CompressionReport,
     *,
+    parameters: int,
     fixed: Plan,
     limits: Mapping[str, Rank],
     step: int = 1,
-) -> dict[str, Plan]:
-    """Every way to spend the budget, by its name.
+) -> tuple[dict[str, Plan], list[str]]:
+    """Every way to spend the budget, by its name, and the layers that did not run.
 
     Args:
         sites: all layers of the model.
         selected: those that may be factored.
         budget: kind and fraction of the whole model.
         evidence: traffic for budgets other than of parameters, and metrics of the errors, if any.
-        report: gets the reason of layers that did not run.
+        parameters: of the whole model.
         fixed: layers whose ranks the caller named.
         limits: pairs that layers' ranks may not exceed.
         step: multiples that ranks must be.
@@ -91,9 +90,10 @@ def plans(
         OutOfBudget: the budget is below what the cheapest ranks cost.
     """
     kind, fraction = next(iter(budget.items()))
-    total = spent = float(report.parameters_before) if kind == "params" else 0.0
+    total = spent = float(parameters) if kind == "params" else 0.0
     chosen = {site.name for site in selected}
     priced: dict[str, tuple[Site, Cost, float]] = {}
+    unseen: list[str] = []
     for site in sites:
         counts = kind in ("flops", "memory") and isinstance(site.module, nn.Conv2d | nn.Linear)
         found = price(kind, site, evidence) if counts or site.name in chosen else None
@@ -108,7 +108,7 @@ def plans(
         else:
             total += dense
         if evidence.metrics and site.name not in evidence.metrics and site.name not in fixed:
-            report[site.name].reason = "did not run on the inputs"
+            unseen.append(site.name)
             spent += dense
             continue
         priced[site.name] = site, cost, dense
@@ -126,7 +126,8 @@ def plans(
     if evidence.metrics:
         weights = {name: site.layer.weight for name, (site, _, _) in priced.items()}
         ways |= _uniform_plans(weights, first, fraction * total - spent)
-    return {way: {name: option.rank for name, option in options.items()} for way, options in ways.items()}
+    ranks = {way: {name: option.rank for name, option in options.items()} for way, options in ways.items()}
+    return ranks, unseen
 
 
 def price(kind: str, site: Site, evidence: Evidence) -> tuple[Cost, float] | None:

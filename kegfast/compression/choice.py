@@ -5,6 +5,7 @@ import math
 import statistics
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Literal
 
@@ -14,12 +15,29 @@ from torch import Tensor, nn
 from kegfast._util import timing
 from kegfast._util.inputs import Inputs, call, tensors_in
 from kegfast._util.modules import evaluation, modes_kept
-from kegfast.compression.report import CompressionReport, LayerReport
 from kegfast.compression.surgery import Site, replace, unfused
 from kegfast.compression.traffic import Traffic
-from kegfast.nn import TuckerConv2d, TuckerLinear
+from kegfast.nn import TuckerConv2d
 
 log = logging.getLogger(__name__)
+
+
+@dataclass
+class Measured:
+    """What was timed, and what it led to; nothing where nothing was.
+
+    Attributes:
+        latency: median seconds of the whole model, "before" and "after".
+        layers: of each layer's ways to run.
+        reasons: of what became of layers, by their names.
+        notes: what there is to say of the model as a whole.
+    """
+
+    latency: dict[str, float] = field(default_factory=dict)
+    layers: dict[str, dict[str, float]] = field(default_factory=dict)
+    reasons: dict[str, list[str]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
 
 Keep = Literal["fastest", "layers", "size"]
 """What of a student stays that is not faster: nothing, its layers, or all of it."""
@@ -99,11 +117,10 @@ def keep_fastest(
     sites: Mapping[str, Site],
     traffic: Mapping[str, Traffic],
     example: Inputs,
-    report: CompressionReport,
     *,
     keep: Keep,
     seconds: float = 0.1,
-) -> nn.Module:
+) -> tuple[nn.Module, Measured]:
     """Replaces layers of the student by whichever way of running them is fastest.
 
     Args:
@@ -112,52 +129,47 @@ def keep_fastest(
         sites: the factored sites by name, with their original modules.
         traffic: shapes at the sites for `example`.
         example: input of the model.
-        report: gets the latencies, decisions and reasons.
         keep: "fastest" makes every layer that is slower factored dense again, and then more of them until
-            the whole model is faster; "layers" only the latter; "size" none of them: the report then says
+            the whole model is faster; "layers" only the latter; "size" none of them: the notes then say
             what the size that was asked for costs in time.
         seconds: for each layer's timing.
 
     Returns:
         The student, which unless its size is kept was faster than the teacher in the last measurement, or is
-        it again.
+        it again; and what was measured.
     """
+    measured = Measured()
     timed = time_layers(student, sites, traffic, example, seconds)
     losses: dict[str, float] = {}
     for name, (ways, times) in timed.items():
-        entry = report[name]
-        entry.latency = times
+        measured.layers[name] = times
+        measured.reasons[name] = []
         low = min((way for way in times if way != "dense"), key=times.__getitem__)
         losses[name] = times[low] - times["dense"]
         student = replace(student, sites[name], ways[low])
-        entry.decision = _decision(ways[low])
-        entry.reason += f"; {low} is the faster way" if len(ways) == 3 else ""
+        if len(ways) == 3:
+            measured.reasons[name].append(f"{low} is the faster way")
         if losses[name] > 0 and keep == "fastest":
-            student = _restore(student, sites[name], entry, "slower than the dense layer")
+            student = _restore(student, sites[name], measured, "slower than the dense layer")
             del losses[name]
     if keep == "size":
-        _note_cost(report, _time_models(teacher, student, example, 8 * seconds))
-        return student
-    return _not_slower(student, teacher, sites, losses, example, report, 8 * seconds)
+        _note_cost(measured, _time_models(teacher, student, example, 8 * seconds))
+    else:
+        student = _not_slower(student, teacher, sites, losses, example, measured, 8 * seconds)
+    return student, measured
 
 
-def _note_cost(report: CompressionReport, times: Mapping[str, Sequence[float]]) -> None:
+def _note_cost(measured: Measured, times: Mapping[str, Sequence[float]]) -> None:
     """Writes the whole model's times down, and in words where it became slower."""
-    report.latency = {name: statistics.median(values) for name, values in times.items()}
+    measured.latency = {name: statistics.median(values) for name, values in times.items()}
     share = statistics.median(_shares(times))
     if not _faster(times):
-        report.notes.append(f"the budget is kept although a call takes {share:.2f} times as long as before")
+        measured.notes.append(f"the budget is kept although a call takes {share:.2f} times as long as before")
 
 
-def _decision(layer: nn.Module) -> str:
-    return "tucker" if isinstance(layer, TuckerConv2d | TuckerLinear) else "factors"
-
-
-def _restore(student: nn.Module, site: Site, entry: LayerReport, reason: str) -> nn.Module:
-    entry.decision, entry.rank, entry.error = "dense", None, 0.0
-    entry.parameters, entry.flops = entry.parameters_before, entry.flops_before
-    entry.reason += f"; {reason}"
-    log.info("%s stays dense: %s", entry.name, reason)
+def _restore(student: nn.Module, site: Site, measured: Measured, reason: str) -> nn.Module:
+    measured.reasons[site.name].append(reason)
+    log.info("%s stays dense: %s", site.name, reason)
     return replace(student, site, site.module)
 
 
@@ -167,7 +179,7 @@ def _not_slower(
     sites: Mapping[str, Site],
     losses: dict[str, float],
     example: Inputs,
-    report: CompressionReport,
+    measured: Measured,
     seconds: float,
 ) -> nn.Module:
     """Times the whole model, and restores the layers that lost most until it is surely not slower."""
@@ -175,22 +187,21 @@ def _not_slower(
     tries = 0
     while worst:
         times = _time_models(teacher, student, example, seconds)
-        report.latency = {name: statistics.median(values) for name, values in times.items()}
+        measured.latency = {name: statistics.median(values) for name, values in times.items()}
         share = statistics.median(_shares(times))
         if _faster(times):
             return student
         # As many layers as their own times ask for; more each time that these did not foretell the whole.
         tries += 1
-        wanted = (share - (1 - MARGIN)) * report.latency["before"]
+        wanted = (share - (1 - MARGIN)) * measured.latency["before"]
         step = max(_enough([losses[name] for name in reversed(worst)], wanted), 2**tries // 4)
         for name in worst[: -step - 1 : -1]:
             worst.remove(name)
-            student = _restore(
-                student, sites[name], report[name], "restored, the whole model was not faster with it"
-            )
-    before = report.latency.get("before")
-    report.latency = {} if before is None else {"before": before, "after": before}
-    report.notes.append("every layer that runs is dense again: nothing was surely faster")
+            reason = "restored, the whole model was not faster with it"
+            student = _restore(student, sites[name], measured, reason)
+    before = measured.latency.get("before")
+    measured.latency = {} if before is None else {"before": before, "after": before}
+    measured.notes.append("every layer that runs is dense again: nothing was surely faster")
     return student
 
 

@@ -38,6 +38,11 @@ class Site:
     refusal: str | None = None
 
     @property
+    def title(self) -> str:
+        """For people: the name, and the shape of the layer's weight."""
+        return f"{self.name or 'the model'} ({' x '.join(map(str, self.layer.weight.shape))})"
+
+    @property
     def layer(self) -> Dense:
         """The module of a site that is not refused."""
         return as_dense(self.module)
