@@ -13,6 +13,7 @@ rm -rf "$package" && mkdir -p "$package"
 ln -s "$PWD"/kegfast/* "$package"
 rm -f "$package"/_C*.so
 ln -s "$library" "$package"
+ln -sfn "$PWD/benchmarks" "$tree/site/benchmarks"
 
 # libstdc++ too: AddressSanitizer looks for its functions when it starts, before Python has loaded anything.
 preload=$(for name in libasan.so libubsan.so libstdc++.so; do "$compiler" -print-file-name=$name; done)

@@ -90,6 +90,9 @@ def _holds(state: Mapping[str, Tensor], prefix: str, roles: Roles) -> bool:
 
 def _fits(state: Mapping[str, Tensor], prefix: str, roles: Roles, module: Dense) -> bool:
     """Whether the factors are those of a weight such as the layer's."""
+    given = [state[f"{prefix}{part}.weight"] for part in roles.values()]
+    if any(part.dim() != module.weight.dim() or part.numel() == 0 for part in given):
+        return False
     factors, named = _take(dict(state), prefix, roles)
     first, core, last = factors
     outputs, inputs, *kernel = module.weight.shape
@@ -97,7 +100,7 @@ def _fits(state: Mapping[str, Tensor], prefix: str, roles: Roles, module: Dense)
     core_outputs = outputs if last is None else last.shape[1]
     sides = [state[f"{prefix}{roles[role]}.weight"] for role in ("first", "last") if role in roles]
     return (
-        all(side.dim() == core.dim() and side[0, 0].numel() == 1 for side in sides)
+        all(side[0, 0].numel() == 1 for side in sides)
         and tuple(core.shape) == (core_outputs, core_inputs, *kernel)
         and (first is None or first.shape[1] == inputs)
         and (last is None or last.shape[0] == outputs)

@@ -119,3 +119,15 @@ def test_plain_weights_and_misfits():
     state["conv3.core.weight"] = torch.zeros(5, 5, 5, 5)
     with pytest.raises(ValueError, match=r"factors of 'conv3'"):
         from_state_dict(LeNet5(), state)
+
+
+@pytest.mark.parametrize("part", ["first", "core", "last"])
+@pytest.mark.parametrize(
+    "change", [lambda w: w[0, 0, 0], lambda w: w[:0], lambda w: w[None], lambda w: w.sum()]
+)
+def test_factors_of_another_number_of_dimensions_are_refused_in_words(part, change):
+    model = nn.Sequential(nn.Conv2d(4, 8, 3))
+    state = compress(model, {"0": (2, 3)})[0].state_dict()
+    state[f"0.{part}.weight"] = change(state[f"0.{part}.weight"])
+    with pytest.raises(ValueError, match=r"^state must be factors of '0' with weight \(8, 4, 3, 3\), got"):
+        from_state_dict(model, state)
