@@ -4,7 +4,8 @@
  *   int64_t sizes[4] = {1, 1, 32, 32};
  *   if (!plan || kegplan_run(plan, sizes, &images, &logits) != 0) puts(kegplan_error());
  *
- * Arrays are dense float32 in C order: images (N, C, H, W), vectors (N, C). A plan may be used by several threads. */
+ * Arrays are dense float32 in C order: images (N, C, H, W), vectors (N, C). A plan may be used by several
+ * threads. */
 #ifndef KEGPLAN_H
 #define KEGPLAN_H
 
@@ -32,7 +33,7 @@ void kegplan_set_threads(kegplan* plan, int threads);
  * kegplan_error says what is wrong. */
 int kegplan_output_sizes(kegplan* plan, const int64_t* input_sizes, int64_t* output_sizes);
 
-/* Runs it on arrays of such sizes, into arrays of kegplan_output_sizes. Sizes that are new cost a new plan. */
+/* Runs it on arrays of such sizes, into arrays of kegplan_output_sizes. New sizes cost a new plan. */
 int kegplan_run(kegplan* plan, const int64_t* input_sizes, const float* const* inputs, float* const* outputs);
 
 /* What went wrong in this thread's last call that failed. */

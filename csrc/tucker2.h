@@ -6,8 +6,8 @@
 //
 // Gradients, with g = dL/dy: dz2 = last^T g, dz1 = core^T * dz2, dx = first^T dz1: the same operator with
 // transposed factors, whose two intermediates are what the weight gradients need:
-//   dbias = sum g,  dlast = sum g t2^T,  dcore = sum dz2 (window of t1)^T,  dfirst = sum dz1 x^T,  sums over images and
-//   pixels.
+//   dbias = sum g,  dlast = sum g t2^T,  dcore = sum dz2 (window of t1)^T,  dfirst = sum dz1 x^T,
+//   sums over images and pixels.
 #pragma once
 
 #include <array>

@@ -13,6 +13,7 @@ import kegfast
 ROOT = Path(__file__).parents[1]
 SUFFIXES = {".py", ".cpp", ".h", ".inl", ".cu", ".cuh", ".cmake", ".txt"}
 LONGEST = 400  # lines
+WIDEST = 110  # columns, comments too, which no formatter breaks
 
 
 def sources() -> list[Path]:
@@ -25,6 +26,16 @@ def sources() -> list[Path]:
 def test_files_have_at_most_400_lines():
     lengths = {path.relative_to(ROOT): len(path.read_text().splitlines()) for path in sources()}
     assert not {str(path): n for path, n in lengths.items() if n > LONGEST}
+
+
+def test_lines_have_at_most_110_columns():
+    wide = [
+        f"{path.relative_to(ROOT)}:{number}"
+        for path in sources()
+        for number, line in enumerate(path.read_text().splitlines(), 1)
+        if len(line) > WIDEST and path.suffix in {".cpp", ".h", ".inl", ".cu", ".cuh"}
+    ]
+    assert not wide
 
 
 def test_no_module_is_hidden_by_something_of_its_name():

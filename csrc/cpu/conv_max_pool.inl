@@ -1,8 +1,8 @@
-// A convolution and the max pooling behind it, band by band: a few rows of the convolution, by tucker2's tiles,
-// stay in L2 until they are pooled. A ResNet's stem at 224 makes 25.7 MB of them at batch 8, which torch writes, reads
-// to rectify and reads to pool: 6.8 ms on two Zen 5 cores inside the network, 12 to 17 in fresh pages, against 5.0.
-// The convolution itself runs at 95 % of the FMA peak; a fifth of the time goes to the rows' way through L2. Tried
-// without gain: 32 features at a time, whose weights L1 keeps.
+// A convolution and the max pooling behind it, band by band: a few rows of the convolution, by tucker2's
+// tiles, stay in L2 until they are pooled. A ResNet's stem at 224 makes 25.7 MB of them at batch 8, which
+// torch writes, reads to rectify and reads to pool: 6.8 ms on two Zen 5 cores inside the network, 12 to 17 in
+// fresh pages, against 5.0. The convolution itself runs at 95 % of the FMA peak; a fifth of the time goes to
+// the rows' way through L2. Tried without gain: 32 features at a time, whose weights L1 keeps.
 #pragma once
 
 #include "conv_max_pool.h"
@@ -16,9 +16,9 @@ namespace {
 
 constexpr int64_t kPooledBytes = 192 << 10;  // of the convolution's rows in a band
 
-// Pixels whose features one vector holds side by side: 2 of images of one channel with few features, whose sums are too
-// short for lanes to share them. A window is then as wide as both pixels' together, and the weights of each are zeros
-// where only the other's reach.
+// Pixels whose features one vector holds side by side: 2 of images of one channel with few features, whose
+// sums are too short for lanes to share them. A window is then as wide as both pixels' together, and the
+// weights of each are zeros where only the other's reach.
 int64_t pixels_together(const ConvMaxPoolParams& p) {
   const bool fits = p.channels == 1 && 2 * p.features <= kLanes && p.conv.columns(p.width) % 2 == 0;
   return fits ? 2 : 1;
@@ -111,7 +111,8 @@ class ConvMaxPool {
       for (int64_t i = 0; i < out_width_; ++i) y[(c * out_height_ + row) * out_width_ + i] = out[i * k + c];
   }
 
-  // Of `count` runs of numbers, `step` apart. The usual counts are compiled apart: a loop's end costs more than three.
+  // Of `count` runs of numbers, `step` apart. The usual counts are compiled apart: a loop's end costs more
+  // than three.
   static void maximum(const float* from, int64_t step, int64_t count, int64_t numbers, bool rectify,
                       float* out) {
     if (count == 2) return maximum_of<2>(from, step, count, numbers, rectify, out);

@@ -22,7 +22,8 @@ constexpr const char* kNames[] = {KEGFAST_EACH_ISA(KEGFAST_NAME) KEGFAST_EACH_BF
 
 #if defined(KEGFAST_HAS_AVX2)
 // What the processor says of itself and the system saves of its registers. Asked for here and not of
-// __builtin_cpu_supports, whose tables are of the compiler's own library: some lack them, and say no to everything.
+// __builtin_cpu_supports, whose tables are of the compiler's own library: some lack them, and say no to
+// everything.
 class Processor {
  public:
   Processor() {

@@ -8,8 +8,8 @@
 namespace kegfast::KEGFAST_ISA {
 namespace {
 
-// The maximum of what it has seen, or NaN if that was among it, as in torch: apart, as a maximum of the two would
-// forget a NaN or wait for a select.
+// The maximum of what it has seen, or NaN if that was among it, as in torch: apart, as a maximum of the two
+// would forget a NaN or wait for a select.
 struct Maximum {
   Floats largest;
   Ints nan;  // all bits of the lanes that saw one

@@ -1,6 +1,6 @@
 // The backward pass of tucker2, a few images at a time:
 //
-//   dy --mask of ReLU--> g --last^T--> dz2 --core^T--> dz1 --first^T--> dx      (Forward with transposed factors)
+//   dy --mask of ReLU--> g --last^T--> dz2 --core^T--> dz1 --first^T--> dx   (forward, factors transposed)
 //   d last += g (x) t2      d core += dz2 (x) t1      d first += dz1 (x) x      d bias += g
 //
 // dy is read from memory once; dz2, dz1 and masked or widened numbers stay in caches and in memory that the

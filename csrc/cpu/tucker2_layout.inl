@@ -8,8 +8,8 @@
 namespace kegfast::KEGFAST_ISA {
 namespace {
 
-// With dilation 1 a kernel row reads kw * R1 contiguous numbers of t1; otherwise every tap is a segment of its
-// own.
+// With dilation 1 a kernel row reads kw * R1 contiguous numbers of t1; otherwise every tap is a segment of
+// its own.
 struct Window {
   int64_t segments, length;  // length in words
 };
@@ -18,8 +18,8 @@ constexpr Window core_window(const Tucker2Params& p) {
                            : Window{p.kernel_h * p.kernel_w, words(p.rank_in)};
 }
 
-// Outputs of a factor that are held alike. Lane packing: where half a vector or less is left, each of them has
-// `group` lanes, for as many consecutive k.
+// Outputs of a factor that are held alike. Lane packing: where half a vector or less is left, each of them
+// has `group` lanes, for as many consecutive k.
 struct Part {
   int64_t first, outputs;
   int group;
@@ -28,7 +28,8 @@ struct Part {
 // Steps of k below which folding the lanes of a tail costs more than it saves.
 constexpr int64_t kLeastFolded = 32;
 
-// What pays: a tail beside whole vectors; half a vector and the rest where there is none, if segments end with both.
+// What pays: a tail beside whole vectors; half a vector and the rest where there is none, if segments end
+// with both.
 constexpr Part part_from(int64_t first, int64_t outputs, Window window) {
   constexpr int64_t kHalf = kLanes / 2;
   const int64_t left = outputs - first, vectors = left / kLanes * kLanes, rest = left - vectors;
@@ -45,13 +46,14 @@ constexpr Part part_from(int64_t first, int64_t outputs, Window window) {
   return {first, left, kLanes >= 16 && left <= kHalf / 4 ? 8 : 4};
 }
 
-// A packed factor: its parts one after the other, each [vectors of outputs][segments][length / group][kLanes].
+// A packed factor: its parts one after the other, each
+// [vectors of outputs][segments][length / group][kLanes].
 constexpr int64_t part_floats(const Part& part, Window window) {
   return round_up(part.outputs * part.group, kLanes) * window.segments * ceil_div(window.length, part.group);
 }
 
-// f(part, offset of its packed floats) for all parts. Planes of x are read k-major, one channel at a time: their first
-// factor cannot pack lanes (`folds`).
+// f(part, offset of its packed floats) for all parts. Planes of x are read k-major, one channel at a time:
+// their first factor cannot pack lanes (`folds`).
 template <class F>
 constexpr int64_t for_parts(int64_t outputs, Window window, bool folds, const F& f) {
   int64_t at = 0;
@@ -73,8 +75,8 @@ float packed_layout(const Tucker2Params& p) {
   return kLanes + 64 * p.channels_last + 128 * (p.dilation_w == 1) + 256 * kPair;
 }
 
-// One axis of one phase of an upsampling core: taps phase, phase + stride, ... make the output pixels first, first
-// + stride, ... from input pixels source, source + 1, ..., the taps running against them.
+// One axis of one phase of an upsampling core: taps phase, phase + stride, ... make the output pixels first,
+// first + stride, ... from input pixels source, source + 1, ..., the taps running against them.
 struct PhaseAxis {
   int64_t taps, first, count, source;
 };

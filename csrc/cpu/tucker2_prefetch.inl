@@ -20,7 +20,8 @@ inline PrefetchRange moved(PrefetchRange range, int64_t bytes) {
   return range;
 }
 
-// Memory that is needed later, prefetched while tiles compute: a few cache lines every kPrefetchSteps of each.
+// Memory that is needed later, prefetched while tiles compute: a few cache lines every kPrefetchSteps of
+// each.
 class Prefetcher {
  public:
   Prefetcher() = default;
@@ -36,7 +37,8 @@ class Prefetcher {
   void step() {
     for (Prefetcher* a = this; a; a = a->then_) a->prefetch_lines();
   }
-  // The first of it and what follows it that has lines left; or null: a tile without one runs without a pause.
+  // The first of it and what follows it that has lines left; or null: a tile without one runs without a
+  // pause.
   Prefetcher* pending() {
     Prefetcher* a = this;
     while (a && a->current_ >= a->count_) a = a->then_;

@@ -156,8 +156,8 @@ inline int64_t steps_of(const Tile& tile, int group) {
   return tile.segment_count * ceil_div(tile.segment_length, kPrefetchSteps * group);
 }
 
-// C = A * packed factor over the grid, of outputs that are held alike; `whole` carries everything that is the same
-// for all tiles.
+// C = A * packed factor over the grid, of outputs that are held alike; `whole` carries everything that is the
+// same for all tiles.
 template <ALayout kA>
 void sweep_part(const Tile& whole, const Grid& grid, int64_t a_pixel, int64_t outputs, int group,
                 const SweepPrefetch& prefetch) {

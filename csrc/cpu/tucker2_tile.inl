@@ -3,9 +3,10 @@
 //
 //   C[j, :] (+)= sum over segments s and k < length of A(s, k, j) * B[s * length + k, :]
 //
-// A is read one word at a time and broadcast, B by whole vectors of words, zero-padded (tucker2_number.inl: a word is
-// a float or a pair of bfloat16, and k, segments and steps of A and B count words; C counts numbers). The stages are
-// GEMMs over pixels (j) in which the core's kh x kw window is kh segments of kw * R1 contiguous floats.
+// A is read one word at a time and broadcast, B by whole vectors of words, zero-padded (tucker2_number.inl: a
+// word is a float or a pair of bfloat16, and k, segments and steps of A and B count words; C counts numbers).
+// The stages are GEMMs over pixels (j) in which the core's kh x kw window is kh segments of kw * R1
+// contiguous floats.
 #pragma once
 
 #include "cpu/tucker2_number.inl"
@@ -181,7 +182,8 @@ KEGFAST_INLINE void finish(const Tile& t, Floats (&acc)[Pixels][Vectors]) {
   store_tile<Pixels, Vectors, Group, kBias>(t, acc);
 }
 
-// sum += x * w, in the register of the sum: of a loop that is unrolled, GCC would else move sums among all 16 and spill.
+// sum += x * w, in the register of the sum: of a loop that is unrolled, GCC would else move sums among all 16
+// and spill.
 KEGFAST_INLINE void add_product(Floats& sum, Floats x, Floats w) {
 #if defined(__AVX2__) && !defined(__AVX512F__) && !defined(KEGFAST_PAIRS)
   asm("vfmadd231ps %2, %1, %0" : "+x"(sum) : "x"(x), "x"(w));
@@ -190,7 +192,8 @@ KEGFAST_INLINE void add_product(Floats& sum, Floats x, Floats w) {
 #endif
 }
 
-// Steps of k that the loop takes at once: with 12 products or less in each, its own instructions would be a fifth.
+// Steps of k that the loop takes at once: with 12 products or less in each, its own instructions would be a
+// fifth.
 constexpr int unrolled(ALayout a, int group) {
 #if defined(__AVX2__) && !defined(__AVX512F__)
   return a == ALayout::row_major && group == 1 ? 4 : 1;
@@ -259,9 +262,9 @@ void run_tile(const Tile& t) {
   finish<Pixels, Vectors, Group, kBias>(t, acc);
 }
 
-// Taps of a row that lie a pixel apart (stride and dilation 1): a word of A is broadcast once for all of them. A tile
-// of one vector, which would read a word for each product, is then no longer bound by its loads. Segments are Taps
-// runs of a_step words, a multiple of Group.
+// Taps of a row that lie a pixel apart (stride and dilation 1): a word of A is broadcast once for all of
+// them. A tile of one vector, which would read a word for each product, is then no longer bound by its loads.
+// Segments are Taps runs of a_step words, a multiple of Group.
 template <int Pixels, int Taps, int Group, Bias kBias>
 void run_taps(const Tile& t) {
   constexpr int kWords = Pixels + Taps - 1, kBases = (kWords + 2) / 3;

@@ -4,11 +4,11 @@
 // 36: along an axis the even inputs meet two taps, which is F(2, 2) by 3 products, the odd ones the third, by
 // 2.
 //
-// Rounding: the products' errors grow by a = mean over outputs o of sum_i (A_oi |B_i| |G_i|)^2 / 3 along each axis,
-// for data and filters of independent elements. F(2x2): a = 1.7, that of the direct sum in practice, whose
-// sums are longer; F(4x4) from the points 0, s/2, -s/2, s, -s, s = sqrt(2): 5.0 (10.8 from the paper's), so
-// it is only run where asked for. 64 outputs at a time, so that a band's inputs and products stay in L2. Log:
-// docs/kernels/log.md.
+// Rounding: the products' errors grow by a = mean over outputs o of sum_i (A_oi |B_i| |G_i|)^2 / 3 along each
+// axis, for data and filters of independent elements. F(2x2): a = 1.7, that of the direct sum in practice,
+// whose sums are longer; F(4x4) from the points 0, s/2, -s/2, s, -s, s = sqrt(2): 5.0 (10.8 from the
+// paper's), so it is only run where asked for. 64 outputs at a time, so that a band's inputs and products
+// stay in L2. Log: docs/kernels/log.md.
 #pragma once
 
 #include "cpu/tucker2_factor.inl"

@@ -1,9 +1,10 @@
 // diversity on CUDA: a column of samples in order of its values, by a team of warps.
 //
-// Floats are sorted by the upper bits of their value and the row in one word of 32 (RoughKey), half of what a key of
-// (value, row) takes: half the words to exchange, and a comparison is one instruction. Values that differ below those bits alone
-// may then lie the wrong way round; neighbors that do are exchanged until none are left, and where that takes long, as where all
-// values share those bits, keys of 64 bits are sorted. The order is the same whichever way it came about: by value, then by row.
+// Floats are sorted by the upper bits of their value and the row in one word of 32 (RoughKey), half of what a
+// key of (value, row) takes: half the words to exchange, and a comparison is one instruction. Values that
+// differ below those bits alone may then lie the wrong way round; neighbors that do are exchanged until none
+// are left, and where that takes long, as where all values share those bits, keys of 64 bits are sorted. The
+// order is the same whichever way it came about: by value, then by row.
 #pragma once
 
 #include "diversity_keys.cuh"
@@ -44,7 +45,8 @@ struct ColumnSort {
     return any_of_team(s, mine, t);
   }
 
-  // ---- sorting a column: the thread's eight values and rows, and all values in s.sorted, for the team to read
+  // ---- sorting a column: the thread's eight values and rows, and all values in s.sorted, for the team to
+  // read
 
   KEGFAST_DEVICE static void publish(const SortScratch& s, const float (&x)[kKeys], int t) {
     reinterpret_cast<Float4*>(s.sorted)[2 * t] = {x[0], x[1], x[2], x[3]};

@@ -38,7 +38,8 @@ struct Key {
   KEGFAST_DEVICE static int row(Word key) { return int(key & ((Word(1) << kShift) - 1)); }
 };
 
-// The upper bits of a float and one of kRows rows: sorts like (value, row) but for values that differ below those bits.
+// The upper bits of a float and one of kRows rows: sorts like (value, row) but for values that differ below
+// those bits.
 template <int kRows>
 struct RoughKey {
   static_assert((kRows & (kRows - 1)) == 0);

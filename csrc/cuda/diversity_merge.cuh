@@ -9,8 +9,8 @@
 //   ScaleTransposed   G, feature by feature, to the gradient, row by row
 //
 // Prediction for an H200, B = 16384, D = 3072, float32 (not yet measured; goal 2.5 ms): SortTiles
-// 0.8 ms by its network's instructions (59 thousand a tile, counted as DiversitySort's of 64-bit keys), the rest moves about 100
-// bytes a sample, 1.0 ms, and waits: three loads of a merged key depend on one another.
+// 0.8 ms by its network's instructions (59 thousand a tile, counted as DiversitySort's of 64-bit keys), the
+// rest moves about 100 bytes a sample, 1.0 ms, and waits: three loads of a merged key depend on one another.
 #pragma once
 
 #include "diversity_sort.cuh"

@@ -192,8 +192,8 @@ size_t diversity(const DiversityProblem<Sample>& p, char* workspace, Launch&& la
   const bool root = p.noise_metric == NoiseMetric::euclidean;
   const bool sorts = l1 && !root && p.batch > kPairBatch;
   const bool merges = sorts && sort_features<Sort<Sample, 16>>(p) == 0;
-  // By the noise table's low rank where its moments fit into a block's shared memory (on an H200 up to some 1,700
-  // columns), else by pairs.
+  // By the noise table's low rank where its moments fit into a block's shared memory (on an H200 up to some
+  // 1,700 columns), else by pairs.
   const bool low_rank = !root && (cosine || p.metric == Metric::sqeuclidean) &&
                         DiversityMoments<Sample>::least_shared(table_columns(p.noise_size)) <= p.shared_limit;
   const bool pairs = !sorts && !low_rank;

@@ -6,22 +6,23 @@
 // 0. No pair is ever visited.
 //
 // A block takes 8 features (a 32-byte sector of a float row; with 16 or more, D = 3072 leaves an H200's
-// multiprocessors with one or two blocks each and takes a third longer), W warps each, 8 keys of 32 bits a thread in
-// registers (diversity_column.cuh): bitonic network in its mirrored form, every comparison upward; steps below 8 in
-// registers, below 256 by shuffles, above through shared memory. Then four table columns at a time: gather, prefix by scan. Where no two values of the feature
-// are equal, P[start] and P[end] are the sums before and after a thread's own row and stay in registers; else
-// P goes to shared memory (swizzled: 8 threads write 8 different banks) and is read back at start and end.
+// multiprocessors with one or two blocks each and takes a third longer), W warps each, 8 keys of 32 bits a
+// thread in registers (diversity_column.cuh): bitonic network in its mirrored form, every comparison upward;
+// steps below 8 in registers, below 256 by shuffles, above through shared memory. Then four table columns at
+// a time: gather, prefix by scan. Where no two values of the feature are equal, P[start] and P[end] are the
+// sums before and after a thread's own row and stay in registers; else P goes to shared memory (swizzled: 8
+// threads write 8 different banks) and is read back at start and end.
 //
-// Counted in sm_90's code (benchmarks/cuda_counts.py) for an H200 (4 instructions a cycle on 132 multiprocessors at
-// 1.755 GHz; 65 % of that is a guess of what is reached, nothing was measured on a device), float32, D = 3072, nz = 10,
-// forward + gradient, no ties:
+// Counted in sm_90's code (benchmarks/cuda_counts.py) for an H200 (4 instructions a cycle on 132
+// multiprocessors at 1.755 GHz; 65 % of that is a guess of what is reached, nothing was measured on a
+// device), float32, D = 3072, nz = 10, forward + gradient, no ties:
 //   B      warp instructions a feature      all      at 65 %   samples' traffic   goal
 //   256    2.6e3: sort 0.7e3                9 us     13 us     1.3 us             20 us
 //   1024   13.7e3: sort 5.6e3               45 us    70 us     5 us               90 us
 //   4096   80e3: sort 36e3                  0.27 ms  0.41 ms   21 us              0.5 ms
-// With keys of 64 bits the same count gave 3.3e3, 17.4e3 and 98e3 (their sort 1.3e3, 9.5e3, 59e3); halving the sort was to give
-// 1.25 to 1.45 times, and gives 1.26, 1.27 and 1.23 with what puts short keys right: 0.05, 1.0 and 2.1 passes over a normally
-// distributed column. Beside that two small launches.
+// With keys of 64 bits the same count gave 3.3e3, 17.4e3 and 98e3 (their sort 1.3e3, 9.5e3, 59e3); halving
+// the sort was to give 1.25 to 1.45 times, and gives 1.26, 1.27 and 1.23 with what puts short keys right:
+// 0.05, 1.0 and 2.1 passes over a normally distributed column. Beside that two small launches.
 #pragma once
 
 #include "diversity_column.cuh"

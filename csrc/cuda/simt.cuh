@@ -137,7 +137,8 @@ KEGFAST_DEVICE void cp_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
-// ---- bulk copies (sm_90 and sm_100; on sm_120 they are calls of a routine): one thread asks, the copy engine moves a box of a tensor, zeros where the tensor is not.
+// ---- bulk copies (sm_90 and sm_100; on sm_120 they are calls of a routine): one thread asks, the copy
+// engine moves a box of a tensor, zeros where the tensor is not.
 
 #if defined(__CUDA_ARCH__) && (__CUDA_ARCH__ < 900 || __CUDA_ARCH__ >= 1200)
 constexpr bool kBulkCopies = false;

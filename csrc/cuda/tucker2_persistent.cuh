@@ -50,8 +50,8 @@ struct Tucker2Persistent {
   static constexpr int kColumns = kBoxRow / int(sizeof(T));               // channels of a box
   using Params = PersistentParams<T>;
 
-  // ---- shared memory: slots, y or t1, factors, bias, arrivals. Ranks, channels and features are padded with zeros to
-  // kRank and whole boxes, so that no loop over them has an end of its own.
+  // ---- shared memory: slots, y or t1, factors, bias, arrivals. Ranks, channels and features are padded with
+  // zeros to kRank and whole boxes, so that no loop over them has an end of its own.
 
   static constexpr int kTapBytes = kRank * int(sizeof(T)), kT1Pitch = kTapBytes + 16;
   static constexpr int kSlotBytes = kHalo * kBoxRow;

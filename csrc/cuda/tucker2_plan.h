@@ -170,8 +170,9 @@ bool has_boxes(const Image<T>& image) {
          image.row % image.pixel == 0 && image.image % image.row == 0;
 }
 
-// The persistent form's parameters with the tile of which there are fewest, or none (tile_h 0) where it cannot be: it has 16-bit
-// numbers, channels together, ranks up to 64, halos up to 192 pixels, and keeps neither t1 nor t2.
+// The persistent form's parameters with the tile of which there are fewest, or none (tile_h 0) where it
+// cannot be: it has 16-bit numbers, channels together, ranks up to 64, halos up to 192 pixels, and keeps
+// neither t1 nor t2.
 template <class Kernel, class T>
 PersistentParams<T> persistent_params(const Tucker2Problem<T>& p) {
   PersistentParams<T> q{{}, {}, p.first,    p.core,    p.last,   p.window,

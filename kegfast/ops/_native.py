@@ -21,7 +21,9 @@ Backend = Literal["auto", "native", "reference"]
 _log = logging.getLogger(__name__)
 _CUDA_LIBRARY = Path(__file__).parents[1] / "_cuda.so"
 _backend: Backend = "auto"
-_transformed, _traced = torch._C._are_functorch_transforms_active, torch._C._get_tracing_state
+# Private to torch: where one is gone nobody can tell, and its own operators run.
+_transformed = getattr(torch._C, "_are_functorch_transforms_active", lambda: True)
+_traced = getattr(torch._C, "_get_tracing_state", lambda: True)
 
 
 def _load() -> tuple[ModuleType | None, str]:
@@ -90,7 +92,7 @@ def _warn_reference() -> None:
 
 
 def _kernels() -> set[tuple[str, str]]:
-    asks = torch._C._dispatch_has_kernel_for_dispatch_key
+    asks = getattr(torch._C, "_dispatch_has_kernel_for_dispatch_key", lambda operator, device: False)
     operators = "diversity_forward", "soft_target_forward", "tucker2"
     known = [operator for operator in operators if hasattr(torch.ops.kegfast, operator)]
     devices = ("cpu", "cuda")

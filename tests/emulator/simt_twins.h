@@ -258,8 +258,8 @@ float mma_operand(uint32_t word, int half) {
   }
 }
 
-// What a tensor core makes of an accumulator and a step's products: no addend keeps what lies below the last bit
-// of the largest, and the sum is cut, not rounded, to a float. (Later units keep a bit or two more.)
+// What a tensor core makes of an accumulator and a step's products: no addend keeps what lies below the last
+// bit of the largest, and the sum is cut, not rounded, to a float. (Later units keep a bit or two more.)
 template <int kCount>
 float truncating_sum(const double (&addends)[kCount]) {
   double most = 0, plain = 0;

@@ -53,6 +53,19 @@ def test_without_the_compiled_part_all_runs_and_says_so_once():
     assert done.stderr.count("without its compiled kernels") == 1
 
 
+def test_without_something_private_of_torch_its_own_operators_run():
+    done = run("""
+        import torch
+        x, conv = torch.randn(2, 4, 5, 5), torch.nn.Conv2d(4, 6, 3)
+        del torch._C._are_functorch_transforms_active
+        import kegfast
+        layer = kegfast.nn.TuckerConv2d.from_conv(conv, (4, 4))
+        assert torch.allclose(layer(x), layer.to_sequential()(x), atol=1e-5)
+        assert kegfast.last_kernel() in ("unfused", "none")
+    """)
+    assert done.returncode == 0, done.stderr
+
+
 @needs_native
 def test_the_import_refuses_an_unknown_instruction_set_by_name():
     done = run("from kegfast import nn", KEGFAST_CPU_ISA="sse9")
