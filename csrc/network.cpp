@@ -45,14 +45,16 @@ class Reader {
   std::vector<int64_t> integers(int64_t n) {
     std::vector<int64_t> values(static_cast<size_t>(n));
     const size_t bytes = values.size() * sizeof(int64_t);
-    std::memcpy(values.data(), take(bytes), bytes);
+    const char* const from = take(bytes);
+    if (bytes > 0) std::memcpy(values.data(), from, bytes);  // else there is no address to give
     return values;
   }
   std::vector<float> numbers(int64_t n) {
     expect(n <= static_cast<int64_t>(left_ / sizeof(float)), "a weight", "within the file", n);
     std::vector<float> values(static_cast<size_t>(n));
     const size_t bytes = values.size() * sizeof(float);
-    std::memcpy(values.data(), take(bytes), bytes);
+    const char* const from = take(bytes);
+    if (bytes > 0) std::memcpy(values.data(), from, bytes);  // else there is no address to give
     take((8 - bytes % 8) % 8);
     return values;
   }

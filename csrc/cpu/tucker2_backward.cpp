@@ -3,7 +3,6 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
-#include <cstring>
 #include <optional>
 #include <tuple>
 #include <vector>
@@ -125,7 +124,7 @@ Gradients tucker2_gradients(const Tensor& gradient, const std::optional<Tensor>&
   const int64_t parts = std::max<int64_t>(1, std::min(threads_for(multiply_adds(p), p.images), p.images));
   const Tensor sums = empty_flat(parts * copy_floats);
   float* const base = sums.mutable_data_ptr<float>();
-  std::memset(base, 0, static_cast<size_t>(parts * copy_floats) * sizeof(float));
+  std::fill_n(base, parts * copy_floats, 0.0f);  // none where only x or the bias needs a gradient
   std::vector<double> bias_sums(parts * dbias.numel());
   const auto point = [&](int64_t part) {
     float* const copy = base + part * copy_floats;
