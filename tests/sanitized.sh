@@ -13,7 +13,8 @@ rm -rf "$package" && mkdir -p "$package"
 ln -s "$PWD"/kegfast/* "$package"
 rm -f "$package"/_C*.so
 ln -s "$library" "$package"
-ln -sfn "$PWD/benchmarks" "$tree/site/benchmarks"
+# Tests import from both, some in processes of their own.
+for folder in benchmarks tests; do ln -sfn "$PWD/$folder" "$tree/site/$folder"; done
 
 # libstdc++ too: AddressSanitizer looks for its functions when it starts, before Python has loaded anything.
 preload=$(for name in libasan.so libubsan.so libstdc++.so; do "$compiler" -print-file-name=$name; done)
