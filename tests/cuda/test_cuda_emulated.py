@@ -147,9 +147,8 @@ def test_emulator_catches_mistakes_with_bulk_copies(device):
 @pytest.mark.slow
 def test_sanitizers(tmp_path):
     """Every kernel on buffers of exact length; and a stray and a misaligned access, that they are seen."""
-    program = compile_emulator(
-        tmp_path, "-fsanitize=address,alignment", "-g", "-O0", program=ROOT / "tests/emulator/sanitized/main.cpp"
-    )
+    main = ROOT / "tests/emulator/sanitized/main.cpp"
+    program = compile_emulator(tmp_path, "-fsanitize=address,alignment", "-g", "-O0", program=main)
     good, stray, misaligned = (
         subprocess.run([program, *arguments], capture_output=True, text=True)
         for arguments in ([], ["past the end"], ["misaligned"])
