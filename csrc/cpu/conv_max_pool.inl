@@ -2,7 +2,7 @@
 // tiles, stay in L2 until they are pooled. A ResNet's stem at 224 makes 25.7 MB of them at batch 8, which
 // torch writes, reads to rectify and reads to pool: 6.8 ms on two Zen 5 cores inside the network, 12 to 17 in
 // fresh pages, against 5.0. The convolution itself runs at 95 % of the FMA peak; a fifth of the time goes to
-// the rows' way through L2. Tried without gain: 32 features at a time, whose weights L1 keeps.
+// the rows' way through L2. Log: docs/kernels/log.md.
 #pragma once
 
 #include "conv_max_pool.h"
