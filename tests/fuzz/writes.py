@@ -50,7 +50,9 @@ def part_of(module: nn.Module, draw: random.Random) -> nn.Module:
 
 def weight_of(module: nn.Module, draw: random.Random) -> nn.Parameter:
     """A parameter of a part: its weight, or what hooks and parametrizations make that of."""
-    return draw.choice([p for p in part_of(module, draw).parameters() if p.dim() == 4])
+    part = part_of(module, draw)
+    # Of a frozen part, torch may leave a weight that is no parameter when a normalization goes again.
+    return draw.choice([p for p in part.parameters() if p.dim() == 4] or [part.weight])
 
 
 def index_of(draw: random.Random, weight: Tensor) -> tuple[Any, ...]:
