@@ -54,15 +54,22 @@ struct ColumnSort {
     Team<kWarps>::barrier();
   }
 
-  KEGFAST_DEVICE static void sort_exactly(int batch, const SortScratch& s, const float* column, int t,
-                                          float (&x)[kKeys], uint32_t (&row)[kKeys]) {
-    Word key[kKeys];
+  // Keys of kind K of the column's rows; element 8 t + q of their order is the thread's key q.
+  template <class K, class Bits>
+  KEGFAST_DEVICE static void sort_keys(int batch, const SortScratch& s, const float* column, int t,
+                                       Bits (&key)[kKeys]) {
     KEGFAST_UNROLL
     for (int q = 0; q < kKeys; ++q) {
       const int at = q * kTeam + t;
-      key[q] = at < batch ? KeyOf::pack(column[at], at) : KeyOf::kLast;
+      key[q] = at < batch ? K::pack(column[at], at) : K::kLast;
     }
-    Sorter<kWarps, Word>::sort(key, reinterpret_cast<Word*>(s.prefix), t);
+    Sorter<kWarps, Bits>::sort(key, reinterpret_cast<Bits*>(s.prefix), t);
+  }
+
+  KEGFAST_DEVICE static void sort_exactly(int batch, const SortScratch& s, const float* column, int t,
+                                          float (&x)[kKeys], uint32_t (&row)[kKeys]) {
+    Word key[kKeys];
+    sort_keys<KeyOf>(batch, s, column, t, key);
     KEGFAST_UNROLL
     for (int q = 0; q < kKeys; ++q) {
       x[q] = t * kKeys + q < batch ? KeyOf::value(key[q]) : quiet_nan();
@@ -109,12 +116,7 @@ struct ColumnSort {
     if constexpr (sizeof(T) == 4) {
       using Rough = RoughKey<kCapacity>;
       uint32_t key[kKeys];
-      KEGFAST_UNROLL
-      for (int q = 0; q < kKeys; ++q) {
-        const int at = q * kTeam + t;
-        key[q] = at < batch ? Rough::pack(column[at], at) : Rough::kLast;
-      }
-      Sorter<kWarps, uint32_t>::sort(key, reinterpret_cast<uint32_t*>(s.prefix), t);
+      sort_keys<Rough>(batch, s, column, t, key);
       KEGFAST_UNROLL
       for (int q = 0; q < kKeys; ++q) {
         row[q] = uint32_t(Rough::row(key[q]));
