@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 from kegfast import build_info
 from kegfast._util.files import atomic_write, write_json
-from kegfast._util.machine import measured
+from kegfast._util.machine import measured, part_of_a_file_name
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -38,7 +38,7 @@ def machine() -> dict[str, Any]:
 def machine_name() -> str:
     """Of the processor and its instruction set, as results files are named that must not mix machines."""
     facts = machine()
-    name = re.sub(r"[^a-z0-9]+", "-", str(facts["processor"]).lower()).strip("-")
+    name = part_of_a_file_name(str(facts["processor"]))
     return f"{name}_{facts['isa_active']}" + ("_for_all" if "hidden_from_all" in facts else "")
 
 

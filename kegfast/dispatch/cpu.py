@@ -17,6 +17,7 @@ from torch import Tensor
 
 from kegfast._util.check import expected
 from kegfast._util.files import read_json, write_json
+from kegfast._util.machine import part_of_a_file_name, processor
 from kegfast._util.timing import interleaved
 from kegfast.dispatch.cache import cache_folder, checked_forms, keep_choices, read_choices, releases
 from kegfast.dispatch.calls import LayerCall
@@ -116,31 +117,23 @@ def name_of(shape: Shape) -> str:
 
 
 def cache_path() -> Path:
-    """This machine's file."""
-    return cache_folder() / f"cpu-{_processor()}.json"
+    """This machine's file, by processor and instruction set."""
+    name = part_of_a_file_name(f"{processor('cpu family', 'model')} {_isa()}")
+    return cache_folder() / f"cpu-{name}.json"
 
 
-def _processor() -> str:
-    """The machine's class: processor and instruction set."""
-    info = Path("/proc/cpuinfo")
-    text = info.read_text() if info.exists() else ""
-    fields = [
-        re.search(rf"^{name}\s*:\s*(.+)$", text, re.M) for name in ("model name", "cpu family", "model")
-    ]
-    names = [found[1] for found in fields if found] or ["unknown"]
-    isa = _native._C.build_info()["isa_active"] if _native._C is not None else "none"
-    return re.sub(r"[^a-z0-9]+", "-", " ".join([*names, isa]).lower()).strip("-")
+def _isa() -> str:
+    return str(_native.build_info()["isa_active"] or "none")
 
 
 def machine_class() -> str:
     """What the packaged table is asked for: the instruction set and the sizes of a core's own caches."""
-    isa = _native._C.build_info()["isa_active"] if _native._C is not None else "none"
     sizes = {}
     for cache in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*"):
         level, kind, size = ((cache / name).read_text().strip() for name in ("level", "type", "size"))
         if kind != "Instruction":
             sizes[level] = size
-    return f"{isa}, L1 {sizes.get('1', 'unknown')}, L2 {sizes.get('2', 'unknown')}"
+    return f"{_isa()}, L1 {sizes.get('1', 'unknown')}, L2 {sizes.get('2', 'unknown')}"
 
 
 def table() -> dict[Shape, Form]:
