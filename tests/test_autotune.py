@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from needs import needs_native
 from torch import nn
 
 import kegfast
@@ -16,7 +17,7 @@ from kegfast.dispatch import cpu
 from kegfast.dispatch.forms import Form
 from kegfast.nn import TuckerConv2d
 
-pytestmark = pytest.mark.skipif(not kegfast.build_info()["native"], reason="needs the compiled part")
+pytestmark = needs_native
 
 
 @pytest.fixture(autouse=True)

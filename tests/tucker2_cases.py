@@ -1,6 +1,5 @@
 """Geometries of Tucker-2 convolutions, their operands, and the comparison with float64."""
 
-import pytest
 import torch
 from torch import Tensor
 
@@ -8,10 +7,6 @@ import kegfast
 from kegfast.functional import tucker_conv2d
 from kegfast.nn import TuckerConv2d
 from kegfast.ops import reference
-
-needs_native = pytest.mark.skipif(
-    not kegfast.build_info()["native"], reason="kegfast's compiled part is not built"
-)
 
 TOLERANCE = {torch.float32: 5e-6, torch.bfloat16: 1.6e-2, torch.float16: 2e-3, torch.float64: 1e-13}
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from needs import needs_native
 from torch import nn
-from tucker2_cases import needs_native
 
 from kegfast import compress, densify, fuse
 from kegfast.compression import export_onnx, unfuse

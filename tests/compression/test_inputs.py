@@ -4,9 +4,9 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from needs import needs_native
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
-from tucker2_cases import needs_native
 
 from kegfast import compress
 from kegfast.nn import TuckerConv2d

@@ -6,7 +6,7 @@ import unittest.mock
 
 import pytest
 import torch
-from tucker2_cases import needs_native
+from needs import needs_native
 
 import kegfast
 from kegfast._tuning import layer_calls

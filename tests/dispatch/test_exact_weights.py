@@ -5,8 +5,9 @@ import copy
 import numpy as np
 import pytest
 import torch
+from needs import needs_native
 from torch import nn
-from tucker2_cases import needs_native, settled, three_convolutions
+from tucker2_cases import settled, three_convolutions
 
 import kegfast
 from kegfast.dispatch import cpu

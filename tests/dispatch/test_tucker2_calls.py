@@ -7,6 +7,7 @@ import threading
 
 import pytest
 import torch
+from needs import needs_native
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from tucker2_cases import settled
@@ -18,7 +19,7 @@ from kegfast.nn import TuckerConv2d, tucker
 from kegfast.ops import _native
 from kegfast.ops._native import cpu_isa
 
-pytestmark = pytest.mark.skipif(not kegfast.build_info()["native"], reason="needs the compiled part")
+pytestmark = needs_native
 
 
 def agrees(layer: TuckerConv2d, x: torch.Tensor) -> None:

@@ -6,8 +6,8 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
+from needs import needs_native
 from torch import Tensor, nn
-from tucker2_cases import needs_native
 
 import kegfast
 from kegfast.models import LeNet5, ResNet14

@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from needs import needs_native
 from torch import Tensor, nn
-from tucker2_cases import needs_native
 
 import kegfast
 from kegfast import runtime

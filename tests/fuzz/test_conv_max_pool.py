@@ -6,13 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from operators import DTYPES, LAYOUTS, PLACES, ROUNDOFF, SEEDS, check, running
 
-import kegfast
 from kegfast.ops import reference
 from kegfast.ops.conv_max_pool import conv_max_pool2d
 
-pytestmark = pytest.mark.skipif(
-    not kegfast.build_info()["native"], reason="kegfast's compiled part is not built"
-)
 PAIRS = {
     1: st.tuples(st.integers(1, 5), st.integers(1, 5)),
     0: st.tuples(st.integers(0, 3), st.integers(0, 3)),

@@ -1,6 +1,5 @@
 """Random diversity losses, with their gradients, against float64."""
 
-import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -9,10 +8,6 @@ from operators import DTYPES, LAYOUTS, PLACES, SEEDS, running
 import kegfast
 from kegfast.functional import diversity_loss
 from kegfast.ops import diversity, reference
-
-pytestmark = pytest.mark.skipif(
-    not kegfast.build_info()["native"], reason="kegfast's compiled part is not built"
-)
 
 
 @given(

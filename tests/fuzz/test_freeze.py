@@ -4,8 +4,8 @@ import random
 
 import torch
 import torch.nn.functional as F
+from needs import needs_native
 from torch import Tensor, nn
-from tucker2_cases import needs_native
 
 import kegfast
 from kegfast.nn import TuckerConv2d

@@ -1,18 +1,12 @@
 """Random Tucker-2 convolutions, forward and backward, against float64."""
 
-import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from operators import DTYPES, LAYOUTS, PLACES, ROUNDOFF, SEEDS, check, running
 
-import kegfast
 from kegfast.functional import tucker_conv2d
 from kegfast.ops import reference
-
-pytestmark = pytest.mark.skipif(
-    not kegfast.build_info()["native"], reason="kegfast's compiled part is not built"
-)
 
 # Of magnitudes: what three sums of some hundred products each, in float32, may lose.
 SHARE = 24 * 2.0**-24

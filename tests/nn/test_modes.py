@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from needs import needs_native
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTensorMode
@@ -13,7 +14,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
-from tucker2_cases import needs_native, settled, three_convolutions
+from tucker2_cases import settled, three_convolutions
 
 import kegfast
 from kegfast import functional

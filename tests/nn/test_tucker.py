@@ -6,6 +6,7 @@ import threading
 
 import pytest
 import torch
+from needs import needs_native
 from torch import nn
 
 import kegfast
@@ -123,7 +124,7 @@ def test_packed_weights_follow_the_dtype() -> None:
     all_layouts(layer.double(), x.double())
 
 
-@pytest.mark.skipif(not kegfast.build_info()["native"], reason="no compiled part")
+@needs_native
 def test_packed_weights_follow_the_instruction_set() -> None:
     layer, x = layer_and_input()
     for isa in ("auto", "baseline", "auto"):

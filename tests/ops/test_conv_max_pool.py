@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from needs import needs_native
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -9,7 +10,6 @@ import kegfast
 from kegfast.ops import reference
 from kegfast.ops.conv_max_pool import conv_max_pool2d
 
-native = pytest.mark.skipif(not kegfast.build_info()["native"], reason="kegfast's compiled part is not built")
 LAYOUTS = [torch.contiguous_format, torch.channels_last]
 # (N, C, H, W), K, kernel, stride, padding, pool, pool_stride, pool_padding
 CASES = {
@@ -52,7 +52,7 @@ def test_equals_its_definition_in_float64(name, layout, activation, threads):
     assert y.is_contiguous(memory_format=torch.contiguous_format if one_channel else layout)
 
 
-@native
+@needs_native
 @pytest.mark.parametrize("isa", [isa for isa in kegfast.build_info().get("isa_compiled", [])])
 def test_on_every_instruction_set(isa):
     try:
@@ -92,7 +92,7 @@ def test_nan_stays():
     torch.testing.assert_close(y, wanted, rtol=1e-4, atol=1e-4, equal_nan=True)
 
 
-@native
+@needs_native
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("name", ["ResNet's stem", "uneven", "one pixel"])
 def test_opcheck(name, layout):
@@ -120,7 +120,7 @@ def test_other_types_are_torchs(dtype):
     assert torch.equal(y, reference.conv_max_pool2d(*given, *geometry, None))
 
 
-@native
+@needs_native
 def test_compiled_without_a_break_and_counted():
     given, geometry = tensors("ResNet's stem", torch.channels_last)
 
@@ -173,7 +173,7 @@ def test_a_convolution_that_leaves_nothing_is_refused(shape, threads):
         torch.set_num_threads(before)
 
 
-@native
+@needs_native
 def test_the_operator_itself_refuses_it_too():
     for shape in [(1, 2, 8, 2), (1, 2, 2, 8)]:
         with pytest.raises(RuntimeError, match="x must be at least as large"):
@@ -182,7 +182,7 @@ def test_the_operator_itself_refuses_it_too():
             )
 
 
-@native
+@needs_native
 def test_a_failure_of_the_kernel_is_not_tried_again(monkeypatch):
     calls = []
 
@@ -197,7 +197,7 @@ def test_a_failure_of_the_kernel_is_not_tried_again(monkeypatch):
     assert len(calls) == 1
 
 
-@native
+@needs_native
 def test_lists_are_pairs():
     x, weight = torch.ones(1, 2, 8, 8), torch.ones(3, 2, 3, 3)
     assert torch.equal(conv_max_pool2d(x, weight, pool=[2, 2]), conv_max_pool2d(x, weight, pool=(2, 2)))

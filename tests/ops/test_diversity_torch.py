@@ -6,6 +6,7 @@ import pickle
 
 import pytest
 import torch
+from needs import needs_native
 
 import kegfast
 from kegfast.functional import diversity_loss
@@ -14,7 +15,6 @@ from kegfast.ops import diversity, reference
 
 METRICS = list(diversity.METRICS)
 NOISE_METRICS = list(diversity.NOISE_METRICS)
-needs_native = pytest.mark.skipif(not kegfast.build_info()["native"], reason="no compiled part")
 
 
 @pytest.fixture(params=["native", "reference"])

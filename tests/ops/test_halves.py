@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from needs import needs_native
 from torch.utils._python_dispatch import TorchDispatchMode
 from tucker2_cases import relative_error
 
@@ -104,7 +105,7 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.skipif(not kegfast.build_info()["native"], reason="kegfast's compiled part is not built")
+@needs_native
 @pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("recompute", [False, True])

@@ -2,14 +2,12 @@
 
 import pytest
 import torch
+from needs import needs_native
 
-import kegfast
 from kegfast.functional import diversity_loss, soft_target
 from kegfast.ops.conv_max_pool import conv_max_pool2d
 
-pytestmark = pytest.mark.skipif(
-    not kegfast.build_info()["native"], reason="kegfast's compiled part is not built"
-)
+pytestmark = needs_native
 OPERATORS = {
     "conv_max_pool": (conv_max_pool2d, {"x": (2, 3, 8, 8), "weight": (4, 3, 3, 3), "bias": (4,)}),
     "diversity": (diversity_loss, {"noises": (6, 4), "samples": (6, 3, 5)}),

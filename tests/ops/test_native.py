@@ -11,10 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from needs import needs_native
 
 import kegfast
-
-needs_native = pytest.mark.skipif(not kegfast.build_info()["native"], reason="kegfast was built without it")
 
 
 def run(code: str, **environment: str) -> subprocess.CompletedProcess:

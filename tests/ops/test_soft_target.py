@@ -4,12 +4,12 @@ import math
 
 import pytest
 import torch
+from needs import needs_native
 
 import kegfast
 from kegfast import functional
 from kegfast.ops import reference
 
-native = pytest.mark.skipif(not kegfast.build_info()["native"], reason="kegfast's compiled part is not built")
 ISAS = kegfast.build_info().get("isa_compiled", [])
 
 
@@ -34,7 +34,7 @@ def compare(student: torch.Tensor, teacher: torch.Tensor, temperature: float) ->
     torch.testing.assert_close(gradient.double(), exact_gradient, rtol=1e-5, atol=3e-7 * largest)
 
 
-@native
+@needs_native
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("classes", [1, 2, 3, 10, 15, 16, 17, 33, 100, 1000, 1024, 1025, 5003])
 def test_values_and_gradients(isa, classes):
@@ -45,13 +45,13 @@ def test_values_and_gradients(isa, classes):
             compare(*logits(7, classes), temperature)
 
 
-@native
+@needs_native
 @pytest.mark.parametrize("scale", [1e-4, 1.0, 1e4])
 def test_scales(scale):
     compare(*logits(9, 77, scale), 2.0)
 
 
-@native
+@needs_native
 def test_layouts():
     student, teacher = logits(6, 40)
     compare(student[:, 3:29], teacher[:, 3:29], 4.0)  # rows apart
@@ -59,7 +59,7 @@ def test_layouts():
     compare(student.T.contiguous().T, teacher, 4.0)  # columns
 
 
-@native
+@needs_native
 def test_more_rows_than_one_thread_takes_give_the_same():
     student, teacher = logits(600, 1000)
     compare(student, teacher, 4.0)
@@ -72,7 +72,7 @@ def test_more_rows_than_one_thread_takes_give_the_same():
     assert torch.equal(*results)
 
 
-@native
+@needs_native
 def test_equal_models_have_no_divergence():
     student, _ = logits(5, 300)
     loss = functional.soft_target(student, student.detach())
@@ -81,7 +81,7 @@ def test_equal_models_have_no_divergence():
     assert student.grad.abs().max() < 1e-9
 
 
-@native
+@needs_native
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize("which", [0, 1])
 @pytest.mark.parametrize("column", [0, 20])
@@ -96,21 +96,21 @@ def test_what_is_not_finite_is_not_hidden(value, which, column):
     assert student.grad[[0, 1, 3]].isfinite().all()
 
 
-@native
+@needs_native
 def test_a_class_that_the_student_excludes_costs_infinitely_much():
     student, teacher = (x.detach().clone() for x in logits(3, 8))
     student[1, 4] = -math.inf
     assert functional.soft_target(student, teacher).item() == math.inf
 
 
-@native
+@needs_native
 def test_opcheck():
     for wanted in (True, False):
         arguments = (*logits(4, 19), 4.0, wanted)
         torch.library.opcheck(torch.ops.kegfast.soft_target_forward.default, arguments)
 
 
-@native
+@needs_native
 def test_second_derivatives_are_those_of_the_definition():
     student, teacher = logits(3, 6)
     direction = torch.randn(3, 6, generator=torch.Generator().manual_seed(0))
@@ -122,7 +122,7 @@ def test_second_derivatives_are_those_of_the_definition():
     torch.testing.assert_close(curvature(functional.soft_target), curvature(reference.soft_target))
 
 
-@native
+@needs_native
 def test_compiles_into_one_graph():
     student, teacher = logits(8, 30)
     compiled = torch.compile(functional.soft_target, fullgraph=True, backend="aot_eager")
@@ -132,7 +132,7 @@ def test_compiles_into_one_graph():
     torch.testing.assert_close(*(torch.autograd.grad(x, student)[0] for x in (value, expected)))
 
 
-@native
+@needs_native
 def test_nothing_is_computed_for_a_gradient_that_nobody_wants():
     student, teacher = logits(4, 9)
     loss, gradient = torch.ops.kegfast.soft_target_forward(student.detach(), teacher, 4.0, False)
@@ -202,7 +202,7 @@ def test_bad_arguments_are_named(call, error, argument):
         call(*logits(4, 9))
 
 
-@native
+@needs_native
 def test_the_operator_checks_for_itself():
     student, teacher = logits(4, 9)
     for bad in (

@@ -3,8 +3,9 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from needs import needs_native
 from torch.utils.flop_counter import FlopCounterMode
-from tucker2_cases import GEOMETRIES, TOLERANCE, assert_close, check_gradients, exact, make, needs_native
+from tucker2_cases import GEOMETRIES, TOLERANCE, assert_close, check_gradients, exact, make
 
 import kegfast
 from kegfast.functional import tucker_conv2d

@@ -2,10 +2,11 @@
 
 import pytest
 import torch
+from needs import needs_native
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
-from tucker2_cases import GEOMETRIES, TOLERANCE, assert_close, exact, make, needs_native
+from tucker2_cases import GEOMETRIES, TOLERANCE, assert_close, exact, make
 
 import kegfast
 from kegfast.functional import tucker_conv2d

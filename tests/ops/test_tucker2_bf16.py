@@ -2,15 +2,14 @@
 
 import pytest
 import torch
+from needs import needs_native
 from tucker2_cases import GEOMETRIES, exact, make, relative_error
 
 import kegfast
 from kegfast.functional import tucker_conv2d
 from kegfast.ops import reference
 
-pytestmark = pytest.mark.skipif(
-    not kegfast.build_info()["native"], reason="kegfast's compiled part is not built"
-)
+pytestmark = needs_native
 
 SHAPES = GEOMETRIES | {
     "wide": (2, 128, 14, 14, 64, 64, 128, (3, 3), 1, 1, 1),

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from needs import needs_native
 from tucker2_cases import exact, make
 
 import kegfast
@@ -10,9 +11,7 @@ from kegfast.dispatch import cpu
 from kegfast.functional import tucker_conv2d
 from kegfast.ops import _native, reference
 
-pytestmark = pytest.mark.skipif(
-    not kegfast.build_info()["native"], reason="kegfast's compiled part is not built"
-)
+pytestmark = needs_native
 
 # Several images of the small layers: the error of few outputs is a matter of chance.
 BATCH = {size: max(1, 1024 // size**2) for size in (7, 8, 14, 16, 28, 32, 56)}

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from tucker2_cases import make, needs_native
+from needs import needs_native
+from tucker2_cases import make
 
 import kegfast
 from kegfast.functional import tucker_conv2d

@@ -5,17 +5,15 @@ from pathlib import Path
 import pytest
 import torch
 import two_processes
+from needs import needs_native
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.flop_counter import FlopCounterMode
 
-import kegfast
 from kegfast.functional import tucker_conv2d
 from kegfast.nn import TuckerConv2d
 
-pytestmark = pytest.mark.skipif(
-    not kegfast.build_info()["native"], reason="kegfast's compiled part is not built"
-)
+pytestmark = needs_native
 
 
 def arguments(channels_last: bool = False, dtype: torch.dtype = torch.float32, grad: bool = False):

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from needs import needs_native
 from torch import Tensor
 from tucker2_cases import check_gradients, exact, make
 
@@ -11,9 +12,6 @@ import kegfast
 from kegfast.functional import tucker_conv2d
 from kegfast.nn import TuckerConv2d
 
-needs_native = pytest.mark.skipif(
-    not kegfast.build_info()["native"], reason="kegfast's compiled part is not built"
-)
 INFO = kegfast.build_info()
 ISAS = [
     isa
